@@ -1,0 +1,168 @@
+//! The gRPC server around a service: health, reflection, limits and the drain.
+//!
+//! Drain: when the shutdown token is cancelled, health turns to NOT_SERVING, the listening socket closes and clients are
+//! told to open no new streams. Running streams get the grace period; then every connection is cut. A handler whose
+//! stream would never end by itself must watch the same token.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::codegen::http::{Request, Response};
+use tonic::server::NamedService;
+use tonic::service::RoutesBuilder;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::channel::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
+use crate::connection;
+use crate::error::ServiceError;
+
+/// Most streams that one connection may have open.
+const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
+
+/// Bytes a peer may send on one stream, and on one connection, before the server has read them.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// Largest header list accepted.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+
+/// How a server is reached and how it stops.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// URI under which others reach it; `None` derives it from the listening address.
+    pub advertise: Option<String>,
+    /// What running streams get to end after shutdown began.
+    pub drain_timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            advertise: None,
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl ServerConfig {
+    /// The URI to register under, for a server on `listener`.
+    ///
+    /// # Errors
+    /// [`ServiceError::Argument`] when the listener takes every address and none was advertised;
+    /// [`ServiceError::System`] when the socket does not know its address.
+    pub fn endpoint(&self, listener: &TcpListener) -> Result<String, ServiceError> {
+        if let Some(uri) = &self.advertise {
+            return Ok(uri.clone());
+        }
+        let address = listener
+            .local_addr()
+            .map_err(|source| ServiceError::System {
+                what: "asking the socket for its address",
+                source,
+            })?;
+        if address.ip().is_unspecified() {
+            return Err(ServiceError::Argument {
+                argument: "--advertise",
+                reason: format!("must be given when listening on {address}"),
+            });
+        }
+        Ok(format!("http://{address}"))
+    }
+}
+
+/// Collects services, then serves them.
+///
+/// Message sizes are set on the generated server types (`max_decoding_message_size`), before they are added.
+#[derive(Default)]
+pub struct Server {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl Server {
+    /// A server without services.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a service and reports its health by name.
+    #[must_use]
+    pub fn with<S>(mut self, service: S) -> Self
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.routes.add_service(service);
+        self.names.push(S::NAME);
+        self
+    }
+
+    /// Serves on `listener` until `shutdown` is cancelled and the drain is over.
+    ///
+    /// # Errors
+    /// [`ServiceError::Server`], [`ServiceError::Reflection`].
+    pub async fn serve(
+        mut self,
+        listener: TcpListener,
+        config: &ServerConfig,
+        shutdown: CancellationToken,
+    ) -> Result<(), ServiceError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        set_health(&health, &self.names, ServingStatus::Serving).await;
+        self.routes.add_service(health_service);
+        self.routes.add_service(reflection().build_v1()?);
+        self.routes.add_service(reflection().build_v1alpha()?);
+
+        let cut = CancellationToken::new();
+        let serving = tonic::transport::Server::builder()
+            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_max_header_list_size(MAX_HEADER_BYTES)
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_routes(self.routes.routes())
+            .serve_with_incoming_shutdown(
+                connection::accept(listener, cut.clone()),
+                shutdown.clone().cancelled_owned(),
+            );
+        let grace_over = async {
+            shutdown.cancelled().await;
+            set_health(&health, &self.names, ServingStatus::NotServing).await;
+            tokio::time::sleep(config.drain_timeout).await;
+        };
+        tokio::pin!(serving);
+        tokio::select! {
+            served = &mut serving => return Ok(served?),
+            () = grace_over => {}
+        }
+        tracing::warn!(
+            drain_timeout_ms = config.drain_timeout.as_millis(),
+            "grace period over: cutting the connections left"
+        );
+        cut.cancel();
+        Ok(serving.await?)
+    }
+}
+
+async fn set_health(health: &HealthReporter, names: &[&str], status: ServingStatus) {
+    for name in names.iter().copied().chain([""]) {
+        health.set_service_status(name, status).await;
+    }
+}
+
+fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(specattn_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
