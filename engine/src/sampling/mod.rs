@@ -1,0 +1,29 @@
+//! Sampling: from logits to tokens, for the draft and the target alike, and the rule that joins the two.
+//!
+//! [`Sampler`] turns a row of logits into a [`Distribution`] under [`SamplingParams`]; [`draft_token`] draws from it on
+//! the draft side, [`check_draft`] and [`verify_round`] judge on the target side. Every random number is a pure function
+//! of (seed, position, purpose), see [`CounterRng`], so that any worker can replay any decision.
+//!
+//! All arithmetic here is plain IEEE f32 and f64 without fused operations, library functions or run-time dispatch (but
+//! for one logarithm in [`token_logprobs`]): equal inputs give equal bits on every machine.
+
+mod cutoff;
+mod distribution;
+mod logprobs;
+mod params;
+mod rng;
+mod sampler;
+mod softmax;
+mod sparse;
+mod speculative;
+
+pub use distribution::Distribution;
+pub use logprobs::{TokenLogprobs, token_logprobs};
+pub use params::{
+    MAX_ADDITIVE_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS,
+    MAX_REPETITION_PENALTY, MAX_TEMPERATURE, SamplingParams,
+};
+pub use rng::{CounterRng, Purpose};
+pub use sampler::{History, Sampler};
+pub use sparse::{MAX_DRAFT_ENTRIES, SparseDistribution};
+pub use speculative::{DraftToken, RoundOutcome, check_draft, draft_token, verify_round};

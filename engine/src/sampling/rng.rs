@@ -1,0 +1,181 @@
+//! [`CounterRng`]: random numbers as a pure function of (seed, position, purpose).
+//!
+//! Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a keyed bijection of a 128-bit
+//! counter that passes BigCrush, in thirty lines. Chosen over chained SplitMix finalisers because position and purpose sit
+//! in separate counter words of one well-studied permutation, so that no two (position, purpose) pairs of a seed can
+//! collide and neighbouring seeds and positions are as good as distant ones.
+//!
+//! A draft worker needs the numbers for its own draws but must not foresee the target's: who knows the acceptance draw
+//! can propose what will pass. The draft's key is therefore a hash (SHA-256) of the seed, from which the seed cannot be
+//! computed; a seed from a small set can still be guessed, so secrecy needs a seed drawn at random.
+
+use sha2::{Digest, Sha256};
+
+/// What a random number is for. One number exists per (seed, position, purpose).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Drawing a draft token from q.
+    Draft,
+    /// Accepting or rejecting it.
+    Accept,
+    /// Drawing the recovered token after a rejection.
+    Recover,
+    /// Drawing the bonus token after γ accepted ones, or the token of a step without a draft.
+    Bonus,
+}
+
+impl Purpose {
+    /// The counter word: part of the replayable format, never to be renumbered.
+    fn word(self) -> u32 {
+        match self {
+            Self::Draft => 1,
+            Self::Accept => 2,
+            Self::Recover => 3,
+            Self::Bonus => 4,
+        }
+    }
+}
+
+/// The random numbers of one session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CounterRng {
+    target_key: u64,
+    draft_key: u64,
+}
+
+impl CounterRng {
+    /// All the numbers of the session with this seed: the target's side.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            target_key: seed,
+            draft_key: derive_draft_key(seed),
+        }
+    }
+
+    /// The numbers a draft may know, from [`CounterRng::draft_seed`]: [`Purpose::Draft`] agrees with the target's side,
+    /// the other purposes do not.
+    pub fn for_draft(draft_seed: u64) -> Self {
+        Self {
+            target_key: derive_draft_key(draft_seed),
+            draft_key: draft_seed,
+        }
+    }
+
+    /// What to tell a draft worker in place of the seed.
+    pub fn draft_seed(&self) -> u64 {
+        self.draft_key
+    }
+
+    /// The number for `purpose` at token index `position` (prompt included): uniform over multiples of 2⁻⁵³ in [0, 1).
+    pub fn uniform(&self, position: u64, purpose: Purpose) -> f64 {
+        let key = match purpose {
+            Purpose::Draft => self.draft_key,
+            Purpose::Accept | Purpose::Recover | Purpose::Bonus => self.target_key,
+        };
+        let counter = [position as u32, (position >> 32) as u32, purpose.word(), 0];
+        let block = philox4x32_10(counter, [key as u32, (key >> 32) as u32]);
+        let bits = u64::from(block[0]) << 32 | u64::from(block[1]);
+        const UNIT: f64 = 1.0 / (1_u64 << 53) as f64;
+        (bits >> 11) as f64 * UNIT
+    }
+}
+
+fn derive_draft_key(seed: u64) -> u64 {
+    let digest = Sha256::new()
+        .chain_update(b"specattn draft seed v1")
+        .chain_update(seed.to_le_bytes())
+        .finalize();
+    digest
+        .iter()
+        .take(8)
+        .fold(0, |key, &byte| key << 8 | u64::from(byte))
+}
+
+fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    const ROUNDS: usize = 10;
+    const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+    const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+    for _ in 0..ROUNDS {
+        let a = u64::from(MULTIPLIERS[0]) * u64::from(counter[0]);
+        let b = u64::from(MULTIPLIERS[1]) * u64::from(counter[2]);
+        counter = [
+            (b >> 32) as u32 ^ counter[1] ^ key[0],
+            b as u32,
+            (a >> 32) as u32 ^ counter[3] ^ key[1],
+            a as u32,
+        ];
+        key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_known_answers() {
+        // The test vectors published with the Random123 library.
+        assert_eq!(
+            philox4x32_10([0; 4], [0; 2]),
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+        );
+        assert_eq!(
+            philox4x32_10([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        assert_eq!(
+            philox4x32_10(
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0]
+            ),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
+    }
+
+    #[test]
+    fn uniform_is_uniform_over_positions_and_seeds() {
+        for (over_seeds, purpose) in [
+            (false, Purpose::Draft),
+            (false, Purpose::Accept),
+            (true, Purpose::Recover),
+            (true, Purpose::Bonus),
+        ] {
+            let mut bins = [0_u32; 64];
+            for i in 0..64_000 {
+                let (seed, position) = if over_seeds { (i, 7) } else { (7, i) };
+                let u = CounterRng::new(seed).uniform(position, purpose);
+                assert!((0.0..1.0).contains(&u));
+                bins[(u * 64.0) as usize] += 1;
+            }
+            let statistic: f64 = bins
+                .iter()
+                .map(|&n| (f64::from(n) - 1000.0).powi(2) / 1000.0)
+                .sum();
+            // Chi-square with 63 degrees of freedom: the 0.9999 quantile is 114.
+            assert!(statistic < 114.0, "{statistic}");
+        }
+    }
+
+    #[test]
+    fn a_draft_knows_its_own_draws_only() {
+        let target = CounterRng::new(42);
+        let draft = CounterRng::for_draft(target.draft_seed());
+        assert_ne!(target.draft_seed(), 42);
+        for position in [0, 1, u64::from(u32::MAX) + 1] {
+            assert_eq!(
+                draft.uniform(position, Purpose::Draft),
+                target.uniform(position, Purpose::Draft)
+            );
+            assert_ne!(
+                draft.uniform(position, Purpose::Accept),
+                target.uniform(position, Purpose::Accept)
+            );
+        }
+        // Positions beyond 32 bits are counted apart.
+        assert_ne!(
+            target.uniform(1, Purpose::Draft),
+            target.uniform((1 << 32) + 1, Purpose::Draft)
+        );
+    }
+}
