@@ -69,6 +69,7 @@ fn greedy_tokens_equal_transformers() {
     let options = LoadOptions {
         kv_cache_bytes: 256 << 20,
         threads: 0,
+        ..LoadOptions::default()
     };
     let mut model = Model::load(&root().join("models/target"), &options, &mut |_, _| {})
         .expect("the bundled target");

@@ -76,6 +76,7 @@ impl Copy {
         let options = LoadOptions {
             kv_cache_bytes: 1 << 20,
             threads: 1,
+            ..LoadOptions::default()
         };
         Model::load(self.path(), &options, &mut |_, _| {})
     }
@@ -297,21 +298,30 @@ fn features_the_engine_does_not_run() {
             json!({"quant_method": "gptq", "bits": 4}),
             "quantization",
         ),
-        ("mistral", "sliding_window", json!(128), "sliding_window"),
     ] {
         let copy = Copy::of(family);
         copy.edit_json("config.json", |config| config[key] = value.clone());
         cases.refused(&format!("{family}: {key} = {value}"), &copy, word);
     }
-    let copy = Copy::of("qwen2");
-    copy.edit_json("config.json", |config| {
+    cases.finish();
+}
+
+/// Within the window sliding attention is plain attention, so the context is capped there and stays exact.
+#[test]
+fn a_sliding_window_caps_the_context() {
+    let mistral = Copy::of("mistral");
+    mistral.edit_json("config.json", |config| {
+        config["sliding_window"] = json!(128)
+    });
+    let qwen = Copy::of("qwen2");
+    qwen.edit_json("config.json", |config| {
         config["use_sliding_window"] = json!(true);
         config["sliding_window"] = json!(128);
-        config["max_window_layers"] = json!(1);
-        config["layer_types"][1] = json!("sliding_attention");
     });
-    cases.refused("qwen2 with sliding layers", &copy, "sliding");
-    cases.finish();
+    for copy in [mistral, qwen] {
+        let model = copy.load().expect("a sliding window is no error");
+        assert_eq!(model.config().max_context, 128);
+    }
 }
 
 #[test]

@@ -175,6 +175,7 @@ fn blocks_are_reserved_at_once_and_come_back_on_drop() {
     let options = LoadOptions {
         kv_cache_bytes: 1 << 20,
         threads: 1,
+        ..LoadOptions::default()
     };
     let model = Model::load(&fixture.folder, &options, &mut |_, _| {}).expect("a valid checkpoint");
     let (used, total) = model.kv_blocks();
@@ -223,6 +224,7 @@ fn progress_ends_at_all_bytes() {
     let options = LoadOptions {
         kv_cache_bytes: 1 << 20,
         threads: 1,
+        ..LoadOptions::default()
     };
     let mut heard = Vec::new();
     Model::load(&fixture.folder, &options, &mut |done, all| {

@@ -1,0 +1,43 @@
+//! What attention reads and what it hands out: index lists, captured rows, counters.
+
+/// Which cached positions each KV head reads in a masked step.
+///
+/// The step's own tokens (positions from the sequence's length on) are always read, causally, and are not listed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HeadLists {
+    /// Distinct lists: strictly increasing positions below the sequence's length before the step.
+    pub lists: Vec<Vec<u32>>,
+    /// `[num_layers * num_kv_heads]`, layer-major: which of `lists` a KV head reads.
+    pub of_head: Vec<u32>,
+}
+
+/// KV entries of one step, summed over layers and KV heads. An entry is one position's K and V of one KV head.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KvReads {
+    /// Entries read.
+    pub read: u64,
+    /// Entries a dense pass would have read.
+    pub dense: u64,
+}
+
+/// Attention probabilities of a step's last token, per captured layer and query head.
+#[derive(Debug, Clone, Default)]
+pub struct AttentionRows {
+    /// Captured layers, in order.
+    pub layers: Vec<usize>,
+    /// Query heads per layer.
+    pub num_heads: usize,
+    /// Positions per row: the sequence's length after the step.
+    pub kv_len: usize,
+    /// `[layers.len(), num_heads, kv_len]`; every row sums to 1.
+    pub probs: Vec<f32>,
+}
+
+impl AttentionRows {
+    /// The row of head `head` of layer `layer`, or `None` where the layer was not captured.
+    pub fn row(&self, layer: usize, head: usize) -> Option<&[f32]> {
+        let index = self.layers.iter().position(|&l| l == layer)?;
+        let start = (index * self.num_heads + head) * self.kv_len;
+        self.probs.get(start..start + self.kv_len)
+    }
+}

@@ -1,0 +1,200 @@
+//! The seam between the transformer and a device.
+//!
+//! [`Backend`] is what a device must do; [`Pass`] tells it what one forward processes. Dense and masked attention are
+//! one operation whose [`Span`]s carry an index list or none, so the CPU is the oracle for both.
+
+use std::ops::Range;
+
+use crate::attention::{AttentionRows, HeadLists};
+use crate::checkpoint::Tensor;
+use crate::error::EngineError;
+
+/// Number types of stored weights and KV entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl DType {
+    /// Bytes per element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// The size of a KV store.
+#[derive(Debug, Clone, Copy)]
+pub struct KvShape {
+    /// Transformer layers.
+    pub num_layers: usize,
+    /// KV heads per layer.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Blocks of [`crate::kv_cache::BLOCK_TOKENS`] positions.
+    pub num_blocks: usize,
+    /// What entries are stored as.
+    pub dtype: DType,
+}
+
+/// One sequence's rows in a pass.
+#[derive(Debug)]
+pub struct Span<'a> {
+    /// Its rows among the pass's tokens.
+    pub rows: Range<usize>,
+    /// Positions cached before the pass: the first row's position.
+    pub past: usize,
+    /// Its block table.
+    pub blocks: &'a [u32],
+    /// Which cached positions to read; `None` for all.
+    pub lists: Option<&'a HeadLists>,
+}
+
+/// The tokens of one forward, laid out as consecutive rows.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// Token ids; `[rows]`.
+    pub tokens: Vec<u32>,
+    /// Positions; `[rows]`.
+    pub positions: Vec<u32>,
+    /// Whose rows are whose.
+    pub spans: Vec<Span<'a>>,
+    /// A single long dense span: the device may use kernels made for many rows.
+    pub bulk: bool,
+}
+
+/// The shape of attention in every layer.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub num_heads: usize,
+    /// KV heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// What [`Backend::linear`] does with its products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Epilogue {
+    /// Projections side by side: `out[row] = [x·W1ᵀ + b1 | x·W2ᵀ + b2 | …]`.
+    Store,
+    /// One projection added to `out`.
+    Add,
+    /// Two projections, gate and up: `out = silu(x·W1ᵀ + b1) ⊙ (x·W2ᵀ + b2)`.
+    SwiGlu,
+}
+
+/// A projection's weights on a device.
+#[derive(Debug)]
+pub struct Linear<W> {
+    /// `[out, in]`, row-major, in its stored type.
+    pub weight: W,
+    /// `[out]`.
+    pub bias: Option<W>,
+}
+
+/// A device. Activations are f32, row-major, `[rows, width]`.
+pub trait Backend: Send {
+    /// Device memory for activations.
+    type Buffer: Send;
+    /// A weight matrix or vector on the device.
+    type Weight: Send;
+    /// KV memory of all layers.
+    type Kv: Send;
+
+    /// Brings a tensor to the device.
+    ///
+    /// # Errors
+    /// When the device has no room for it.
+    fn weight(&self, tensor: Tensor) -> Result<Self::Weight, EngineError>;
+    /// An activation buffer, empty until sized by an operation.
+    fn buffer(&self) -> Self::Buffer;
+    /// KV memory.
+    ///
+    /// # Errors
+    /// When the device has no room for it.
+    fn kv(&self, shape: KvShape) -> Result<Self::Kv, EngineError>;
+
+    /// `out[row] = table[tokens[row]]`.
+    fn embed(&self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Buffer);
+    /// Root-mean-square norm of every row (Zhang and Sennrich 2019).
+    fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, out: &mut Self::Buffer);
+    /// The chosen rows of `x`, one after another.
+    fn gather_rows(&self, x: &Self::Buffer, width: usize, rows: &[usize], out: &mut Self::Buffer);
+    /// Projections of every row. With `bulk` false a row's result has the same bits whatever other rows there are.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        projections: &[&Linear<Self::Weight>],
+        epilogue: Epilogue,
+        bulk: bool,
+        out: &mut Self::Buffer,
+    );
+    /// Splits `qkv` rows, norms q and k per head where `qk_norm` is given, rotates them, stores K and V in the cache.
+    /// The rotated, scaled queries go to `q`.
+    fn rotate_and_store(
+        &self,
+        qkv: &Self::Buffer,
+        pass: &Pass<'_>,
+        args: &RotateArgs<'_, Self>,
+        q: &mut Self::Buffer,
+    );
+    /// Attention of every row over its span's cache; `out` is `[rows, num_heads * head_dim]`. Rows of the last token
+    /// of the spans named in `capture` (span index, where its rows go) are handed out.
+    fn attention(
+        &self,
+        q: &Self::Buffer,
+        pass: &Pass<'_>,
+        args: &AttentionArgs<'_, Self>,
+        capture: &mut [Capture<'_>],
+        out: &mut Self::Buffer,
+    );
+    /// Copies a buffer to the host.
+    fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>);
+}
+
+/// What [`Backend::rotate_and_store`] needs besides the rows.
+
+pub struct RotateArgs<'a, B: Backend + ?Sized> {
+    /// Head counts and width.
+    pub shape: AttentionShape,
+    /// Norm weights of q and k heads (Qwen3), `[head_dim]` each, and their epsilon.
+    pub qk_norm: Option<(&'a B::Weight, &'a B::Weight, f32)>,
+    /// Cosines and sines per row: `[rows, head_dim]`, the first half cosines, the second sines.
+    pub angles: &'a [f32],
+    /// The cache.
+    pub kv: &'a B::Kv,
+    /// Which layer's.
+    pub layer: usize,
+}
+
+/// What [`Backend::attention`] needs besides the rows.
+
+pub struct AttentionArgs<'a, B: Backend + ?Sized> {
+    /// Head counts and width.
+    pub shape: AttentionShape,
+    /// The cache.
+    pub kv: &'a B::Kv,
+    /// Which layer's.
+    pub layer: usize,
+}
+
+/// Where captured attention rows go.
+#[derive(Debug)]
+pub struct Capture<'a> {
+    /// Index into [`Pass::spans`].
+    pub span: usize,
+    /// Index of the layer among the captured ones.
+    pub slot: usize,
+    /// The rows.
+    pub rows: &'a mut AttentionRows,
+}

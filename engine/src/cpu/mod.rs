@@ -1,0 +1,246 @@
+//! The CPU backend: vector kernels chosen at run time, one fork-join pool, large products through `gemm`.
+
+mod attention;
+mod elementwise;
+mod kv_store;
+mod linear;
+mod matrix;
+mod memory;
+mod pool;
+mod simd;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use self::attention::decode::{DecodeAttention, DecodeScratch, Keys};
+use self::attention::prefill::PrefillAttention;
+use self::kv_store::KvStore;
+use self::matrix::Matrix;
+use self::memory::Buffer;
+use self::pool::Pool;
+use self::simd::{Element, Isa};
+use crate::backend::{
+    AttentionArgs, Backend, Capture, DType, Epilogue, KvShape, Linear, Pass, RotateArgs, Span,
+};
+use crate::checkpoint::Tensor;
+use crate::error::EngineError;
+
+/// This machine's cores.
+pub(crate) struct CpuBackend {
+    isa: Isa,
+    pool: Arc<Pool>,
+    scratch: Mutex<DecodeScratch>,
+}
+
+/// A weight: its matrix, and small vectors (norms, biases) widened to f32 once.
+pub(crate) struct CpuWeight {
+    matrix: Matrix,
+    /// All elements as f32, for vectors.
+    vector: Vec<f32>,
+}
+
+impl CpuBackend {
+    /// A backend on the process's shared pool, made with `threads` threads (0: all cores) on first use.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self {
+            isa: Isa::detect(),
+            pool: Pool::shared(threads),
+            scratch: Mutex::new(DecodeScratch::new()),
+        }
+    }
+
+    fn attend<E: Element>(
+        &self,
+        q: &[f32],
+        pass: &Pass<'_>,
+        args: &AttentionArgs<'_, Self>,
+        capture: &mut [Capture<'_>],
+        out: &mut [f32],
+    ) {
+        let shape = args.shape;
+        let kv = args.kv.layer::<E>(args.layer);
+        let (q_width, out_width) = (
+            shape.num_heads * kv.padded_dim,
+            shape.num_heads * shape.head_dim,
+        );
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, span) in pass.spans.iter().enumerate() {
+            let tokens = span.rows.len();
+            let q = &q[span.rows.start * q_width..span.rows.end * q_width];
+            let out = &mut out[span.rows.start * out_width..span.rows.end * out_width];
+            if pass.bulk {
+                let job = PrefillAttention {
+                    kv,
+                    blocks: span.blocks,
+                    shape,
+                    past: span.past,
+                    tokens,
+                    q,
+                    out,
+                };
+                job.run(self.isa, &self.pool);
+                continue;
+            }
+            let keys: Vec<Keys<'_>> = (0..shape.num_kv_heads)
+                .map(|h| {
+                    Keys::of(
+                        span.lists,
+                        args.layer * shape.num_kv_heads + h,
+                        span.past,
+                        tokens,
+                    )
+                })
+                .collect();
+            let capture = capture.iter_mut().find(|c| c.span == index).map(|c| {
+                let size = shape.num_heads * c.rows.kv_len;
+                &mut c.rows.probs[c.slot * size..(c.slot + 1) * size]
+            });
+            DecodeAttention {
+                kv,
+                blocks: span.blocks,
+                shape,
+                keys: &keys,
+                q,
+                out,
+                capture,
+            }
+            .run(self.isa, &self.pool, &mut scratch);
+        }
+    }
+
+    fn rotate<E: Element>(
+        &self,
+        qkv: &[f32],
+        pass: &Pass<'_>,
+        args: &RotateArgs<'_, Self>,
+        q: &mut [f32],
+    ) {
+        let norm = args
+            .qk_norm
+            .map(|(qn, kn, eps)| (qn.vector.as_slice(), kn.vector.as_slice(), eps));
+        elementwise::RotateAndStore {
+            qkv,
+            angles: args.angles,
+            shape: args.shape,
+            norm,
+            kv: args.kv.layer::<E>(args.layer),
+            pass,
+            q,
+        }
+        .run(self.isa, &self.pool);
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = Buffer;
+    type Weight = CpuWeight;
+    type Kv = KvStore;
+
+    fn weight(&self, tensor: Tensor) -> Result<CpuWeight, EngineError> {
+        let matrix = Matrix::new(tensor);
+        let mut vector = Vec::new();
+        if matrix.rows() == 1 {
+            vector.resize(matrix.cols(), 0.0);
+            matrix.row(0, &mut vector);
+        }
+        Ok(CpuWeight { matrix, vector })
+    }
+
+    fn buffer(&self) -> Buffer {
+        Buffer::new()
+    }
+
+    fn kv(&self, shape: KvShape) -> Result<KvStore, EngineError> {
+        Ok(KvStore::new(shape))
+    }
+
+    fn embed(&self, table: &CpuWeight, tokens: &[u32], out: &mut Buffer) {
+        let width = table.matrix.cols();
+        out.resize(tokens.len() * width);
+        for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
+            table.matrix.row(token as usize, row);
+        }
+    }
+
+    fn rms_norm(&self, x: &Buffer, weight: &CpuWeight, eps: f32, out: &mut Buffer) {
+        out.resize(x.len());
+        elementwise::rms_norm(self.isa, &self.pool, x, &weight.vector, eps, out);
+    }
+
+    fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize], out: &mut Buffer) {
+        out.resize(rows.len() * width);
+        for (out, &row) in out.chunks_exact_mut(width).zip(rows) {
+            out.copy_from_slice(&x[row * width..(row + 1) * width]);
+        }
+    }
+
+    fn linear(
+        &self,
+        x: &Buffer,
+        projections: &[&Linear<CpuWeight>],
+        epilogue: Epilogue,
+        bulk: bool,
+        out: &mut Buffer,
+    ) {
+        let parts: Vec<(&Matrix, Option<&[f32]>)> = projections
+            .iter()
+            .map(|p| {
+                (
+                    &p.weight.matrix,
+                    p.bias.as_ref().map(|b| b.vector.as_slice()),
+                )
+            })
+            .collect();
+        if epilogue != Epilogue::Add {
+            out.resize(x.len() / parts[0].0.cols() * linear::Projection::width(&parts, epilogue));
+        }
+        linear::Projection {
+            x,
+            parts: &parts,
+            epilogue,
+            out,
+        }
+        .run(self.isa, &self.pool, bulk);
+    }
+
+    fn rotate_and_store(
+        &self,
+        qkv: &Buffer,
+        pass: &Pass<'_>,
+        args: &RotateArgs<'_, Self>,
+        q: &mut Buffer,
+    ) {
+        q.resize(pass.tokens.len() * args.shape.num_heads * args.kv.padded_dim());
+        match args.kv.dtype() {
+            DType::F32 => self.rotate::<f32>(qkv, pass, args, q),
+            DType::Bf16 => self.rotate::<half::bf16>(qkv, pass, args, q),
+            DType::F16 => self.rotate::<half::f16>(qkv, pass, args, q),
+        }
+    }
+
+    fn attention(
+        &self,
+        q: &Buffer,
+        pass: &Pass<'_>,
+        args: &AttentionArgs<'_, Self>,
+        capture: &mut [Capture<'_>],
+        out: &mut Buffer,
+    ) {
+        out.resize(pass.tokens.len() * args.shape.num_heads * args.shape.head_dim);
+        match args.kv.dtype() {
+            DType::F32 => self.attend::<f32>(q, pass, args, capture, out),
+            DType::Bf16 => self.attend::<half::bf16>(q, pass, args, capture, out),
+            DType::F16 => self.attend::<half::f16>(q, pass, args, capture, out),
+        }
+    }
+
+    fn read(&self, x: &Buffer, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(x);
+    }
+}
+
+/// Where row `row` of a pass belongs: its span.
+fn span_of<'a, 'p>(pass: &'a Pass<'p>, row: usize) -> &'a Span<'p> {
+    let index = pass.spans.partition_point(|s| s.rows.end <= row);
+    &pass.spans[index]
+}

@@ -1,0 +1,23 @@
+//! The engine: Hugging Face checkpoints, one transformer for both roles, a paged KV cache and sampling.
+//!
+//! A service sees [`Model`]: it loads a checkpoint folder, hands out [`Sequence`]s (paged KV caches) and runs ragged
+//! batches of [`Step`]s. Draft and target differ by checkpoint and by what they ask of a step (attention rows or index
+//! lists), never by code. Devices sit behind [`backend::Backend`].
+
+pub mod attention;
+pub mod backend;
+pub mod checkpoint;
+pub mod config;
+mod cpu;
+pub mod error;
+pub mod kv_cache;
+pub mod model;
+pub mod sampling;
+mod transformer;
+
+pub use attention::{AttentionRows, HeadLists, KvReads};
+pub use backend::DType;
+pub use config::ModelConfig;
+pub use error::EngineError;
+pub use kv_cache::{BlockPool, Sequence};
+pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};

@@ -1,0 +1,398 @@
+//! The one transformer: Llama, Mistral, Qwen2 and Qwen3, for both roles and every backend.
+//!
+//! Pre-norm blocks: x += Attention(norm(x)); x += MLP(norm(x)) with a gated SiLU MLP, rotary positions, grouped-query
+//! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
+
+use crate::attention::{AttentionRows, KvReads};
+use crate::backend::{
+    AttentionArgs, AttentionShape, Backend, Capture, Epilogue, Linear, Pass, RotateArgs, Span,
+};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::error::EngineError;
+use crate::model::{LogitRows, Step, StepOutput};
+
+/// A dense step of at least this many tokens runs alone, on the kernels for many rows.
+const BULK_TOKENS: usize = 32;
+
+struct Layer<W> {
+    input_norm: W,
+    /// q, k, v.
+    qkv: [Linear<W>; 3],
+    /// Norms of q and k heads.
+    qk_norm: Option<(W, W)>,
+    output: Linear<W>,
+    mlp_norm: W,
+    gate: Linear<W>,
+    up: Linear<W>,
+    down: Linear<W>,
+}
+
+/// Activations, kept from one pass to the next.
+struct Activations<T> {
+    hidden: T,
+    normed: T,
+    qkv: T,
+    q: T,
+    attended: T,
+    mlp: T,
+    selected: T,
+    logits: T,
+}
+
+/// A model's weights, KV memory and activations on a backend.
+pub(crate) struct Transformer<B: Backend> {
+    backend: B,
+    config: ModelConfig,
+    inverse_frequencies: Vec<f32>,
+    embedding: Linear<B::Weight>,
+    layers: Vec<Layer<B::Weight>>,
+    final_norm: B::Weight,
+    /// The output projection; `None`: the embedding table.
+    head: Option<Linear<B::Weight>>,
+    kv: B::Kv,
+    activations: Activations<B::Buffer>,
+}
+
+/// Brings tensors to the backend, counting bytes.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    done: u64,
+    total: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<B::Weight, EngineError> {
+        let tensor = self.checkpoint.tensor(name, shape)?;
+        let bytes = tensor.bytes().len() as u64;
+        let weight = self.backend.weight(tensor)?;
+        self.done += bytes;
+        (self.progress)(self.done, self.total);
+        Ok(weight)
+    }
+
+    fn linear(
+        &mut self,
+        name: &str,
+        out: usize,
+        input: usize,
+        bias: bool,
+    ) -> Result<Linear<B::Weight>, EngineError> {
+        let weight = self.weight(&format!("{name}.weight"), &[out, input])?;
+        let bias = if bias {
+            Some(self.weight(&format!("{name}.bias"), &[out])?)
+        } else {
+            None
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn layer(&mut self, index: usize) -> Result<Layer<B::Weight>, EngineError> {
+        let c = self.checkpoint.config().clone();
+        let at = |name: &str| format!("model.layers.{index}.{name}");
+        let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let qk_norm = if c.qk_norm {
+            Some((
+                self.weight(&at("self_attn.q_norm.weight"), &[c.head_dim])?,
+                self.weight(&at("self_attn.k_norm.weight"), &[c.head_dim])?,
+            ))
+        } else {
+            None
+        };
+        Ok(Layer {
+            input_norm: self.weight(&at("input_layernorm.weight"), &[c.hidden_size])?,
+            qkv: [
+                self.linear(&at("self_attn.q_proj"), q_width, c.hidden_size, c.qkv_bias)?,
+                self.linear(&at("self_attn.k_proj"), kv_width, c.hidden_size, c.qkv_bias)?,
+                self.linear(&at("self_attn.v_proj"), kv_width, c.hidden_size, c.qkv_bias)?,
+            ],
+            qk_norm,
+            output: self.linear(
+                &at("self_attn.o_proj"),
+                c.hidden_size,
+                q_width,
+                c.output_bias,
+            )?,
+            mlp_norm: self.weight(&at("post_attention_layernorm.weight"), &[c.hidden_size])?,
+            gate: self.linear(
+                &at("mlp.gate_proj"),
+                c.intermediate_size,
+                c.hidden_size,
+                c.mlp_bias,
+            )?,
+            up: self.linear(
+                &at("mlp.up_proj"),
+                c.intermediate_size,
+                c.hidden_size,
+                c.mlp_bias,
+            )?,
+            down: self.linear(
+                &at("mlp.down_proj"),
+                c.hidden_size,
+                c.intermediate_size,
+                c.mlp_bias,
+            )?,
+        })
+    }
+}
+
+impl<B: Backend> Transformer<B> {
+    /// Loads a checkpoint's weights onto `backend`; `kv` is memory for its KV cache.
+    pub(crate) fn load(
+        backend: B,
+        checkpoint: &Checkpoint,
+        kv: B::Kv,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        let config = checkpoint.config().clone();
+        let total = checkpoint.total_bytes();
+        let mut loader = Loader {
+            backend: &backend,
+            checkpoint,
+            done: 0,
+            total,
+            progress,
+        };
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = Linear {
+            weight: loader.weight("model.embed_tokens.weight", &table)?,
+            bias: None,
+        };
+        let layers = (0..config.num_layers)
+            .map(|l| loader.layer(l))
+            .collect::<Result<_, _>>()?;
+        let final_norm = loader.weight("model.norm.weight", &[config.hidden_size])?;
+        let head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?)
+        };
+        let buffer = || backend.buffer();
+        let activations = Activations {
+            hidden: buffer(),
+            normed: buffer(),
+            qkv: buffer(),
+            q: buffer(),
+            attended: buffer(),
+            mlp: buffer(),
+            selected: buffer(),
+            logits: buffer(),
+        };
+        let inverse_frequencies = config.inverse_frequencies();
+        Ok(Self {
+            backend,
+            inverse_frequencies,
+            config,
+            embedding,
+            layers,
+            final_norm,
+            head,
+            kv,
+            activations,
+        })
+    }
+
+    /// The model's configuration.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Runs checked steps: long dense ones alone, all others together.
+    pub(crate) fn forward(&mut self, steps: &mut [Step<'_>]) -> Vec<StepOutput> {
+        let is_bulk = |s: &Step<'_>| {
+            s.lists.is_none() && s.capture.is_empty() && s.tokens.len() >= BULK_TOKENS
+        };
+        let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
+        let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
+        for (step, output) in steps.iter_mut().zip(&mut outputs) {
+            if is_bulk(step) {
+                self.pass(&mut [step], &mut [output], true);
+            } else {
+                small.push(step);
+                small_outputs.push(output);
+            }
+        }
+        if !small.is_empty() {
+            self.pass(&mut small, &mut small_outputs, false);
+        }
+        outputs
+    }
+
+    /// An output with room for captured rows, and the step's KV reads.
+    fn output_of(&self, step: &Step<'_>) -> StepOutput {
+        let c = &self.config;
+        let kv_len = step.sequence.len() + step.tokens.len();
+        let attention = (!step.capture.is_empty()).then(|| AttentionRows {
+            layers: step.capture.to_vec(),
+            num_heads: c.num_heads,
+            kv_len,
+            probs: vec![0.0; step.capture.len() * c.num_heads * kv_len],
+        });
+        let heads = (c.num_layers * c.num_kv_heads) as u64;
+        let dense = heads * kv_len as u64;
+        let read = match step.lists {
+            None => dense,
+            Some(l) => {
+                let listed: u64 = l
+                    .of_head
+                    .iter()
+                    .map(|&i| l.lists[i as usize].len() as u64)
+                    .sum();
+                listed + heads * step.tokens.len() as u64
+            }
+        };
+        StepOutput {
+            logits: Vec::new(),
+            attention,
+            kv: KvReads { read, dense },
+        }
+    }
+
+    /// One forward over the rows of `steps`.
+    fn pass(&mut self, steps: &mut [&mut Step<'_>], outputs: &mut [&mut StepOutput], bulk: bool) {
+        let pass = layout(steps, bulk);
+        let angles = self.angles(&pass.positions);
+        let shape = AttentionShape {
+            num_heads: self.config.num_heads,
+            num_kv_heads: self.config.num_kv_heads,
+            head_dim: self.config.head_dim,
+        };
+        let eps = self.config.rms_norm_eps;
+        let (backend, kv, a) = (&self.backend, &self.kv, &mut self.activations);
+        backend.embed(&self.embedding.weight, &pass.tokens, &mut a.hidden);
+        for (index, layer) in self.layers.iter().enumerate() {
+            backend.rms_norm(&a.hidden, &layer.input_norm, eps, &mut a.normed);
+            let [q, k, v] = &layer.qkv;
+            backend.linear(&a.normed, &[q, k, v], Epilogue::Store, bulk, &mut a.qkv);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+            let rotate = RotateArgs {
+                shape,
+                qk_norm,
+                angles: &angles,
+                kv,
+                layer: index,
+            };
+            backend.rotate_and_store(&a.qkv, &pass, &rotate, &mut a.q);
+            let mut captures = captures(outputs, index);
+            let attend = AttentionArgs {
+                shape,
+                kv,
+                layer: index,
+            };
+            backend.attention(&a.q, &pass, &attend, &mut captures, &mut a.attended);
+            backend.linear(
+                &a.attended,
+                &[&layer.output],
+                Epilogue::Add,
+                bulk,
+                &mut a.hidden,
+            );
+            backend.rms_norm(&a.hidden, &layer.mlp_norm, eps, &mut a.normed);
+            backend.linear(
+                &a.normed,
+                &[&layer.gate, &layer.up],
+                Epilogue::SwiGlu,
+                bulk,
+                &mut a.mlp,
+            );
+            backend.linear(&a.mlp, &[&layer.down], Epilogue::Add, bulk, &mut a.hidden);
+        }
+        let rows = logit_rows(steps, &pass);
+        drop(pass);
+        if !rows.is_empty() {
+            let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
+            backend.gather_rows(&a.hidden, hidden, &rows, &mut a.selected);
+            backend.rms_norm(&a.selected, &self.final_norm, eps, &mut a.normed);
+            let head = self.head.as_ref().unwrap_or(&self.embedding);
+            backend.linear(
+                &a.normed,
+                &[head],
+                Epilogue::Store,
+                rows.len() >= BULK_TOKENS && bulk,
+                &mut a.logits,
+            );
+            let mut logits = Vec::new();
+            backend.read(&a.logits, &mut logits);
+            let mut rest = logits.as_slice();
+            for (step, output) in steps.iter().zip(outputs.iter_mut()) {
+                let count = match step.logits {
+                    LogitRows::None => 0,
+                    LogitRows::Last => 1,
+                    LogitRows::All => step.tokens.len(),
+                };
+                let (own, others) = rest.split_at(count * vocab);
+                output.logits = own.to_vec();
+                rest = others;
+            }
+        }
+        for step in steps {
+            let tokens = step.tokens.len();
+            step.sequence.extend(tokens);
+        }
+    }
+
+    /// Cosines and sines per row: `[rows, head_dim]`. The angle is an f32 product, as in the reference.
+    fn angles(&self, positions: &[u32]) -> Vec<f32> {
+        let half = self.inverse_frequencies.len();
+        let mut angles = vec![0.0; positions.len() * 2 * half];
+        for (row, &position) in angles.chunks_exact_mut(2 * half).zip(positions) {
+            for (i, &f) in self.inverse_frequencies.iter().enumerate() {
+                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
+                row[i] = cos as f32;
+                row[half + i] = sin as f32;
+            }
+        }
+        angles
+    }
+}
+
+/// Lays the steps' tokens out as rows.
+fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
+    let mut pass = Pass {
+        tokens: Vec::new(),
+        positions: Vec::new(),
+        spans: Vec::new(),
+        bulk,
+    };
+    for step in steps {
+        let (start, past) = (pass.tokens.len(), step.sequence.len());
+        pass.tokens.extend_from_slice(step.tokens);
+        pass.positions
+            .extend((past..past + step.tokens.len()).map(|p| p as u32));
+        pass.spans.push(Span {
+            rows: start..pass.tokens.len(),
+            past,
+            blocks: step.sequence.blocks(),
+            lists: step.lists,
+        });
+    }
+    pass
+}
+
+/// Where this layer's captured rows go.
+fn captures<'a>(outputs: &'a mut [&mut StepOutput], layer: usize) -> Vec<Capture<'a>> {
+    outputs
+        .iter_mut()
+        .enumerate()
+        .filter_map(|(span, output)| {
+            let rows = output.attention.as_mut()?;
+            let slot = rows.layers.iter().position(|&l| l == layer)?;
+            Some(Capture { span, slot, rows })
+        })
+        .collect()
+}
+
+/// Rows that get logits, in order.
+fn logit_rows(steps: &[&mut Step<'_>], pass: &Pass<'_>) -> Vec<usize> {
+    steps
+        .iter()
+        .zip(&pass.spans)
+        .flat_map(|(step, span)| match step.logits {
+            LogitRows::None => span.rows.end..span.rows.end,
+            LogitRows::Last => span.rows.end - 1..span.rows.end,
+            LogitRows::All => span.rows.clone(),
+        })
+        .collect()
+}
