@@ -15,10 +15,10 @@ import json
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 
@@ -42,9 +42,14 @@ class Server:
     """`specattn serve` on a free port, and the stubs to talk to it."""
 
     def __init__(self, args, stubs):
-        self.address = f"127.0.0.1:{free_port()}"
-        command = [args.binary, "serve", "--listen", self.address, "--target", args.target, "--draft", args.draft]
-        self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        command = [args.binary, "serve", "--listen", "127.0.0.1:0", "--target", args.target, "--draft", args.draft]
+        self.process = subprocess.Popen(
+            [*map(str, command), "--quiet", "--log-level", "warn"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.address = self.wait_ready(args.start_timeout)
         self.channel = grpc.insecure_channel(self.address)
         self.generation = stubs["generation_pb2_grpc"].GenerationServiceStub(self.channel)
         self.registry = stubs["registry_pb2_grpc"].RegistryServiceStub(self.channel)
@@ -53,18 +58,14 @@ class Server:
         return self.registry.Status(registry.StatusRequest(), timeout=10)
 
     def wait_ready(self, timeout_s):
-        """Waits for one verify and one draft worker."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"specattn serve ended with {self.process.returncode}")
-            try:
-                if len({worker.role for worker in self.status().workers}) == 2:
-                    return
-            except grpc.RpcError:
-                pass  # Not listening yet.
-            time.sleep(0.1)
-        raise RuntimeError(f"specattn serve was not ready within {timeout_s} s")
+        """The address: the server prints its URL once its workers have registered."""
+        timer = threading.Timer(timeout_s, self.process.kill)
+        timer.start()
+        url = self.process.stdout.readline().strip()
+        timer.cancel()
+        if not url.startswith("http://"):
+            raise RuntimeError(f"specattn serve did not start (limit {timeout_s} s): it printed {url!r}")
+        return url.removeprefix("http://")
 
     def stop(self):
         """SIGTERM, and the exit status; killed where it does not end."""
@@ -75,12 +76,6 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return "killed after 30 s"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def compile_protos(folder):
@@ -424,7 +419,6 @@ def main():
         generation, common, registry = (stubs[f"{name}_pb2"] for name in ("generation", "common", "registry"))
         server = Server(args, stubs)
         try:
-            server.wait_ready(args.start_timeout)
             program = unittest.main(argv=[sys.argv[0], *rest], exit=False, verbosity=2)
         finally:
             ended = server.stop()
