@@ -1,14 +1,12 @@
 //! Memory that vector code likes: aligned to cache lines, zeroed, touched only when used.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::ptr::NonNull;
+use memmap2::MmapMut;
 
-/// A cache line, and the alignment of every vector load.
-const ALIGN: usize = 64;
-
-/// Zeroed bytes aligned to 64. Large ones come from the system untouched, so unused pages cost nothing.
+/// Zeroed bytes straight from the system: aligned to pages, untouched pages cost nothing, and large ranges sit on huge
+/// pages where the system has them (a KV cache of 4 KiB pages misses the translation buffer at every other entry).
 pub(crate) struct AlignedBytes {
-    pointer: NonNull<u8>,
+    map: Option<MmapMut>,
+    pointer: *mut u8,
     len: usize,
 }
 
@@ -17,46 +15,34 @@ unsafe impl Send for AlignedBytes {}
 // SAFETY: shared access is read-only; writers go through exclusive or disjoint access.
 unsafe impl Sync for AlignedBytes {}
 
+/// Alignment of empty ranges; others have a page's.
+const ALIGN: usize = 64;
+
 impl AlignedBytes {
     /// `len` zero bytes.
+    ///
+    /// # Panics
+    /// When the system refuses the address space, as an allocator would.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
-            let aligned = std::ptr::without_provenance_mut(ALIGN);
-            return Self {
-                pointer: NonNull::new(aligned).expect("ALIGN is not 0"),
-                len,
-            };
+            return Self { map: None, pointer: std::ptr::without_provenance_mut(ALIGN), len };
         }
-        let layout = Self::layout(len);
-        // SAFETY: the layout's size is not 0.
-        let pointer = unsafe { alloc_zeroed(layout) };
-        let Some(pointer) = NonNull::new(pointer) else {
-            handle_alloc_error(layout)
-        };
-        Self { pointer, len }
-    }
-
-    fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len, ALIGN).expect("fewer than isize::MAX bytes")
+        let mut map = MmapMut::map_anon(len).expect("the system grants memory");
+        // A hint: without it the memory is merely slower.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let pointer = map.as_mut_ptr();
+        Self { map: Some(map), pointer, len }
     }
 
     /// The first byte.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.pointer.as_ptr()
+        self.pointer
     }
 
     /// Bytes held.
     pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-}
-
-impl Drop for AlignedBytes {
-    fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: allocated with the same layout.
-            unsafe { dealloc(self.pointer.as_ptr(), Self::layout(self.len)) }
-        }
+        self.map.as_ref().map_or(0, |_| self.len)
     }
 }
 
