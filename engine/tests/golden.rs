@@ -386,6 +386,50 @@ fn half_precision_kv_stays_within_its_rounding() {
 }
 
 #[test]
+fn rows_of_a_masked_step_lie_on_its_list() {
+    for fixture in Fixture::all() {
+        let mut model = fixture.model();
+        let tokens = fixture.ids("long_tokens");
+        let cached = tokens.len() - TAIL;
+        let mut sequence = model.new_sequence(tokens.len()).expect("room");
+        dense(&mut model, &mut sequence, &tokens[..cached]);
+        let (lists, _) = fixture.lists(15);
+        let layers = all_layers(&model);
+        let tail = &tokens[cached..];
+        let output = step(
+            &mut model,
+            &mut sequence,
+            tail,
+            Some(&lists),
+            LogitRows::None,
+            &layers,
+        );
+        let rows = output.attention.expect("rows were asked for");
+        let (heads, kv_heads) = (model.config().num_heads, model.config().num_kv_heads);
+        for &layer in &layers {
+            for head in 0..heads {
+                let list = &lists.lists[layer * kv_heads + head / (heads / kv_heads)];
+                let row = rows.row(layer, head).expect("captured");
+                for (position, &probability) in row.iter().enumerate() {
+                    let read = position >= cached || list.contains(&(position as u32));
+                    assert!(
+                        read || probability == 0.0,
+                        "{}: position {position}",
+                        fixture.name
+                    );
+                }
+                let sum: f64 = row.iter().map(|&p| f64::from(p)).sum();
+                assert!(
+                    (sum - 1.0).abs() < 1e-5,
+                    "{}: a row sums to {sum}",
+                    fixture.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn heads_may_share_a_list() {
     for fixture in Fixture::all() {
         let mut model = fixture.model();
