@@ -1,0 +1,189 @@
+//! The command line of `specattn-gateway` and the [`Config`] it is checked into.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use specattn_proto::limits::MAX_DRAFT_LENGTH;
+use specattn_proto::v1;
+use specattn_proto::validate::{self, CheckedMaskPolicy};
+use specattn_service::args::{ServerArgs, TelemetryArgs};
+use specattn_service::server::ServerConfig;
+
+use crate::error::GatewayError;
+
+/// SpecAttn gateway: the client API in front of verify and draft workers.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "specattn-gateway", version)]
+pub struct Args {
+    /// Folder with the target model's tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: PathBuf,
+
+    /// URI of a verify worker that does not register itself; may be given several times
+    #[arg(long, value_name = "URI", value_delimiter = ',')]
+    pub verify_endpoint: Vec<String>,
+
+    /// URI of a draft worker that does not register itself; may be given several times
+    #[arg(long, value_name = "URI", value_delimiter = ',')]
+    pub draft_endpoint: Vec<String>,
+
+    /// Sessions held at once; later requests are refused
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_sessions: usize,
+
+    /// Milliseconds between heartbeats of a worker; three missed ones remove it
+    #[arg(long, value_name = "MS", default_value_t = 1_000)]
+    pub heartbeat_interval_ms: u32,
+
+    /// Milliseconds that a client may leave its full buffer unread before its session is cancelled
+    #[arg(long, value_name = "MS", default_value_t = 30_000)]
+    pub client_stall_timeout_ms: u64,
+
+    /// Draft tokens per round where the request does not say, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub draft_length: u32,
+
+    /// Probability mass that mask selections reach where the request does not say, in (0, 1]
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub mask_p: f32,
+
+    /// First positions that masks always keep where the request does not say
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub mask_sink: u32,
+
+    /// Last positions that masks always keep where the request does not say
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub mask_window: u32,
+
+    /// Positions that masks keep or drop together where the request does not say
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub mask_granularity: u32,
+
+    /// Where to listen, how to be reached, how to stop.
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    /// What to log and how.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// A gateway's checked configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Folder with the target model's tokenizer.json.
+    pub tokenizer_dir: PathBuf,
+    /// How the server is reached and how it stops.
+    pub server: ServerConfig,
+    /// Verify workers that do not register themselves.
+    pub verify_endpoints: Vec<String>,
+    /// Draft workers that do not register themselves.
+    pub draft_endpoints: Vec<String>,
+    /// Sessions held at once.
+    pub max_sessions: usize,
+    /// Time between heartbeats of a worker; three missed ones remove it.
+    pub heartbeat_interval: Duration,
+    /// How long a client may leave its full buffer unread.
+    pub client_stall_timeout: Duration,
+    /// Draft tokens per round where the request does not say.
+    pub draft_length: u32,
+    /// How masks are made where the request does not say.
+    pub mask: CheckedMaskPolicy,
+}
+
+impl Config {
+    /// The defaults of the command line, for the tokenizer in `tokenizer_dir`.
+    pub fn new(tokenizer_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            tokenizer_dir: tokenizer_dir.into(),
+            server: ServerConfig::default(),
+            verify_endpoints: Vec::new(),
+            draft_endpoints: Vec::new(),
+            max_sessions: 256,
+            heartbeat_interval: Duration::from_secs(1),
+            client_stall_timeout: Duration::from_secs(30),
+            draft_length: 4,
+            mask: CheckedMaskPolicy::default(),
+        }
+    }
+}
+
+impl TryFrom<&Args> for Config {
+    type Error = GatewayError;
+
+    fn try_from(args: &Args) -> Result<Self, GatewayError> {
+        let bad = |argument, reason: String| GatewayError::Argument { argument, reason };
+        for (argument, endpoints) in [
+            ("--verify-endpoint", &args.verify_endpoint),
+            ("--draft-endpoint", &args.draft_endpoint),
+        ] {
+            for uri in endpoints {
+                validate::endpoint("endpoint", uri).map_err(|e| bad(argument, e.reason))?;
+            }
+        }
+        if args.max_sessions == 0 {
+            return Err(bad("--max-sessions", "must be at least 1".to_owned()));
+        }
+        if !(20..=60_000).contains(&args.heartbeat_interval_ms) {
+            return Err(bad(
+                "--heartbeat-interval-ms",
+                "must be between 20 and 60,000".to_owned(),
+            ));
+        }
+        if args.draft_length > MAX_DRAFT_LENGTH {
+            return Err(bad(
+                "--draft-length",
+                format!("must be at most {MAX_DRAFT_LENGTH}"),
+            ));
+        }
+        let mask = v1::MaskPolicy {
+            mask_p: Some(args.mask_p),
+            sink_tokens: Some(args.mask_sink),
+            window_tokens: Some(args.mask_window),
+            granularity: Some(args.mask_granularity),
+        };
+        Ok(Self {
+            tokenizer_dir: args.tokenizer.clone(),
+            server: args.server.config()?,
+            verify_endpoints: args.verify_endpoint.clone(),
+            draft_endpoints: args.draft_endpoint.clone(),
+            max_sessions: args.max_sessions,
+            heartbeat_interval: Duration::from_millis(args.heartbeat_interval_ms.into()),
+            client_stall_timeout: Duration::from_millis(args.client_stall_timeout_ms),
+            draft_length: args.draft_length,
+            mask: validate::mask_policy(Some(&mask), CheckedMaskPolicy::default())
+                .map_err(|e| bad("--mask-*", e.to_string()))?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use specattn_service::args::{Service, command, parse_from};
+
+    #[test]
+    fn defaults_agree_with_the_command_line() {
+        command::<Args>(Service::Gateway).debug_assert();
+        let args: Args = parse_from(Service::Gateway, ["gateway", "--tokenizer", "x"]).unwrap();
+        let config = Config::try_from(&args).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::new("x")));
+    }
+
+    #[test]
+    fn out_of_range_values_are_refused() {
+        for flags in [
+            ["--mask-p", "0"],
+            ["--mask-p", "NaN"],
+            ["--mask-granularity", "0"],
+            ["--draft-length", "17"],
+            ["--max-sessions", "0"],
+            ["--heartbeat-interval-ms", "0"],
+            ["--verify-endpoint", "nowhere"],
+        ] {
+            let line = ["gateway", "--tokenizer", "x"].into_iter().chain(flags);
+            let args: Args = parse_from(Service::Gateway, line).unwrap();
+            assert!(Config::try_from(&args).is_err(), "{flags:?}");
+        }
+    }
+}

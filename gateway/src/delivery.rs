@@ -1,0 +1,165 @@
+//! [`Delivery`]: the way to one client.
+//!
+//! Messages in flight are bounded. What a slow client has not taken is merged into one pending [`Delta`], which the
+//! session's own length bounds, so that the verify worker never waits for a client. A client that takes nothing for too
+//! long is given up.
+
+use std::time::Duration;
+
+use specattn_proto::Fault;
+use specattn_proto::v1::generate_response::Event;
+use specattn_proto::v1::{Delta, Finished, GenerateResponse, Started};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tonic::Status;
+
+/// Messages that may wait for the client's connection.
+const BUFFERED_MESSAGES: usize = 16;
+
+/// The client's stream, as the server reads it.
+pub(crate) type ClientStream =
+    tokio_stream::wrappers::ReceiverStream<Result<GenerateResponse, Status>>;
+
+/// A client's stream and what it has yet to take.
+pub(crate) struct Delivery {
+    sender: mpsc::Sender<Result<GenerateResponse, Status>>,
+    pending: Option<Delta>,
+    /// When something was last taken, or nothing was pending.
+    progress: Instant,
+    stall_timeout: Duration,
+}
+
+impl Delivery {
+    /// A stream that begins with `started`.
+    pub(crate) fn new(started: Started, stall_timeout: Duration) -> (Self, ClientStream) {
+        let (sender, receiver) = mpsc::channel(BUFFERED_MESSAGES);
+        let first = sender.try_send(Ok(response(Event::Started(started))));
+        debug_assert!(first.is_ok(), "a fresh channel has room");
+        let delivery = Self {
+            sender,
+            pending: None,
+            progress: Instant::now(),
+            stall_timeout,
+        };
+        (delivery, ClientStream::new(receiver))
+    }
+
+    /// Adds to what the client is to take next. `delta` follows on what was added before.
+    pub(crate) fn add(&mut self, delta: Delta) {
+        match &mut self.pending {
+            Some(pending) => {
+                pending.token_ids.extend(delta.token_ids);
+                pending.text.push_str(&delta.text);
+                pending.logprobs.extend(delta.logprobs);
+            }
+            None => {
+                self.pending = Some(delta);
+                self.progress = Instant::now();
+            }
+        }
+    }
+
+    /// Hands over what is pending as soon as there is room; never ends while nothing is. Safe to drop at any time.
+    pub(crate) async fn flush(&mut self) {
+        if self.pending.is_none() {
+            return std::future::pending().await;
+        }
+        match self.sender.reserve().await {
+            Ok(permit) => {
+                if let Some(delta) = self.pending.take() {
+                    permit.send(Ok(response(Event::Delta(delta))));
+                }
+                self.progress = Instant::now();
+            }
+            // The client is gone: `watch` tells.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// When the client is to be given up; `None` while nothing is pending.
+    pub(crate) fn stall_deadline(&self) -> Option<Instant> {
+        self.pending
+            .as_ref()
+            .map(|_| self.progress + self.stall_timeout)
+    }
+
+    /// A handle that tells when the client is gone.
+    pub(crate) fn watch(&self) -> mpsc::Sender<Result<GenerateResponse, Status>> {
+        self.sender.clone()
+    }
+
+    /// Ends the stream well.
+    pub(crate) async fn finish(self, finished: Finished) {
+        let end = Ok(response(Event::Finished(finished)));
+        self.end(end).await;
+    }
+
+    /// Ends the stream with a fault, after what is pending.
+    pub(crate) async fn fail(self, fault: Fault) {
+        self.end(Err(fault.into())).await;
+    }
+
+    async fn end(self, end: Result<GenerateResponse, Status>) {
+        let sending = async {
+            if let Some(delta) = self.pending {
+                self.sender.send(Ok(response(Event::Delta(delta)))).await?;
+            }
+            self.sender.send(end).await
+        };
+        match tokio::time::timeout(self.stall_timeout, sending).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => tracing::info!("the client left before the end"),
+            Err(_) => tracing::warn!("the client did not take the end in time"),
+        }
+    }
+}
+
+fn response(event: Event) -> GenerateResponse {
+    GenerateResponse { event: Some(event) }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    fn delta(start: u64) -> Delta {
+        Delta {
+            start,
+            token_ids: vec![7],
+            text: "x".to_owned(),
+            logprobs: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_client_gets_merged_deltas() {
+        let (mut delivery, mut stream) = Delivery::new(Started::default(), Duration::from_secs(1));
+        for start in 0..100 {
+            delivery.add(delta(start));
+            // As in a session: flushes when there is room, goes on when not.
+            let _ = tokio::time::timeout(Duration::from_millis(1), delivery.flush()).await;
+        }
+        tokio::spawn(delivery.finish(Finished::default()));
+        let (mut messages, mut next) = (0, 0);
+        while let Some(message) = stream.next().await {
+            messages += 1;
+            if let Some(Event::Delta(delta)) = message.unwrap().event {
+                assert_eq!(delta.start, next);
+                assert_eq!(delta.text.len(), delta.token_ids.len());
+                next += delta.token_ids.len() as u64;
+            }
+        }
+        assert_eq!(next, 100);
+        assert_eq!(messages, BUFFERED_MESSAGES + 2);
+    }
+
+    #[tokio::test]
+    async fn a_stalled_client_has_a_deadline() {
+        let (mut delivery, _stream) = Delivery::new(Started::default(), Duration::ZERO);
+        assert!(delivery.stall_deadline().is_none());
+        delivery.add(delta(0));
+        assert!(delivery.stall_deadline().unwrap() <= Instant::now());
+    }
+}

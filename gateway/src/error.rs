@@ -1,0 +1,44 @@
+//! What can keep a gateway from running. Requests fail with [`specattn_proto::Fault`] instead.
+
+use std::path::PathBuf;
+
+use specattn_service::ServiceError;
+
+/// A failure to start or run the gateway. [`GatewayError::label`] gives a short name for metrics.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The tokenizer cannot be loaded.
+    #[error("cannot load the tokenizer {path}: {reason}")]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An argument is out of range.
+    #[error("{argument} {reason}")]
+    Argument {
+        /// The flag.
+        argument: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A background task died.
+    #[error("a background task died: {0}")]
+    Task(String),
+    /// Serving failed.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
+impl GatewayError {
+    /// A short stable name for metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Tokenizer { .. } => "tokenizer",
+            Self::Argument { .. } => "argument",
+            Self::Task(_) => "task",
+            Self::Service(error) => error.label(),
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Workers that do not register themselves: the gateway asks each endpoint on its lists how it is, at the pace of
+//! heartbeats, and treats the answers as heartbeats.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use specattn_proto::v1::draft_service_client::DraftServiceClient;
+use specattn_proto::v1::verify_service_client::VerifyServiceClient;
+use specattn_proto::v1::{
+    DraftStatusRequest, ModelInfo, VerifyStatusRequest, WorkerLoad, WorkerRole,
+};
+use specattn_proto::{Fault, limits};
+use specattn_service::channel;
+use tokio::time::MissedTickBehavior;
+use tonic::transport::Channel;
+
+use crate::Gateway;
+use crate::registry::WorkerId;
+
+/// Unanswered questions in a row after which a worker is gone.
+const MISSED_ANSWERS: u32 = 3;
+
+/// Longest wait for one answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Starts a task per listed endpoint; they end when the drain begins.
+pub(crate) fn watch(gateway: &Arc<Gateway>) {
+    let lists = [
+        (WorkerRole::Verify, &gateway.config.verify_endpoints),
+        (WorkerRole::Draft, &gateway.config.draft_endpoints),
+    ];
+    for (role, endpoints) in lists {
+        for endpoint in endpoints {
+            let known = KnownWorker {
+                gateway: Arc::clone(gateway),
+                role,
+                endpoint: endpoint.clone(),
+            };
+            gateway.tasks.spawn(async move {
+                let shutdown = known.gateway.shutdown.clone();
+                tokio::select! {
+                    fault = known.watch() => {
+                        tracing::error!(endpoint = known.endpoint, %fault, "cannot watch this worker");
+                    }
+                    () = shutdown.cancelled() => {}
+                }
+            });
+        }
+    }
+}
+
+struct KnownWorker {
+    gateway: Arc<Gateway>,
+    role: WorkerRole,
+    endpoint: String,
+}
+
+impl KnownWorker {
+    /// Asks again and again; ends only when the endpoint cannot be one.
+    async fn watch(&self) -> Fault {
+        let channel = match channel::connect_lazy(&self.endpoint) {
+            Ok(channel) => channel,
+            Err(fault) => return fault,
+        };
+        let mut member: Option<WorkerId> = None;
+        let mut missed = 0;
+        let mut ticks = tokio::time::interval(self.gateway.config.heartbeat_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask(self.role, channel.clone()));
+            let answer = match asked.await {
+                Ok(answer) => answer,
+                Err(_) => Err(Fault::DeadlineExceeded("no answer".to_owned())),
+            };
+            let taken = answer.and_then(|(model, load)| self.take(&mut member, model, load));
+            match taken {
+                Ok(()) => missed = 0,
+                Err(fault) => {
+                    missed += 1;
+                    tracing::debug!(endpoint = self.endpoint, missed, %fault, "no word of a listed worker");
+                    if missed == MISSED_ANSWERS {
+                        tracing::warn!(endpoint = self.endpoint, %fault, "listed worker is not there");
+                        if let Some(id) = member.take() {
+                            self.gateway.registry.remove(id, "does not answer");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Treats an answer as a heartbeat, or as a registration when the worker is not known (any more).
+    fn take(
+        &self,
+        member: &mut Option<WorkerId>,
+        model: Option<ModelInfo>,
+        load: WorkerLoad,
+    ) -> Result<(), Fault> {
+        let registry = &self.gateway.registry;
+        if member.is_some_and(|id| registry.report(id, load)) {
+            return Ok(());
+        }
+        *member = None;
+        // It may have registered by itself as well: its own word is fresher.
+        if !registry.knows(self.role, &self.endpoint) {
+            *member = Some(registry.add(self.role, self.endpoint.clone(), model, load)?);
+        }
+        Ok(())
+    }
+}
+
+async fn ask(role: WorkerRole, channel: Channel) -> Result<(Option<ModelInfo>, WorkerLoad), Fault> {
+    let status = |status: tonic::Status| Fault::from_status(&status);
+    let most = limits::MAX_SMALL_MESSAGE_BYTES;
+    let (model, load) = if role == WorkerRole::Draft {
+        let mut client = DraftServiceClient::new(channel).max_decoding_message_size(most);
+        let answer = client.draft_status(DraftStatusRequest {}).await;
+        let answer = answer.map_err(status)?.into_inner();
+        (answer.model, answer.load)
+    } else {
+        let mut client = VerifyServiceClient::new(channel).max_decoding_message_size(most);
+        let answer = client.verify_status(VerifyStatusRequest {}).await;
+        let answer = answer.map_err(status)?.into_inner();
+        (answer.model, answer.load)
+    };
+    Ok((model, load.unwrap_or_default()))
+}

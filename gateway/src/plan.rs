@@ -1,0 +1,120 @@
+//! [`Plan`]: a client's request, checked and with every default filled in.
+
+use std::time::Duration;
+
+use specattn_proto::v1::{self, generate_request::Prompt};
+use specattn_proto::validate::{self, CheckedLimits, CheckedMaskPolicy, CheckedSampling, Invalid};
+use specattn_proto::{Fault, SessionId, limits};
+
+use crate::args::Config;
+use crate::tokenizer::Tokenizer;
+
+/// What a session is to do.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// Unchecked against any model: that waits for the choice of a verify worker.
+    pub(crate) prompt: Vec<u32>,
+    /// The seed is present.
+    pub(crate) sampling: CheckedSampling,
+    pub(crate) seed: u64,
+    pub(crate) limits: CheckedLimits,
+    pub(crate) mode: v1::Mode,
+    pub(crate) draft_length: u32,
+    pub(crate) mask: CheckedMaskPolicy,
+    pub(crate) stops: Vec<String>,
+    /// From arrival.
+    pub(crate) deadline: Option<Duration>,
+}
+
+impl Plan {
+    /// Checks a request. Tokenizing takes a while for long prompts: call where blocking is allowed.
+    ///
+    /// # Errors
+    /// [`Fault::InvalidArgument`].
+    pub(crate) fn check(
+        request: v1::GenerateRequest,
+        tokenizer: &Tokenizer,
+        vocab_size: usize,
+        config: &Config,
+    ) -> Result<Self, Fault> {
+        let mode = validate::mode(request.mode)?;
+        validate::stop_strings(&request.stop)?;
+        let mut sampling = validate::sampling(request.sampling.as_ref(), vocab_size)?;
+        let seed = sampling.seed.unwrap_or_else(rand::random);
+        sampling.seed = Some(seed);
+        let draft_length = request.draft.and_then(|draft| draft.draft_length);
+        Ok(Self {
+            sampling,
+            seed,
+            limits: validate::session_limits(request.limits.as_ref(), vocab_size)?,
+            mode,
+            draft_length: validate::draft_length(draft_length.unwrap_or(config.draft_length))?,
+            mask: validate::mask_policy(request.mask.as_ref(), config.mask)?,
+            stops: request.stop,
+            deadline: request
+                .deadline_ms
+                .map(|ms| Duration::from_millis(ms).min(limits::MAX_DEADLINE)),
+            prompt: prompt_tokens(request.prompt, tokenizer)?,
+        })
+    }
+
+    /// Whether a model of this shape can take the session.
+    pub(crate) fn fits(&self, model: &v1::ModelInfo) -> Result<(), Invalid> {
+        validate::session_tokens(
+            &self.prompt,
+            model.vocab_size as usize,
+            model.max_context as usize,
+        )
+    }
+
+    /// Most tokens the session may come to hold on a model, prompt included.
+    pub(crate) fn max_tokens_total(&self, model: &v1::ModelInfo) -> usize {
+        let context = model.max_context as usize;
+        match self.limits.max_tokens {
+            Some(most) => context.min(self.prompt.len() + most as usize),
+            None => context,
+        }
+    }
+
+    /// Tokens that end the session on a model without showing.
+    pub(crate) fn stop_tokens(&self, model: &v1::ModelInfo) -> Vec<u32> {
+        let mut tokens = self.limits.stop_token_ids.clone();
+        if !self.limits.ignore_eos {
+            tokens.extend(&model.eos_token_ids);
+        }
+        tokens
+    }
+
+    /// What to ask of a verify worker.
+    pub(crate) fn open_request(&self, id: SessionId) -> v1::OpenRequest {
+        v1::OpenRequest {
+            session_id: id.to_string(),
+            token_ids: self.prompt.clone(),
+            // Prompts are bounded far below 2^32 tokens by the message size.
+            prompt_tokens: self.prompt.len() as u32,
+            sampling: Some((&self.sampling).into()),
+            limits: Some((&self.limits).into()),
+            mode: self.mode.into(),
+            mask: Some(self.mask.into()),
+            draft_length: self.draft_length,
+        }
+    }
+}
+
+fn prompt_tokens(prompt: Option<Prompt>, tokenizer: &Tokenizer) -> Result<Vec<u32>, Fault> {
+    let empty = || Invalid::new("prompt", "is empty");
+    match prompt.ok_or_else(empty)? {
+        Prompt::Text(text) => {
+            if text.is_empty() {
+                return Err(empty().into());
+            }
+            if text.len() > limits::MAX_PROMPT_BYTES {
+                let reason = format!("is longer than {} bytes", limits::MAX_PROMPT_BYTES);
+                return Err(Invalid::new("prompt", reason).into());
+            }
+            tokenizer.encode(&text)
+        }
+        Prompt::TokenIds(tokens) if tokens.ids.is_empty() => Err(empty().into()),
+        Prompt::TokenIds(tokens) => Ok(tokens.ids),
+    }
+}
