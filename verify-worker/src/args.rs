@@ -1,0 +1,95 @@
+//! The command line, and the checked configuration made of it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser};
+use specattn_service::ServiceError;
+use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
+use specattn_service::server::ServerConfig;
+use specattn_worker::args::{ModelArgs, ModelConfig};
+
+/// SpecAttn verify worker: runs the target model and decides what is committed
+#[derive(Debug, Clone, Parser)]
+#[command(name = "specattn-verify", version)]
+pub struct Args {
+    /// The target model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Drafts and masks.
+    #[command(flatten)]
+    pub speculation: SpeculationArgs,
+    /// Where to listen.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Where to register.
+    #[command(flatten)]
+    pub registration: RegistrationArgs,
+    /// What to log.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// How drafts are waited for and where the layer map is.
+#[derive(Debug, Clone, ClapArgs)]
+#[command(next_help_heading = "Speculation")]
+pub struct SpeculationArgs {
+    /// Milliseconds a session waits for its draft's next proposal before it goes on alone
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    pub draft_timeout_ms: u64,
+
+    /// Calibrated layer map [default: alignment.json in the model folder, if there is one]
+    #[arg(long, value_name = "FILE")]
+    pub alignment: Option<PathBuf>,
+}
+
+/// A verify worker's configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The target model.
+    pub model: ModelConfig,
+    /// How long a session waits for its draft's next proposal.
+    pub draft_timeout: Duration,
+    /// The layer map's file; `None` looks for it in the model folder.
+    pub alignment: Option<PathBuf>,
+    /// The server.
+    pub server: ServerConfig,
+    /// The gateway to register with.
+    pub gateway: Option<String>,
+}
+
+impl Args {
+    /// Checks the arguments.
+    ///
+    /// # Errors
+    /// [`ServiceError::Argument`] names the one that is out of range.
+    pub fn config(&self) -> Result<Config, ServiceError> {
+        Ok(Config {
+            model: self.model.config()?,
+            draft_timeout: Duration::from_millis(self.speculation.draft_timeout_ms),
+            alignment: self.speculation.alignment.clone(),
+            server: self.server.config()?,
+            gateway: self.registration.config()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use specattn_service::args::{Service, command, parse_from};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        command::<Args>(Service::Verify).debug_assert();
+        let args: Args = parse_from(
+            Service::Verify,
+            ["x", "--model", "m", "--draft-timeout-ms", "7"],
+        )
+        .unwrap();
+        let config = args.config().unwrap();
+        assert_eq!(config.draft_timeout, Duration::from_millis(7));
+        assert!(config.gateway.is_none());
+    }
+}

@@ -1,0 +1,308 @@
+//! [`DraftLink`]: one draft worker's link to one session, as the engine thread sees it.
+//!
+//! The link puts split proposals together, drops re-sends, keeps what is judged next in order, and knows how far the
+//! draft has been told. Invariant: `told` never exceeds the session's committed tokens, and every message to the draft
+//! continues where the last one ended. Proposals are a stranger's word: whether they fit the session's epoch, base and
+//! pending token is for the session to say when it comes to judge them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use specattn_engine::sampling::{DraftToken, SparseDistribution};
+use specattn_proto::Fault;
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::events::Ending;
+use crate::masks::MaskReader;
+use crate::trust::Trust;
+
+/// Whole proposals that may wait for judgement; a pipelining draft needs two.
+const MAX_WAITING: usize = 4;
+
+/// Names a link among all of the worker's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LinkId(pub(crate) u64);
+
+/// One message to a draft worker.
+#[derive(Debug, PartialEq)]
+pub(crate) enum LinkEvent {
+    /// The link stands.
+    Welcome(Box<Welcome>),
+    /// An answer, or progress made alone.
+    Verdict(Verdict),
+    /// The session is over; the stream ends.
+    Closed(Ending),
+    /// The stream ends with this status; the session goes on.
+    Failed(Fault),
+}
+
+/// What a draft must know of a session.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Welcome {
+    pub(crate) epoch: u64,
+    /// Index of the first of `tokens`.
+    pub(crate) start: usize,
+    /// Committed tokens the draft lacked.
+    pub(crate) tokens: Vec<u32>,
+    /// Attention sources in use; empty when the session takes no masks.
+    pub(crate) sources: Vec<specattn_mask::Source>,
+    pub(crate) draft_length: usize,
+    pub(crate) policy: specattn_mask::MaskPolicy,
+    /// The session's rule, with the draft's seed.
+    pub(crate) sampling: specattn_engine::sampling::SamplingParams,
+    pub(crate) prompt_tokens: usize,
+}
+
+/// See the .proto file's `Verdict`.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    pub(crate) epoch: u64,
+    pub(crate) base: usize,
+    pub(crate) accepted: usize,
+    pub(crate) next_tokens: Vec<u32>,
+    pub(crate) judged: bool,
+    pub(crate) need_full_mask: bool,
+}
+
+/// One proposal message, checked against the wire's limits only.
+#[derive(Debug)]
+pub(crate) struct ProposalPart {
+    pub(crate) epoch: u64,
+    pub(crate) base: u64,
+    pub(crate) sequence: u64,
+    pub(crate) pending_token: u32,
+    pub(crate) offset: usize,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) q: Vec<SparseDistribution>,
+    pub(crate) mask: Vec<u8>,
+    pub(crate) last: bool,
+}
+
+/// A proposal, put together.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Proposal {
+    pub(crate) epoch: u64,
+    pub(crate) base: u64,
+    pub(crate) pending_token: u32,
+    pub(crate) draft: Vec<DraftToken>,
+    pub(crate) mask: Vec<u8>,
+}
+
+/// What a session allows its draft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Most tokens per round.
+    pub(crate) draft_length: usize,
+    /// Tokens come without q.
+    pub(crate) greedy: bool,
+}
+
+/// The engine's end of a link.
+#[derive(Debug)]
+pub(crate) struct DraftLink {
+    id: LinkId,
+    terms: Terms,
+    sender: mpsc::Sender<LinkEvent>,
+    /// Room for messages under way; closed with the link, which ends its reader.
+    slots: Arc<Semaphore>,
+    /// Committed tokens the draft has been told of.
+    told: usize,
+    /// The highest sequence number seen.
+    sequence: u64,
+    partial: Option<Proposal>,
+    waiting: VecDeque<Proposal>,
+    /// How long to wait for the draft.
+    pub(crate) trust: Trust,
+    /// Decodes masks, in sessions that take any.
+    pub(crate) masks: Option<MaskReader>,
+    /// A mask could not be decoded since the last verdict.
+    pub(crate) need_full_mask: bool,
+}
+
+/// What a link is made of.
+#[derive(Debug)]
+pub(crate) struct NewLink {
+    pub(crate) id: LinkId,
+    pub(crate) sender: mpsc::Sender<LinkEvent>,
+    pub(crate) slots: Arc<Semaphore>,
+    pub(crate) timeout: Duration,
+}
+
+impl DraftLink {
+    /// A link whose draft knows `told` committed tokens.
+    pub(crate) fn new(new: NewLink, terms: Terms, masks: Option<MaskReader>, told: usize) -> Self {
+        Self {
+            id: new.id,
+            terms,
+            sender: new.sender,
+            slots: new.slots,
+            told,
+            sequence: 0,
+            partial: None,
+            waiting: VecDeque::new(),
+            trust: Trust::new(new.timeout),
+            masks,
+            need_full_mask: false,
+        }
+    }
+
+    /// The link's name.
+    pub(crate) fn id(&self) -> LinkId {
+        self.id
+    }
+
+    /// Whether the draft has been told of all of `committed` tokens.
+    pub(crate) fn knows_all(&self, committed: usize) -> bool {
+        self.told == committed
+    }
+
+    /// Takes a proposal message.
+    ///
+    /// # Errors
+    /// [`Fault::InvalidArgument`] for a malformed one, [`Fault::ResourceExhausted`] for too many at a time: the link must
+    /// be closed.
+    pub(crate) fn receive(&mut self, part: ProposalPart) -> Result<(), Fault> {
+        if part.sequence <= self.sequence {
+            return Ok(());
+        }
+        self.sequence = part.sequence;
+        let last = part.last;
+        let proposal = self.assemble(part)?;
+        if !last {
+            self.partial = Some(proposal);
+            return Ok(());
+        }
+        if proposal.draft.is_empty() {
+            return Err(invalid("a proposal without tokens"));
+        }
+        if self.waiting.len() == MAX_WAITING {
+            return Err(Fault::exhausted("too many proposals at a time"));
+        }
+        self.waiting.push_back(proposal);
+        self.trust.proposal_arrived();
+        Ok(())
+    }
+
+    /// Joins a message to the round it continues, or begins one.
+    fn assemble(&mut self, part: ProposalPart) -> Result<Proposal, Fault> {
+        let greedy = self.terms.greedy;
+        if part.q.len() != if greedy { 0 } else { part.tokens.len() } {
+            return Err(invalid(
+                "q must be there for every token, or in a greedy session for none",
+            ));
+        }
+        if !part.mask.is_empty() && (self.masks.is_none() || !part.last) {
+            return Err(invalid(
+                "a mask belongs to a round's last message, in a mode that takes masks",
+            ));
+        }
+        let mut proposal = match self.partial.take() {
+            Some(begun) if part.offset > 0 => begun,
+            _ => Proposal {
+                epoch: part.epoch,
+                base: part.base,
+                pending_token: part.pending_token,
+                draft: Vec::with_capacity(part.tokens.len()),
+                mask: Vec::new(),
+            },
+        };
+        let header = (proposal.epoch, proposal.base, proposal.pending_token);
+        if header != (part.epoch, part.base, part.pending_token)
+            || part.offset != proposal.draft.len()
+        {
+            return Err(invalid("a proposal's messages must continue each other"));
+        }
+        if proposal.draft.len() + part.tokens.len() > self.terms.draft_length {
+            return Err(invalid(
+                "more draft tokens than the session takes in a round",
+            ));
+        }
+        let mut q = part.q.into_iter();
+        let tokens = part.tokens.into_iter();
+        proposal
+            .draft
+            .extend(tokens.map(|token| DraftToken { token, q: q.next() }));
+        proposal.mask = part.mask;
+        Ok(proposal)
+    }
+
+    /// The next proposal to judge, in the order of arrival.
+    pub(crate) fn next_proposal(&mut self) -> Option<Proposal> {
+        self.waiting.pop_front()
+    }
+
+    /// Answers a proposal that was judged, when `accepted` of its tokens and `next_token` were committed.
+    ///
+    /// # Errors
+    /// Gives the link up when the draft does not take the message.
+    pub(crate) fn judge(
+        &mut self,
+        epoch: u64,
+        accepted: usize,
+        next_token: u32,
+    ) -> Result<(), Fault> {
+        let verdict = Verdict {
+            epoch,
+            base: self.told,
+            accepted,
+            next_tokens: vec![next_token],
+            judged: true,
+            need_full_mask: std::mem::take(&mut self.need_full_mask),
+        };
+        self.told += accepted + 1;
+        self.trust.judged();
+        self.send(LinkEvent::Verdict(verdict))
+    }
+
+    /// Answers a stale proposal, or tells of progress made alone: every committed token the draft has not been told.
+    ///
+    /// A draft that is busy gets the news with a later message.
+    ///
+    /// # Errors
+    /// Gives the link up when the draft is gone.
+    pub(crate) fn catch_up(&mut self, epoch: u64, committed: &[u32]) -> Result<(), Fault> {
+        match self.sender.try_reserve() {
+            Ok(room) => room.send(LinkEvent::Verdict(Verdict {
+                epoch,
+                base: self.told,
+                accepted: 0,
+                next_tokens: committed[self.told..].to_vec(),
+                judged: false,
+                need_full_mask: std::mem::take(&mut self.need_full_mask),
+            })),
+            Err(mpsc::error::TrySendError::Full(())) => return Ok(()),
+            Err(mpsc::error::TrySendError::Closed(())) => return Err(gone()),
+        }
+        self.told = committed.len();
+        Ok(())
+    }
+
+    /// Sends a message that must not be missed.
+    ///
+    /// # Errors
+    /// Gives the link up when the draft is gone or does not read.
+    pub(crate) fn send(&self, event: LinkEvent) -> Result<(), Fault> {
+        self.sender.try_send(event).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Fault::exhausted("the draft does not read"),
+            mpsc::error::TrySendError::Closed(_) => gone(),
+        })
+    }
+}
+
+impl Drop for DraftLink {
+    fn drop(&mut self) {
+        self.slots.close();
+    }
+}
+
+fn invalid(reason: &str) -> Fault {
+    Fault::InvalidArgument(reason.to_owned())
+}
+
+fn gone() -> Fault {
+    Fault::Unavailable("the draft is gone".to_owned())
+}
+
+#[cfg(test)]
+mod tests;

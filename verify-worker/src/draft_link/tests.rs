@@ -1,0 +1,139 @@
+use super::*;
+
+fn link(greedy: bool) -> (DraftLink, mpsc::Receiver<LinkEvent>) {
+    let (sender, receiver) = mpsc::channel(2);
+    let new = NewLink {
+        id: LinkId(1),
+        sender,
+        slots: Arc::new(Semaphore::new(1)),
+        timeout: Duration::from_millis(10),
+    };
+    let terms = Terms {
+        draft_length: 4,
+        greedy,
+    };
+    (DraftLink::new(new, terms, None, 3), receiver)
+}
+
+fn part(sequence: u64, offset: usize, tokens: &[u32], last: bool) -> ProposalPart {
+    ProposalPart {
+        epoch: 0,
+        base: 3,
+        sequence,
+        pending_token: 9,
+        offset,
+        tokens: tokens.to_vec(),
+        q: Vec::new(),
+        mask: Vec::new(),
+        last,
+    }
+}
+
+fn tokens(proposal: Option<Proposal>) -> Option<Vec<u32>> {
+    proposal.map(|p| p.draft.iter().map(|d| d.token).collect())
+}
+
+#[test]
+fn split_proposals_are_put_together_and_re_sends_dropped() {
+    let (mut link, _receiver) = link(true);
+    link.receive(part(1, 0, &[1, 2], false)).unwrap();
+    assert_eq!(link.next_proposal(), None);
+    link.receive(part(1, 0, &[1, 2], false)).unwrap();
+    link.receive(part(2, 2, &[3], true)).unwrap();
+    link.receive(part(2, 2, &[3], true)).unwrap();
+    assert_eq!(tokens(link.next_proposal()), Some(vec![1, 2, 3]));
+    assert_eq!(link.next_proposal(), None);
+    // A round that begins anew forgets the one begun before.
+    link.receive(part(3, 0, &[7], false)).unwrap();
+    link.receive(part(4, 0, &[8], true)).unwrap();
+    assert_eq!(tokens(link.next_proposal()), Some(vec![8]));
+}
+
+#[test]
+fn malformed_proposals_are_refused() {
+    let cases: [(&str, ProposalPart); 7] = [
+        ("empty", part(1, 0, &[], true)),
+        ("long", part(1, 0, &[1; 5], true)),
+        ("offset", part(1, 1, &[1], true)),
+        ("far offset", part(1, usize::MAX, &[1], true)),
+        (
+            "mask",
+            ProposalPart {
+                mask: vec![1],
+                ..part(1, 0, &[1], true)
+            },
+        ),
+        (
+            "mask early",
+            ProposalPart {
+                mask: vec![1],
+                ..part(1, 0, &[1], false)
+            },
+        ),
+        (
+            "q",
+            ProposalPart {
+                q: vec![SparseDistribution::default()],
+                ..part(1, 0, &[1], true)
+            },
+        ),
+    ];
+    for (name, bad) in cases {
+        let (mut link, _receiver) = link(true);
+        let fault = link.receive(bad).unwrap_err();
+        assert_eq!(fault.label(), "invalid_argument", "{name}");
+    }
+    let (mut sampled, _receiver) = link(false);
+    assert!(sampled.receive(part(1, 0, &[1], true)).is_err());
+    let (mut split, _receiver) = link(true);
+    split.receive(part(1, 0, &[1], false)).unwrap();
+    let other = ProposalPart {
+        base: 4,
+        ..part(2, 1, &[1], true)
+    };
+    assert!(split.receive(other).is_err());
+}
+
+#[test]
+fn few_proposals_may_wait() {
+    let (mut link, _receiver) = link(true);
+    for sequence in 1..=MAX_WAITING as u64 {
+        link.receive(part(sequence, 0, &[1], true)).unwrap();
+    }
+    let fault = link.receive(part(99, 0, &[1], true)).unwrap_err();
+    assert_eq!(fault.label(), "resource_exhausted");
+}
+
+#[test]
+fn a_busy_draft_is_told_later_and_all() {
+    let (mut link, mut receiver) = link(true);
+    let committed: Vec<u32> = (0..10).collect();
+    for n in 4..=7 {
+        link.catch_up(5, &committed[..n]).unwrap();
+    }
+    let told = |event| match event {
+        LinkEvent::Verdict(v) => (v.base, v.next_tokens),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told(receiver.try_recv().unwrap()), (3, vec![3]));
+    assert_eq!(told(receiver.try_recv().unwrap()), (4, vec![4]));
+    // The channel was full for the next two: both come with the one after.
+    link.catch_up(5, &committed[..8]).unwrap();
+    assert_eq!(told(receiver.try_recv().unwrap()), (5, vec![5, 6, 7]));
+    link.judge(5, 1, 9).unwrap();
+    assert_eq!(told(receiver.try_recv().unwrap()), (8, vec![9]));
+    assert_eq!(link.told, 10);
+    drop(receiver);
+    assert_eq!(
+        link.catch_up(5, &committed).unwrap_err().label(),
+        "unavailable"
+    );
+}
+
+#[test]
+fn the_end_of_a_link_ends_its_reader() {
+    let (link, _receiver) = link(true);
+    let slots = Arc::clone(&link.slots);
+    drop(link);
+    assert!(slots.is_closed());
+}

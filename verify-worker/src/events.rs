@@ -1,0 +1,261 @@
+//! What a session tells its gateway: [`Outbox`], the engine's end, and [`Events`], the stream's.
+//!
+//! There is no queue between them but the committed tokens themselves: the engine appends, the stream takes all there
+//! is. So the engine never waits for a slow reader, nothing is lost, and memory is bounded by the session's length.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use specattn_engine::sampling::TokenLogprobs;
+use specattn_proto::Fault;
+use specattn_proto::v1::FinishReason;
+use tokio_stream::Stream;
+
+use crate::stats::Stats;
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// A stop token was committed.
+    Stop,
+    /// The token limit or the context's end was reached.
+    Length,
+    /// The client gave up.
+    Cancelled,
+    /// The client's deadline passed.
+    Deadline,
+    /// The worker or its gateway failed.
+    Error,
+}
+
+impl From<Ending> for FinishReason {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Stop => Self::Stop,
+            Ending::Length => Self::Length,
+            Ending::Cancelled => Self::Cancelled,
+            Ending::Deadline => Self::Deadline,
+            Ending::Error => Self::Error,
+        }
+    }
+}
+
+/// One event of the stream.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Event {
+    /// The session exists.
+    Opened,
+    /// Tokens from index `start` on are committed.
+    Committed {
+        start: usize,
+        tokens: Vec<u32>,
+        /// One per token when asked for, else empty.
+        logprobs: Vec<TokenLogprobs>,
+    },
+    /// The session is over.
+    Finished { ending: Ending, stats: Stats },
+    /// The stream's last word when the session failed.
+    Failed(Fault),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    opened: bool,
+    /// Index of the first token not yet taken by the stream.
+    start: usize,
+    tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+    /// How the session ended, until the stream has told.
+    end: Option<(Ending, Stats)>,
+    failure: Option<Fault>,
+    /// No more will come.
+    closed: bool,
+    /// The stream is gone.
+    abandoned: bool,
+    waker: Option<Waker>,
+}
+
+type Shared = Arc<Mutex<State>>;
+
+fn lock(shared: &Shared) -> MutexGuard<'_, State> {
+    // No code panics while holding the lock; if one did, the state would still be a valid one.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The two ends for a session that holds `start` tokens. `on_abandoned` runs when the stream is dropped.
+pub(crate) fn channel(
+    start: usize,
+    on_abandoned: impl FnOnce() + Send + 'static,
+) -> (Outbox, Events) {
+    let shared = Arc::new(Mutex::new(State {
+        start,
+        ..State::default()
+    }));
+    let events = Events {
+        shared: Arc::clone(&shared),
+        on_abandoned: Some(Box::new(on_abandoned)),
+    };
+    (Outbox { shared }, events)
+}
+
+/// The engine's end. Dropped without an end, it reports a failure.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    shared: Shared,
+}
+
+impl Outbox {
+    /// Tells of committed tokens, and of their log-probabilities where the session reports them.
+    pub(crate) fn commit(&self, tokens: &[u32], logprobs: Vec<TokenLogprobs>) {
+        self.change(|state| {
+            state.tokens.extend_from_slice(tokens);
+            state.logprobs.extend(logprobs);
+        });
+    }
+
+    /// Tells how the session ended.
+    pub(crate) fn finish(self, ending: Ending, stats: Stats, failure: Option<Fault>) {
+        self.change(|state| {
+            state.end = Some((ending, stats));
+            state.failure = failure;
+            state.closed = true;
+        });
+    }
+
+    /// Whether nobody listens any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        lock(&self.shared).abandoned
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let waker = {
+            let mut state = lock(&self.shared);
+            change(&mut state);
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        if !lock(&self.shared).closed {
+            self.change(|state| {
+                state.failure = Some(Fault::Internal("the session was dropped".to_owned()));
+                state.closed = true;
+            });
+        }
+    }
+}
+
+/// The stream's end. Dropping it abandons the session.
+pub(crate) struct Events {
+    shared: Shared,
+    on_abandoned: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl State {
+    fn next(&mut self) -> Option<Event> {
+        if !self.opened {
+            self.opened = true;
+            return Some(Event::Opened);
+        }
+        if !self.tokens.is_empty() {
+            let tokens = std::mem::take(&mut self.tokens);
+            let start = self.start;
+            self.start += tokens.len();
+            return Some(Event::Committed {
+                start,
+                tokens,
+                logprobs: std::mem::take(&mut self.logprobs),
+            });
+        }
+        if let Some((ending, stats)) = self.end.take() {
+            return Some(Event::Finished { ending, stats });
+        }
+        self.failure.take().map(Event::Failed)
+    }
+}
+
+impl Stream for Events {
+    type Item = Event;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        let mut state = lock(&self.shared);
+        match state.next() {
+            Some(event) => Poll::Ready(Some(event)),
+            None if state.closed => Poll::Ready(None),
+            None => {
+                state.waker = Some(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        lock(&self.shared).abandoned = true;
+        if let Some(on_abandoned) = self.on_abandoned.take() {
+            on_abandoned();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn commits_are_joined_and_indexed() {
+        let (outbox, mut events) = channel(3, || {});
+        assert_eq!(events.next().await, Some(Event::Opened));
+        outbox.commit(&[7], Vec::new());
+        outbox.commit(&[8, 9], Vec::new());
+        let committed = |start, tokens: &[u32]| Event::Committed {
+            start,
+            tokens: tokens.to_vec(),
+            logprobs: Vec::new(),
+        };
+        assert_eq!(events.next().await, Some(committed(3, &[7, 8, 9])));
+        outbox.commit(&[1], Vec::new());
+        outbox.finish(Ending::Stop, Stats::default(), None);
+        assert_eq!(events.next().await, Some(committed(6, &[1])));
+        let end = Event::Finished {
+            ending: Ending::Stop,
+            stats: Stats::default(),
+        };
+        assert_eq!(events.next().await, Some(end));
+        assert_eq!(events.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_waiting_stream_is_woken() {
+        let (outbox, mut events) = channel(0, || {});
+        events.next().await;
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            outbox.commit(&[1], Vec::new());
+            outbox
+        });
+        assert!(matches!(events.next().await, Some(Event::Committed { .. })));
+        drop(writer.join().unwrap());
+        assert!(matches!(events.next().await, Some(Event::Failed(_))));
+        assert_eq!(events.next().await, None);
+    }
+
+    #[test]
+    fn dropping_the_stream_is_noticed() {
+        let told = Arc::new(Mutex::new(false));
+        let seen = Arc::clone(&told);
+        let (outbox, events) = channel(0, move || *seen.lock().unwrap() = true);
+        assert!(!outbox.is_abandoned());
+        drop(events);
+        assert!(outbox.is_abandoned() && *told.lock().unwrap());
+    }
+}

@@ -1,0 +1,22 @@
+//! The verify worker: the target model, its KV cache, acceptance and sampling, and the truth about what is committed.
+//!
+//! `service` is the gRPC edge; it talks to `engine_loop`, the one thread that owns the model and every `session`.
+//! A session's `draft_link` holds what a draft worker sent and was told, its `events` what the gateway is told. Draft
+//! workers are untrusted: whatever they send, a dense session's tokens are the target's own.
+#![forbid(unsafe_code)]
+
+pub mod args;
+mod draft_link;
+mod engine_loop;
+mod events;
+mod masks;
+mod service;
+mod session;
+mod stats;
+mod trust;
+mod wire;
+mod worker;
+
+pub use args::{Args, Config};
+pub use specattn_worker::WorkerError;
+pub use worker::Worker;

@@ -1,0 +1,92 @@
+//! [`Worker`]: a loaded target model, ready to serve.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use specattn_engine::Model;
+use specattn_proto::limits;
+use specattn_proto::v1::verify_service_server::VerifyServiceServer;
+use specattn_proto::v1::{ModelInfo, WorkerRole};
+use specattn_service::server::Server;
+use specattn_worker::host::Host;
+use specattn_worker::{EngineThread, LoadGauge, WorkerError, convert, inbox};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::Config;
+use crate::engine_loop::{EngineLoop, INBOX_CAPACITY};
+use crate::masks::LayerMaps;
+use crate::service::Service;
+
+/// A verify worker that holds its model and does not serve yet.
+#[derive(Debug)]
+pub struct Worker {
+    config: Config,
+    model: Model,
+    maps: LayerMaps,
+}
+
+impl Worker {
+    /// Loads the target model and its layer map. `progress` hears (bytes done, bytes in all).
+    ///
+    /// # Errors
+    /// [`WorkerError::Model`], [`WorkerError::LayerMap`].
+    pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
+        let model = Model::load(&config.model.folder, &config.model.options, progress)?;
+        let alignment = config.alignment.as_deref();
+        let maps = LayerMaps::load(model.config(), alignment, &config.model.folder)?;
+        Ok(Self {
+            config,
+            model,
+            maps,
+        })
+    }
+
+    /// What the target model is.
+    pub fn model_info(&self) -> ModelInfo {
+        convert::model_info(self.model.config())
+    }
+
+    /// Serves on `listener` until `shutdown` is cancelled and running sessions have ended or the grace period has.
+    ///
+    /// # Errors
+    /// [`WorkerError`] when the worker cannot go on.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+    ) -> Result<(), WorkerError> {
+        let Self {
+            config,
+            model,
+            maps,
+        } = self;
+        let load = LoadGauge::new(model.block_pool(), config.model.max_sessions);
+        let load = Arc::new(load);
+        let (commands, inbox) = inbox::channel(INBOX_CAPACITY);
+        let service = Service {
+            commands,
+            model: model.config().clone(),
+            maps,
+            load: Arc::clone(&load),
+            draining: shutdown.clone(),
+            links: AtomicU64::new(0),
+        };
+        let info = convert::model_info(model.config());
+        let engine_loop = EngineLoop::new(model, inbox, Arc::clone(&load), config.draft_timeout);
+        let host = Host {
+            role: WorkerRole::Verify,
+            server: config.server,
+            gateway: config.gateway,
+            model: info,
+            load,
+            engine: EngineThread::start(move || engine_loop.run())?,
+        };
+        // Open carries a session's tokens, and Welcome tells a draft of them.
+        let service = VerifyServiceServer::new(service)
+            .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES);
+        host.serve(Server::new().with(service), listener, shutdown)
+            .await
+    }
+}

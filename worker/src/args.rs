@@ -1,0 +1,139 @@
+//! [`ModelArgs`]: which model a worker runs, and with how much memory.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use specattn_engine::{DType, LoadOptions};
+use specattn_service::ServiceError;
+
+/// Most sessions a worker may be told to take.
+const MAX_SESSIONS: u32 = 65_536;
+
+/// Number type of stored KV entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvType {
+    /// 32-bit float
+    F32,
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+}
+
+impl From<KvType> for DType {
+    fn from(kv_type: KvType) -> Self {
+        match kv_type {
+            KvType::F32 => Self::F32,
+            KvType::Bf16 => Self::Bf16,
+            KvType::F16 => Self::F16,
+        }
+    }
+}
+
+/// The model, its memory, its threads, its sessions.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Checkpoint folder in the Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// Memory for the KV cache, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub kv_cache_mib: usize,
+
+    /// Number type of KV entries; f32 keeps greedy output equal to a float32 reference
+    #[arg(long, value_enum, default_value_t = KvType::F32)]
+    pub kv_type: KvType,
+
+    /// Threads of the engine; 0 takes all cores
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+
+    /// Most sessions at a time
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_sessions: u32,
+}
+
+/// [`ModelArgs`], checked.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    /// Checkpoint folder.
+    pub folder: PathBuf,
+    /// Memory and threads.
+    pub options: LoadOptions,
+    /// Most sessions at a time, at least 1.
+    pub max_sessions: u32,
+}
+
+impl ModelArgs {
+    /// The checked configuration of the model.
+    ///
+    /// # Errors
+    /// [`ServiceError::Argument`] names the argument that is out of range.
+    pub fn config(&self) -> Result<ModelConfig, ServiceError> {
+        let refuse = |argument, reason: &str| {
+            Err(ServiceError::Argument {
+                argument,
+                reason: reason.to_owned(),
+            })
+        };
+        let Some(kv_cache_bytes) = self.kv_cache_mib.checked_mul(1 << 20).filter(|&b| b > 0) else {
+            return refuse("--kv-cache-mib", "must be positive and addressable");
+        };
+        if !(1..=MAX_SESSIONS).contains(&self.max_sessions) {
+            return refuse("--max-sessions", "must be from 1 to 65,536");
+        }
+        Ok(ModelConfig {
+            folder: self.model.clone(),
+            options: LoadOptions {
+                kv_cache_bytes,
+                threads: self.threads,
+                kv_dtype: self.kv_type.into(),
+            },
+            max_sessions: self.max_sessions,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> ModelArgs {
+        ModelArgs {
+            model: "somewhere".into(),
+            kv_cache_mib: 64,
+            kv_type: KvType::Bf16,
+            threads: 1,
+            max_sessions: 2,
+        }
+    }
+
+    #[test]
+    fn sizes_become_bytes() {
+        let config = args().config().unwrap();
+        assert_eq!(config.options.kv_cache_bytes, 64 << 20);
+        assert_eq!(config.options.kv_dtype, DType::Bf16);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        for bad in [
+            ModelArgs {
+                kv_cache_mib: 0,
+                ..args()
+            },
+            ModelArgs {
+                kv_cache_mib: usize::MAX,
+                ..args()
+            },
+            ModelArgs {
+                max_sessions: 0,
+                ..args()
+            },
+        ] {
+            assert_eq!(bad.config().unwrap_err().label(), "argument");
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! What the draft worker and the verify worker share: model arguments, the engine thread and its inbox, the load report
+//! and the frame in which a worker serves.
+//!
+//! A worker is one engine thread that owns a model and all session state, and a gRPC edge that talks to it through one
+//! bounded [`inbox`]. Blocking engine work never runs on the edge's threads, and the edge never touches a model.
+
+pub mod args;
+pub mod convert;
+pub mod engine_thread;
+mod error;
+pub mod host;
+pub mod inbox;
+mod load;
+
+pub use engine_thread::EngineThread;
+pub use error::WorkerError;
+pub use inbox::{Inbox, Received};
+pub use load::LoadGauge;
