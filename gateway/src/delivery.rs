@@ -16,13 +16,16 @@ use tonic::Status;
 /// Messages that may wait for the client's connection.
 const BUFFERED_MESSAGES: usize = 16;
 
+type Message = Result<GenerateResponse, Status>;
+
 /// The client's stream, as the server reads it.
-pub(crate) type ClientStream =
-    tokio_stream::wrappers::ReceiverStream<Result<GenerateResponse, Status>>;
+pub(crate) type ClientStream = tokio_stream::wrappers::ReceiverStream<Message>;
 
 /// A client's stream and what it has yet to take.
 pub(crate) struct Delivery {
-    sender: mpsc::Sender<Result<GenerateResponse, Status>>,
+    sender: mpsc::Sender<Message>,
+    /// A place kept for the stream's last message, so that even a client that reads late learns how it ended.
+    last: mpsc::OwnedPermit<Message>,
     pending: Option<Delta>,
     /// When something was last taken, or nothing was pending.
     progress: Instant,
@@ -32,11 +35,17 @@ pub(crate) struct Delivery {
 impl Delivery {
     /// A stream that begins with `started`.
     pub(crate) fn new(started: Started, stall_timeout: Duration) -> (Self, ClientStream) {
-        let (sender, receiver) = mpsc::channel(BUFFERED_MESSAGES);
-        let first = sender.try_send(Ok(response(Event::Started(started))));
-        debug_assert!(first.is_ok(), "a fresh channel has room");
+        let (sender, receiver) = mpsc::channel(BUFFERED_MESSAGES + 1);
+        let last = sender
+            .clone()
+            .try_reserve_owned()
+            .expect("a fresh channel has room");
+        sender
+            .try_send(Ok(response(Event::Started(started))))
+            .expect("a fresh channel has room");
         let delivery = Self {
             sender,
+            last,
             pending: None,
             progress: Instant::now(),
             stall_timeout,
@@ -84,14 +93,13 @@ impl Delivery {
     }
 
     /// A handle that tells when the client is gone.
-    pub(crate) fn watch(&self) -> mpsc::Sender<Result<GenerateResponse, Status>> {
+    pub(crate) fn watch(&self) -> mpsc::Sender<Message> {
         self.sender.clone()
     }
 
     /// Ends the stream well.
     pub(crate) async fn finish(self, finished: Finished) {
-        let end = Ok(response(Event::Finished(finished)));
-        self.end(end).await;
+        self.end(Ok(response(Event::Finished(finished)))).await;
     }
 
     /// Ends the stream with a fault, after what is pending.
@@ -99,18 +107,23 @@ impl Delivery {
         self.end(Err(fault.into())).await;
     }
 
-    async fn end(self, end: Result<GenerateResponse, Status>) {
-        let sending = async {
-            if let Some(delta) = self.pending {
-                self.sender.send(Ok(response(Event::Delta(delta)))).await?;
+    /// Ends the stream of a client that takes nothing.
+    pub(crate) fn give_up(self) {
+        tracing::warn!("the client reads too slowly: given up");
+        self.last
+            .send(Err(Fault::exhausted("the client reads too slowly").into()));
+    }
+
+    async fn end(mut self, end: Message) {
+        if let Some(delta) = self.pending.take() {
+            let delta = self.sender.send(Ok(response(Event::Delta(delta))));
+            match tokio::time::timeout(self.stall_timeout, delta).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return tracing::info!("the client left before the end"),
+                Err(_) => return self.give_up(),
             }
-            self.sender.send(end).await
-        };
-        match tokio::time::timeout(self.stall_timeout, sending).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => tracing::info!("the client left before the end"),
-            Err(_) => tracing::warn!("the client did not take the end in time"),
         }
+        self.last.send(end);
     }
 }
 

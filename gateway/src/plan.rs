@@ -69,7 +69,7 @@ impl Plan {
 
     /// Most tokens the session may come to hold on a model, prompt included.
     pub(crate) fn max_tokens_total(&self, model: &v1::ModelInfo) -> usize {
-        let context = model.max_context as usize;
+        let context = (model.max_context as usize).min(limits::MAX_SESSION_TOKENS);
         match self.limits.max_tokens {
             Some(most) => context.min(self.prompt.len() + most as usize),
             None => context,

@@ -61,6 +61,7 @@ enum End {
     Finished(SessionFinished),
     Failed(Fault),
     ClientGone,
+    ClientStalled,
 }
 
 impl Session {
@@ -112,6 +113,7 @@ impl Session {
                 self.client.fail(fault).await;
             }
             End::ClientGone => tracing::info!(tokens = self.delivered, "the client left"),
+            End::ClientStalled => self.client.give_up(),
         }
     }
 
@@ -128,9 +130,7 @@ impl Session {
                 () = client.closed() => return End::ClientGone,
                 () = entry.cancel.cancelled(), if !asked => self.close(FinishReason::Cancelled),
                 () = at(self.deadline), if !asked => self.close(FinishReason::Deadline),
-                () = at(stalled) => {
-                    return End::Failed(Fault::exhausted("the client reads too slowly"));
-                }
+                () = at(stalled) => return End::ClientStalled,
                 () = self.client.flush() => {}
                 event = self.verify.events.message() => {
                     if let Some(end) = self.take(event) {

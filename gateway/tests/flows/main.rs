@@ -1,0 +1,7 @@
+//! The gateway over real sockets, between a client and scripted workers.
+#![allow(clippy::unwrap_used)]
+
+mod generation;
+mod hostile;
+mod support;
+mod workers;

@@ -1,0 +1,231 @@
+//! A verify worker that commits a script.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use specattn_proto::Fault;
+use specattn_proto::v1::open_response::Event;
+use specattn_proto::v1::verify_service_server::{VerifyService, VerifyServiceServer};
+use specattn_proto::v1::{
+    CloseRequest, CloseResponse, Committed, FinishReason, ModelInfo, OpenRequest, OpenResponse,
+    Opened, SessionFinished, SessionStats, SpeculateRequest, SpeculateResponse, TokenLogprobs,
+    VerifyStatusRequest, VerifyStatusResponse, WorkerLoad, WorkerRole,
+};
+use specattn_service::server::Server;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Running, model, serve_worker};
+
+/// What the worker commits, whatever it is asked.
+#[derive(Clone)]
+pub(crate) struct Script {
+    /// Committed over and over until the session's limit.
+    pub(crate) tokens: Vec<u32>,
+    /// Tokens per Committed event.
+    pub(crate) block: usize,
+    /// Pause before each event.
+    pub(crate) pace: Duration,
+    /// Refuses Open like this.
+    pub(crate) refuse: Option<Fault>,
+    /// Takes no heed of Close.
+    pub(crate) deaf: bool,
+    /// Commits with this start instead of the right one.
+    pub(crate) wrong_start: Option<u64>,
+    /// What it says it runs.
+    pub(crate) model: ModelInfo,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self {
+            tokens: (100..200).collect(),
+            block: 3,
+            pace: Duration::from_millis(1),
+            refuse: None,
+            deaf: false,
+            wrong_start: None,
+            model: model(),
+        }
+    }
+}
+
+type Closers = Mutex<HashMap<String, watch::Sender<Option<FinishReason>>>>;
+
+/// The worker; a clone tells what happened.
+#[derive(Clone)]
+pub(crate) struct FakeVerify {
+    script: Arc<Script>,
+    closers: Arc<Closers>,
+    opened: Arc<Mutex<Vec<OpenRequest>>>,
+}
+
+impl FakeVerify {
+    pub(crate) fn new(script: Script) -> Self {
+        Self {
+            script: Arc::new(script),
+            closers: Arc::default(),
+            opened: Arc::default(),
+        }
+    }
+
+    pub(crate) async fn start(&self, gateway: Option<&str>) -> Running {
+        let service = VerifyServiceServer::new(self.clone());
+        let server = Server::new().with(service);
+        serve_worker(
+            server,
+            WorkerRole::Verify,
+            self.script.model.clone(),
+            gateway,
+        )
+        .await
+    }
+
+    /// Sessions that run now.
+    pub(crate) fn running(&self) -> usize {
+        self.closers.lock().unwrap().len()
+    }
+
+    /// Every Open that came.
+    pub(crate) fn opened(&self) -> Vec<OpenRequest> {
+        self.opened.lock().unwrap().clone()
+    }
+}
+
+/// Takes a session off the table however it ends.
+struct Seat(FakeVerify, String);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.closers.lock().unwrap().remove(&self.1);
+    }
+}
+
+type Events = Pin<Box<dyn Stream<Item = Result<OpenResponse, Status>> + Send>>;
+type Verdicts = Pin<Box<dyn Stream<Item = Result<SpeculateResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl VerifyService for FakeVerify {
+    type OpenStream = Events;
+    type SpeculateStream = Verdicts;
+
+    async fn open(&self, request: Request<OpenRequest>) -> Result<Response<Events>, Status> {
+        let request = request.into_inner();
+        self.opened.lock().unwrap().push(request.clone());
+        if let Some(fault) = &self.script.refuse {
+            return Err(fault.clone().into());
+        }
+        let (closer, closed) = watch::channel(None);
+        let id = request.session_id.clone();
+        self.closers.lock().unwrap().insert(id.clone(), closer);
+        let seat = Seat(self.clone(), id);
+        let (sender, receiver) = mpsc::channel(1);
+        let script = Arc::clone(&self.script);
+        tokio::spawn(async move {
+            let _seat = seat;
+            // A failed send: the gateway dropped the stream.
+            drop(play(&script, &request, &sender, closed).await);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn speculate(
+        &self,
+        _: Request<Streaming<SpeculateRequest>>,
+    ) -> Result<Response<Verdicts>, Status> {
+        Err(Fault::NotFound("not here".to_owned()).into())
+    }
+
+    async fn close(
+        &self,
+        request: Request<CloseRequest>,
+    ) -> Result<Response<CloseResponse>, Status> {
+        let request = request.into_inner();
+        if !self.script.deaf {
+            let closers = self.closers.lock().unwrap();
+            let closer = closers
+                .get(&request.session_id)
+                .ok_or_else(|| Fault::NotFound("no such session".to_owned()))?;
+            closer.send_replace(Some(request.reason()));
+        }
+        Ok(Response::new(CloseResponse {}))
+    }
+
+    async fn verify_status(
+        &self,
+        _: Request<VerifyStatusRequest>,
+    ) -> Result<Response<VerifyStatusResponse>, Status> {
+        Ok(Response::new(VerifyStatusResponse {
+            model: Some(self.script.model.clone()),
+            load: Some(WorkerLoad::default()),
+        }))
+    }
+}
+
+async fn play(
+    script: &Script,
+    request: &OpenRequest,
+    sender: &mpsc::Sender<Result<OpenResponse, Status>>,
+    mut closed: watch::Receiver<Option<FinishReason>>,
+) -> Result<(), mpsc::error::SendError<Result<OpenResponse, Status>>> {
+    let event = |event| Ok(OpenResponse { event: Some(event) });
+    let limits = request.limits.clone().unwrap_or_default();
+    let prompt = request.token_ids.len();
+    let room = script.model.max_context as usize - prompt;
+    let most = limits
+        .max_tokens
+        .map_or(room, |most| room.min(most as usize));
+    let top = request.sampling.as_ref().and_then(|s| s.logprobs);
+    sender.send(event(Event::Opened(Opened {}))).await?;
+    let mut done = 0;
+    let mut reason = FinishReason::Length;
+    'events: while done < most {
+        tokio::select! {
+            () = tokio::time::sleep(script.pace) => {}
+            () = sender.closed() => return Ok(()),
+            asked = closed.wait_for(Option::is_some) => {
+                reason = asked.ok().and_then(|asked| *asked).unwrap();
+                break 'events;
+            }
+        }
+        let mut tokens: Vec<u32> = (done..most.min(done + script.block))
+            .map(|index| script.tokens[index % script.tokens.len()])
+            .collect();
+        let stops = |token: &u32| {
+            limits.stop_token_ids.contains(token) || (!limits.ignore_eos && *token == 1)
+        };
+        let stop = tokens.iter().position(stops);
+        if let Some(stop) = stop {
+            tokens.truncate(stop + 1);
+        }
+        let logprobs = match top {
+            Some(_) => vec![TokenLogprobs::default(); tokens.len()],
+            None => Vec::new(),
+        };
+        let committed = Committed {
+            start: script.wrong_start.unwrap_or((prompt + done) as u64),
+            token_ids: tokens.clone(),
+            logprobs,
+        };
+        done += tokens.len();
+        sender.send(event(Event::Committed(committed))).await?;
+        if stop.is_some() {
+            reason = FinishReason::Stop;
+            break;
+        }
+    }
+    let finished = SessionFinished {
+        reason: reason.into(),
+        stats: Some(SessionStats {
+            target_forwards: done as u64,
+            completion_tokens: done as u64,
+            prompt_tokens: prompt as u64,
+            ..SessionStats::default()
+        }),
+    };
+    sender.send(event(Event::Finished(finished))).await
+}
