@@ -25,14 +25,22 @@ impl AlignedBytes {
     /// When the system refuses the address space, as an allocator would.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self { map: None, pointer: std::ptr::without_provenance_mut(ALIGN), len };
+            return Self {
+                map: None,
+                pointer: std::ptr::without_provenance_mut(ALIGN),
+                len,
+            };
         }
         let mut map = MmapMut::map_anon(len).expect("the system grants memory");
         // A hint: without it the memory is merely slower.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let pointer = map.as_mut_ptr();
-        Self { map: Some(map), pointer, len }
+        Self {
+            map: Some(map),
+            pointer,
+            len,
+        }
     }
 
     /// The first byte.

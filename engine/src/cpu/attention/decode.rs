@@ -18,6 +18,8 @@ use crate::cpu::simd::{Element, Isa, Kernel, Simd};
 const CHUNK: usize = 256;
 /// Keys scored before their values are summed: the scores of a block stay in the first-level cache.
 const BLOCK: usize = 32;
+/// Rows scored together: they share every key they load.
+const ROW_GROUP: usize = 4;
 
 /// The keys that one KV head of one span reads, in order: cached positions, then the step's own tokens.
 #[derive(Clone, Copy)]
@@ -210,6 +212,12 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
         let widen = size_of::<E>() != size_of::<f32>();
         let mut wide = Scratch::take(if widen { 2 * BLOCK * dim } else { 0 });
         let last = self.first_key + self.num_keys;
+        let split_row = |row: usize| {
+            (
+                row / self.group,
+                entries.kv_head * self.group + row % self.group,
+            )
+        };
         // SAFETY (whole block): entries come from the block table and lie inside the store; vectors of LANES divide
         // `dim`, which is padded to 16; scratch and partial sizes are those computed above.
         unsafe {
@@ -220,9 +228,6 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
                 current.copy_from_slice(&next);
                 if block + BLOCK < last {
                     entries.gather(block + BLOCK, last, &mut next);
-                    for &p in &next {
-                        prefetch_entry::<S, E>(p, dim);
-                    }
                 }
                 let mut keys = [std::ptr::null::<f32>(); BLOCK];
                 for (j, key) in keys.iter_mut().enumerate() {
@@ -236,15 +241,27 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
                         current[j].cast()
                     };
                 }
-                for row in 0..rows {
-                    let (token, head) = (
-                        row / self.group,
-                        entries.kv_head * self.group + row % self.group,
-                    );
-                    let q = self.q.as_ptr().add((token * self.num_heads + head) * dim);
+                let coming = if block + BLOCK < last { &next[..] } else { &[] };
+                let mut ahead = Ahead::new(coming, dim, rows, dim / S::LANES);
+                let mut row = 0;
+                while row < rows {
+                    let group = row_group(rows - row);
+                    let mut q = [std::ptr::null::<f32>(); ROW_GROUP];
+                    for (r, q) in q.iter_mut().enumerate().take(group) {
+                        let (token, head) = split_row(row + r);
+                        *q = self.q.as_ptr().add((token * self.num_heads + head) * dim);
+                    }
                     let s = scores.as_mut_ptr().add(row * BLOCK);
-                    score16::<S>(q, keys.as_ptr(), dim, s);
-                    score16::<S>(q, keys.as_ptr().add(16), dim, s.add(16));
+                    match group {
+                        1 => score::<S, E, 1, 16>(&q, &keys, dim, s, &mut ahead),
+                        2 => score::<S, E, 2, 8>(&q, &keys, dim, s, &mut ahead),
+                        _ => score::<S, E, 4, 4>(&q, &keys, dim, s, &mut ahead),
+                    }
+                    row += group;
+                }
+                for row in 0..rows {
+                    let (token, head) = split_row(row);
+                    let s = scores.as_mut_ptr().add(row * BLOCK);
                     // Causality among the step's own tokens, and the padding of the last block.
                     let limit = (cached + token + 1).min(last);
                     for j in limit.saturating_sub(block).min(BLOCK)..BLOCK {
@@ -269,12 +286,12 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
                     let s = scores.as_ptr().add(row * BLOCK);
                     let o = values.as_mut_ptr().add(row * dim);
                     row += match rows - row {
-                        1 => add_values::<S, 1>(s, keys.as_ptr(), dim, o),
-                        2 => add_values::<S, 2>(s, keys.as_ptr(), dim, o),
-                        3 => add_values::<S, 3>(s, keys.as_ptr(), dim, o),
-                        4 => add_values::<S, 4>(s, keys.as_ptr(), dim, o),
-                        5 => add_values::<S, 3>(s, keys.as_ptr(), dim, o),
-                        _ => add_values::<S, 4>(s, keys.as_ptr(), dim, o),
+                        1 => add_values::<S, E, 1>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        2 => add_values::<S, E, 2>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        3 => add_values::<S, E, 3>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        4 => add_values::<S, E, 4>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        5 => add_values::<S, E, 3>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        _ => add_values::<S, E, 4>(s, keys.as_ptr(), dim, o, &mut ahead),
                     };
                 }
             }
@@ -282,28 +299,100 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
     }
 }
 
-#[inline(always)]
-unsafe fn prefetch_entry<S: Simd, E>(p: *const E, dim: usize) {
-    let bytes = 2 * dim * size_of::<E>();
-    for offset in (0..bytes).step_by(64) {
-        // SAFETY: prefetches may name any address.
-        unsafe { S::prefetch(p.cast::<u8>().wrapping_add(offset)) };
+/// The next block's entries, asked for a cache line or two at a time while this block is worked on. All at once they
+/// would fill the miss buffers, hold up the arithmetic, and leave memory idle for the rest of the block.
+struct Ahead<'a, E> {
+    entries: &'a [*const E],
+    /// Bytes of an entry.
+    bytes: usize,
+    entry: usize,
+    offset: usize,
+    /// Lines to ask for per step of scoring (one vector of a tile) and of summing values (one key of a row group).
+    per_score: usize,
+    per_value: usize,
+}
+
+impl<'a, E> Ahead<'a, E> {
+    /// Spreads the lines of `entries` over the work on `rows` rows: half over the scores, half over the values.
+    fn new(entries: &'a [*const E], dim: usize, rows: usize, vectors: usize) -> Self {
+        let bytes = 2 * dim * size_of::<E>();
+        let half = entries.len() * bytes.div_ceil(64) / 2;
+        // Tiles hold 16 scores; summing goes by groups of at most four rows.
+        let score_steps = (rows * BLOCK / 16) * vectors;
+        let value_steps = rows.div_ceil(ROW_GROUP) * BLOCK * vectors.div_ceil(4);
+        let (per_score, per_value) = (half.div_ceil(score_steps), half.div_ceil(value_steps));
+        Self {
+            entries,
+            bytes,
+            entry: 0,
+            offset: 0,
+            per_score,
+            per_value,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self, lines: usize) {
+        for _ in 0..lines {
+            let Some(entry) = self.entries.get(self.entry) else {
+                return;
+            };
+            // SAFETY: prefetches may name any address.
+            unsafe { S::prefetch(entry.cast::<u8>().wrapping_add(self.offset)) };
+            self.offset += 64;
+            if self.offset >= self.bytes {
+                (self.entry, self.offset) = (self.entry + 1, 0);
+            }
+        }
     }
 }
 
-/// `out[j] = q · keys[j]` for 16 keys.
+/// How many of `left` rows to score together: 4, 2 or 1.
+fn row_group(left: usize) -> usize {
+    match left {
+        1 => 1,
+        2 | 3 => 2,
+        _ => ROW_GROUP,
+    }
+}
+
+/// `out[row][key] = q[row] · keys[key]` for `ROWS` rows and a block of keys, `KEYS` at a time; rows are `BLOCK` apart.
+/// `ROWS · KEYS` is 16: as many sums as one folding takes.
 #[inline(always)]
-unsafe fn score16<S: Simd>(q: *const f32, keys: *const *const f32, dim: usize, out: *mut f32) {
-    // SAFETY: the caller passes 16 keys of `dim` floats, a query of `dim` floats and room for 16 scores.
-    unsafe {
-        let mut acc = [S::splat(0.0); 16];
-        for d in (0..dim).step_by(S::LANES) {
-            let qd = S::load(q.add(d));
-            for (j, acc) in acc.iter_mut().enumerate() {
-                *acc = S::fma(qd, S::load((*keys.add(j)).add(d)), *acc);
+unsafe fn score<S: Simd, E, const ROWS: usize, const KEYS: usize>(
+    q: &[*const f32; ROW_GROUP],
+    keys: &[*const f32; BLOCK],
+    dim: usize,
+    out: *mut f32,
+    ahead: &mut Ahead<'_, E>,
+) {
+    const { assert!(ROWS * KEYS == 16) };
+    for first in (0..BLOCK).step_by(KEYS) {
+        // SAFETY: the caller passes ROWS queries and BLOCK keys of `dim` floats and room for ROWS × BLOCK scores.
+        unsafe {
+            let mut acc = [S::splat(0.0); 16];
+            let mut key = [std::ptr::null::<f32>(); KEYS];
+            key.copy_from_slice(&keys[first..first + KEYS]);
+            for d in (0..dim).step_by(S::LANES) {
+                ahead.ask::<S>(ahead.per_score);
+                let mut query = [S::splat(0.0); ROWS];
+                for (r, v) in query.iter_mut().enumerate() {
+                    *v = S::load(q[r].add(d));
+                }
+                for (j, key) in key.iter().enumerate() {
+                    let k = S::load(key.add(d));
+                    for (r, &v) in query.iter().enumerate() {
+                        acc[r * KEYS + j] = S::fma(v, k, acc[r * KEYS + j]);
+                    }
+                }
+            }
+            let mut sums = [0.0f32; 16];
+            S::reduce_add16(&acc, sums.as_mut_ptr());
+            for r in 0..ROWS {
+                let to = out.add(r * BLOCK + first);
+                std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * KEYS), to, KEYS);
             }
         }
-        S::reduce_add16(&acc, out);
     }
 }
 
@@ -354,11 +443,12 @@ unsafe fn online_softmax<S: Simd>(
 
 /// `values[r] += Σ_j weights[r][j] · V[j]` for `ROWS` rows and a block of keys; returns `ROWS`.
 #[inline(always)]
-unsafe fn add_values<S: Simd, const ROWS: usize>(
+unsafe fn add_values<S: Simd, E, const ROWS: usize>(
     weights: *const f32,
     keys: *const *const f32,
     dim: usize,
     values: *mut f32,
+    ahead: &mut Ahead<'_, E>,
 ) -> usize {
     // SAFETY: the caller passes ROWS × BLOCK weights, BLOCK entries of 2 · dim floats and ROWS × dim values.
     unsafe {
@@ -366,13 +456,13 @@ unsafe fn add_values<S: Simd, const ROWS: usize>(
         while d < dim {
             // As many vectors of a row at a time as the register file holds sums for.
             if S::LANES == 16 && dim - d >= 4 * S::LANES {
-                add_columns::<S, ROWS, 4>(weights, keys, dim, d, values);
+                add_columns::<S, E, ROWS, 4>(weights, keys, dim, d, values, ahead);
                 d += 4 * S::LANES;
             } else if dim - d >= 2 * S::LANES {
-                add_columns::<S, ROWS, 2>(weights, keys, dim, d, values);
+                add_columns::<S, E, ROWS, 2>(weights, keys, dim, d, values, ahead);
                 d += 2 * S::LANES;
             } else {
-                add_columns::<S, ROWS, 1>(weights, keys, dim, d, values);
+                add_columns::<S, E, ROWS, 1>(weights, keys, dim, d, values, ahead);
                 d += S::LANES;
             }
         }
@@ -381,12 +471,13 @@ unsafe fn add_values<S: Simd, const ROWS: usize>(
 }
 
 #[inline(always)]
-unsafe fn add_columns<S: Simd, const ROWS: usize, const VECTORS: usize>(
+unsafe fn add_columns<S: Simd, E, const ROWS: usize, const VECTORS: usize>(
     weights: *const f32,
     keys: *const *const f32,
     dim: usize,
     d: usize,
     values: *mut f32,
+    ahead: &mut Ahead<'_, E>,
 ) {
     // SAFETY: as in `add_values`; `d + VECTORS * LANES <= dim`.
     unsafe {
@@ -397,6 +488,7 @@ unsafe fn add_columns<S: Simd, const ROWS: usize, const VECTORS: usize>(
             }
         }
         for j in 0..BLOCK {
+            ahead.ask::<S>(ahead.per_value);
             let value = (*keys.add(j)).add(dim + d);
             let mut row = [S::splat(0.0); VECTORS];
             for (v, x) in row.iter_mut().enumerate() {
