@@ -1,8 +1,8 @@
 //! The gateway: the client's API, the tokenizer, the log of committed tokens, and the choice of workers.
 //!
-//! A request takes this way: [`plan`] checks it, [`opening`] finds a verify worker, [`session`] carries events to the
-//! client through [`completion`] (token ids to text, stop strings) and [`delivery`] (a bounded buffer), while
-//! [`attachment`] keeps a draft worker on the session for as long as one is to be had. [`registry`] knows the workers.
+//! A request takes this way: `plan` checks it, `opening` finds a verify worker, `session` carries events to the
+//! client through `completion` (token ids to text, stop strings) and `delivery` (a bounded buffer), while
+//! `attachment` keeps a draft worker on the session for as long as one is to be had. `registry` knows the workers.
 //!
 //! The gateway never sees logits, masks or weights. Speculation is an accelerator: nothing here waits for a draft.
 

@@ -17,7 +17,6 @@ use tonic::service::RoutesBuilder;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::channel::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
 use crate::connection;
 use crate::error::ServiceError;
 
@@ -30,6 +29,11 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
 /// Largest header list accepted.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
+
+/// Silence after which a caller is pinged, and the wait for its answer. More patient than our own channels: a caller on
+/// a poor network keeps its streams, and nobody waits for one that died.
+const PING_AFTER: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a server is reached and how it stops.
 #[derive(Debug, Clone)]
@@ -129,8 +133,8 @@ impl Server {
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .http2_keepalive_interval(Some(PING_AFTER))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
             .add_routes(self.routes.routes())
             .serve_with_incoming_shutdown(
                 connection::accept(listener, cut.clone()),

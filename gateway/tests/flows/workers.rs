@@ -6,6 +6,8 @@ use crate::support::*;
 use specattn_proto::Fault;
 use specattn_proto::v1::generate_response::Event;
 use specattn_proto::v1::{DraftPolicy, FinishReason, ModelInfo, StatusResponse};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
 
 fn draft_of(status: &StatusResponse) -> String {
     let session = status.sessions.first();
@@ -38,6 +40,59 @@ async fn a_lost_verify_worker_is_reported_soon() {
         }
     };
     assert_eq!(got.label(), "unavailable", "{got}");
+    assert!(began.elapsed() < Duration::from_secs(5));
+    client.wait_for_workers(0).await;
+}
+
+/// Passes bytes between callers and `target` until it freezes: connections stay open and nothing moves.
+async fn freezable(target: &str) -> (String, CancellationToken) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("http://{}", listener.local_addr().unwrap());
+    let target = target.strip_prefix("http://").unwrap().to_owned();
+    let freeze = CancellationToken::new();
+    let frozen = freeze.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let (target, frozen) = (target.clone(), frozen.clone());
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(target).await.unwrap();
+                tokio::select! {
+                    moved = tokio::io::copy_bidirectional(&mut near, &mut far) => drop(moved),
+                    () = frozen.cancelled() => std::future::pending().await,
+                }
+            });
+        }
+    });
+    (uri, freeze)
+}
+
+#[tokio::test]
+async fn a_frozen_verify_worker_is_reported_soon() {
+    let verify = FakeVerify::new(Script {
+        pace: Duration::from_millis(10),
+        ..Script::default()
+    });
+    let worker = verify.start(None).await;
+    let (uri, freeze) = freezable(&worker.uri).await;
+    let mut config = quick_config();
+    config.verify_endpoints = vec![uri];
+    let gateway = start_gateway(config).await;
+    let mut client = Client::new(&gateway).await;
+    client.wait_for_workers(1).await;
+    let mut stream = client.generate(request(1_000)).await.unwrap();
+    next(&mut stream).await.unwrap();
+    next(&mut stream).await.unwrap();
+    freeze.cancel();
+    let began = Instant::now();
+    let fault = loop {
+        match next(&mut stream).await {
+            Ok(Some(Event::Delta(_))) => {}
+            Ok(other) => panic!("{other:?}"),
+            Err(fault) => break fault,
+        }
+    };
+    assert_eq!(fault.label(), "unavailable", "{fault}");
     assert!(began.elapsed() < Duration::from_secs(5));
     client.wait_for_workers(0).await;
 }
