@@ -1,0 +1,20 @@
+//! The draft worker: the draft model, its KV cache, proposals, attention capture and masks.
+//!
+//! `service` is the gRPC edge towards gateways, `link` the stream to a verify worker; both talk to `engine_loop`, the
+//! one thread that owns the model and every `session`. All a draft worker holds can be rebuilt from a session's
+//! committed tokens: when it dies, another takes over and nothing is lost.
+#![forbid(unsafe_code)]
+
+pub mod args;
+mod channels;
+mod engine_loop;
+mod link;
+mod rows;
+mod service;
+mod session;
+mod wire;
+mod worker;
+
+pub use args::{Args, Config};
+pub use specattn_worker::WorkerError;
+pub use worker::Worker;

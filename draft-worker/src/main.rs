@@ -1,0 +1,25 @@
+//! `specattn-draft`: parse, load, serve, drain.
+
+use anyhow::Context;
+use specattn_draft::{Args, Worker};
+use specattn_service::args::{self, Service};
+use specattn_service::{shutdown, telemetry};
+
+fn main() -> anyhow::Result<()> {
+    let args: Args = args::parse(Service::Draft);
+    let config = args.config()?;
+    telemetry::init(&args.telemetry)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let worker = Worker::load(config, &mut |_, _| {}).context("draft worker")?;
+    runtime.block_on(async {
+        let shutdown = shutdown::on_signal()?;
+        let listener = args.server.bind().await?;
+        worker
+            .serve(listener, shutdown)
+            .await
+            .context("draft worker")
+    })
+}

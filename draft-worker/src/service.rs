@@ -1,0 +1,100 @@
+//! The gRPC edge: `DraftService` in front of the engine thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use specattn_engine::ModelConfig;
+use specattn_proto::Fault;
+use specattn_proto::v1::draft_service_server::DraftService;
+use specattn_proto::v1::{AttachRequest, AttachResponse, DraftStatusRequest, DraftStatusResponse};
+use specattn_worker::{LoadGauge, convert};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::channels::Channels;
+use crate::engine_loop::{Command, NewSession, SessionKey};
+use crate::link::{EngineSession, Link};
+use crate::wire::{self, Attach};
+
+/// Proposals that may wait to be sent: one is under way, and one given up may still be there.
+const PROPOSALS: usize = 4;
+
+/// Events of an `Attach` stream: there are two.
+const ATTACH_EVENTS: usize = 2;
+
+/// The service's side of the worker.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) model: ModelConfig,
+    pub(crate) max_q_entries: usize,
+    pub(crate) channels: Channels,
+    pub(crate) load: Arc<LoadGauge>,
+    pub(crate) draining: CancellationToken,
+    pub(crate) sessions: AtomicU64,
+}
+
+type AttachStream = ReceiverStream<Result<AttachResponse, Status>>;
+
+impl Service {
+    async fn take_up(&self, attach: Attach) -> Result<Link, Fault> {
+        let channel = self.channels.get(&attach.endpoint)?;
+        let known = attach.spec.tokens.len();
+        let (proposals, outbound) = mpsc::channel(PROPOSALS);
+        let (failed, failure) = oneshot::channel();
+        let (reply, opened) = oneshot::channel();
+        let engine = EngineSession {
+            key: SessionKey(self.sessions.fetch_add(1, Ordering::Relaxed)),
+            commands: self.commands.clone(),
+            abandoned: Arc::new(AtomicBool::new(false)),
+        };
+        let session = Box::new(NewSession {
+            key: engine.key,
+            spec: attach.spec,
+            proposals,
+            failed,
+            abandoned: Arc::clone(&engine.abandoned),
+        });
+        let gone = || Fault::Unavailable("the engine is gone".to_owned());
+        let open = Command::Open { session, reply };
+        self.commands.send(open).await.map_err(|_| gone())?;
+        opened.await.map_err(|_| gone())??;
+        // The engine catches up with the tokens while the link is made.
+        let session = (attach.session, known);
+        Link::join(channel, session, &self.model, engine, outbound, failure).await
+    }
+}
+
+#[tonic::async_trait]
+impl DraftService for Service {
+    type AttachStream = AttachStream;
+
+    async fn attach(
+        &self,
+        request: Request<AttachRequest>,
+    ) -> Result<Response<AttachStream>, Status> {
+        if self.draining.is_cancelled() {
+            return Err(Fault::Unavailable("the worker is draining".to_owned()).into());
+        }
+        let attach = wire::attach(request.into_inner(), &self.model, self.max_q_entries)?;
+        let link = self.take_up(attach).await?;
+        let (events, stream) = mpsc::channel(ATTACH_EVENTS);
+        events
+            .try_send(Ok(wire::attached()))
+            .map_err(|_| Fault::Internal("a fresh channel has no room".to_owned()))?;
+        tokio::spawn(link.run(events));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn draft_status(
+        &self,
+        _request: Request<DraftStatusRequest>,
+    ) -> Result<Response<DraftStatusResponse>, Status> {
+        Ok(Response::new(DraftStatusResponse {
+            model: Some(convert::model_info(&self.model)),
+            load: Some(self.load.report(self.draining.is_cancelled())),
+        }))
+    }
+}

@@ -1,0 +1,372 @@
+//! [`Session`]: what the draft knows of one session, and what to run next.
+//!
+//! A state machine without a model, like the verify worker's: [`Session::plan`] asks for a forward over
+//! [`Session::input`], [`Session::settle`] takes its output, [`Session::judge`] takes verdicts.
+//!
+//! The text is the committed tokens c[0..n), as far as told, then this round's draft tokens d1..dk. Invariants: the KV
+//! cache holds positions `0..cached` of the text; `cached < n + k`; a draft step feeds all that is missing and draws the
+//! next draft token. The last draft token of a round is never fed before its verdict: nobody would use its logits. So
+//! after a round that was accepted whole, the next round's first step feeds two tokens.
+
+use specattn_engine::sampling::{
+    CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
+};
+use specattn_engine::{EngineError, LogitRows, StepOutput};
+use specattn_mask::{MaskPolicy, Source};
+use specattn_proto::Fault;
+use tokio::sync::mpsc;
+
+use crate::rows::RowSelector;
+
+/// Tokens of a catch-up processed in one forward.
+const CATCH_UP_CHUNK: usize = 512;
+
+/// Most tokens fed by a draft step; what is missing beyond them is caught up first.
+const STEP_TOKENS: usize = 32;
+
+/// What a gateway asks for, checked.
+#[derive(Debug)]
+pub(crate) struct SessionSpec {
+    /// Tokens so far, at least one.
+    pub(crate) tokens: Vec<u32>,
+    /// Tokens at which the session ends.
+    pub(crate) limit: usize,
+    /// Positions the KV cache may hold.
+    pub(crate) capacity: usize,
+    /// Most draft tokens per round, at least 1.
+    pub(crate) draft_length: usize,
+    /// Most entries of a distribution q.
+    pub(crate) max_q_entries: usize,
+}
+
+/// What the verify worker says of the session, checked.
+#[derive(Debug)]
+pub(crate) struct Welcome {
+    pub(crate) epoch: u64,
+    /// Committed tokens after those of the spec.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_tokens: usize,
+    /// Most draft tokens per round, at least 1.
+    pub(crate) draft_length: usize,
+    pub(crate) sampling: SamplingParams,
+    pub(crate) policy: MaskPolicy,
+    /// Attention sources to select by; none: no masks are wanted.
+    pub(crate) sources: Vec<Source>,
+}
+
+/// What the verify worker answers; see the .proto file's `Verdict`.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    pub(crate) epoch: u64,
+    pub(crate) base: u64,
+    pub(crate) accepted: usize,
+    pub(crate) next_tokens: Vec<u32>,
+    pub(crate) judged: bool,
+    pub(crate) need_full_mask: bool,
+}
+
+/// A whole round's proposal.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Proposal {
+    pub(crate) epoch: u64,
+    pub(crate) base: usize,
+    pub(crate) sequence: u64,
+    pub(crate) pending_token: u32,
+    pub(crate) draft: Vec<DraftToken>,
+    pub(crate) mask: Vec<u8>,
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// Run a forward over [`Session::input`].
+    Run,
+    /// Nothing until a verdict arrives.
+    Idle,
+}
+
+/// The forward under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    CatchUp,
+    Step,
+}
+
+/// What follows from the verify worker's welcome.
+#[derive(Debug)]
+struct Joined {
+    epoch: u64,
+    prompt_tokens: usize,
+    draft_length: usize,
+    sampler: Sampler,
+    rng: CounterRng,
+    rows: Option<RowSelector>,
+    /// Proposals sent.
+    sequence: u64,
+    /// A proposal waits for its verdict.
+    waiting: bool,
+}
+
+/// The state of one session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    spec: SessionSpec,
+    vocab_size: usize,
+    /// Committed tokens c[0..n), as far as told.
+    tokens: Vec<u32>,
+    /// This round's d1..dk.
+    draft: Vec<DraftToken>,
+    cached: usize,
+    joined: Option<Joined>,
+    proposals: mpsc::Sender<Proposal>,
+    pass: Pass,
+    input: Vec<u32>,
+}
+
+impl Session {
+    /// A session over a model of `vocab_size` tokens that sends its proposals to `proposals`. It catches up with the
+    /// tokens it knows before it has joined.
+    pub(crate) fn new(
+        mut spec: SessionSpec,
+        vocab_size: usize,
+        proposals: mpsc::Sender<Proposal>,
+    ) -> Self {
+        Self {
+            tokens: std::mem::take(&mut spec.tokens),
+            spec,
+            vocab_size,
+            draft: Vec::new(),
+            cached: 0,
+            joined: None,
+            proposals,
+            pass: Pass::CatchUp,
+            input: Vec::new(),
+        }
+    }
+
+    /// Positions the KV cache must hold now; more are to be forgotten.
+    pub(crate) fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// Tokens of the forward that [`Session::plan`] asked for.
+    pub(crate) fn input(&self) -> &[u32] {
+        &self.input
+    }
+
+    /// Logits that forward must yield.
+    pub(crate) fn logit_rows(&self) -> LogitRows {
+        match self.pass {
+            Pass::CatchUp => LogitRows::None,
+            Pass::Step => LogitRows::Last,
+        }
+    }
+
+    /// Layers whose attention rows that forward must hand out.
+    pub(crate) fn capture(&self) -> &[usize] {
+        let rows = self.joined.as_ref().and_then(|joined| joined.rows.as_ref());
+        match (self.pass, rows) {
+            (Pass::Step, Some(rows)) => rows.layers(),
+            _ => &[],
+        }
+    }
+
+    /// The verify worker welcomed the draft.
+    ///
+    /// # Errors
+    /// [`Fault::FailedPrecondition`] for a welcome that makes no sense: the draft must leave.
+    pub(crate) fn join(&mut self, welcome: Welcome) -> Result<(), Fault> {
+        let tokens = self.tokens.len() + welcome.tokens.len();
+        if self.joined.is_some() || !(1..=tokens).contains(&welcome.prompt_tokens) {
+            return Err(broken("welcome"));
+        }
+        self.learn(&welcome.tokens)?;
+        let rng = CounterRng::for_draft(welcome.sampling.seed);
+        let rows = (!welcome.sources.is_empty())
+            .then(|| RowSelector::new(welcome.policy, welcome.sources));
+        self.joined = Some(Joined {
+            epoch: welcome.epoch,
+            prompt_tokens: welcome.prompt_tokens,
+            draft_length: welcome.draft_length.min(self.spec.draft_length),
+            sampler: Sampler::new(welcome.sampling, self.vocab_size)
+                .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
+            rng,
+            rows,
+            sequence: 0,
+            waiting: false,
+        });
+        Ok(())
+    }
+
+    /// Takes a verdict: rolls back what was not accepted and appends what was committed.
+    ///
+    /// # Errors
+    /// [`Fault::FailedPrecondition`] for a verdict that answers nothing: the draft must leave.
+    pub(crate) fn judge(&mut self, verdict: Verdict) -> Result<(), Fault> {
+        let n = self.tokens.len();
+        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        if verdict.need_full_mask
+            && let Some(rows) = &mut joined.rows
+        {
+            rows.forget_base();
+        }
+        let base = usize::try_from(verdict.base).unwrap_or(usize::MAX);
+        let new = if verdict.judged {
+            if !joined.waiting || base != n || verdict.accepted > self.draft.len() {
+                return Err(broken("verdict"));
+            }
+            let accepted = self.draft[..verdict.accepted].iter().map(|d| d.token);
+            accepted.chain(verdict.next_tokens).collect()
+        } else {
+            let known = n.checked_sub(base).ok_or_else(|| broken("verdict"))?;
+            let new = verdict.next_tokens.get(known..).unwrap_or(&[]).to_vec();
+            if new.is_empty() && verdict.epoch == joined.epoch {
+                // An answer to a proposal that was given up already.
+                return Ok(());
+            }
+            new
+        };
+        joined.epoch = verdict.epoch;
+        joined.waiting = false;
+        self.learn(&new)
+    }
+
+    /// Appends committed tokens and ends the round. KV entries stay for draft tokens that turned out right.
+    fn learn(&mut self, new: &[u32]) -> Result<(), Fault> {
+        if new.iter().any(|&token| token as usize >= self.vocab_size) {
+            return Err(broken("token"));
+        }
+        let right = self
+            .draft
+            .iter()
+            .zip(new)
+            .take_while(|(d, token)| d.token == **token);
+        self.cached = self.cached.min(self.tokens.len() + right.count());
+        self.draft.clear();
+        self.tokens.extend_from_slice(new);
+        // A step needs at least one token to feed: the pending one.
+        self.cached = self.cached.min(self.tokens.len() - 1);
+        if self.tokens.len() > self.spec.capacity {
+            return Err(Fault::exhausted("the session outgrew the draft's context"));
+        }
+        Ok(())
+    }
+
+    /// Says what to do now.
+    pub(crate) fn plan(&mut self) -> Plan {
+        let pending = self.tokens.len() - 1;
+        self.input.clear();
+        let drafts = match &self.joined {
+            Some(joined) if joined.waiting => return Plan::Idle,
+            Some(_) => self.round_length() > 0,
+            None => false,
+        };
+        let missing = pending.saturating_sub(self.cached);
+        if missing >= STEP_TOKENS || (missing > 0 && !drafts) {
+            let end = pending.min(self.cached + CATCH_UP_CHUNK);
+            self.input.extend_from_slice(&self.tokens[self.cached..end]);
+            self.pass = Pass::CatchUp;
+            return Plan::Run;
+        }
+        if !drafts {
+            return Plan::Idle;
+        }
+        let n = self.tokens.len();
+        if self.cached < n {
+            self.input.extend_from_slice(&self.tokens[self.cached..]);
+        }
+        let fed = self.cached.saturating_sub(n);
+        self.input.extend(self.draft[fed..].iter().map(|d| d.token));
+        self.pass = Pass::Step;
+        Plan::Run
+    }
+
+    /// Draft tokens worth proposing: a round commits one more than it verifies, and the last one proposed is not fed.
+    fn round_length(&self) -> usize {
+        let n = self.tokens.len();
+        let wanted = self.joined.as_ref().map_or(0, |joined| joined.draft_length);
+        wanted
+            .min(self.spec.limit.saturating_sub(n + 1))
+            .min((self.spec.capacity + 1).saturating_sub(n))
+    }
+
+    /// Takes the output of the planned forward.
+    ///
+    /// # Errors
+    /// A [`Fault`] when the model failed or the proposal cannot be sent: the draft must leave.
+    pub(crate) fn settle(&mut self, output: &StepOutput) -> Result<(), Fault> {
+        self.cached += self.input.len();
+        if self.pass == Pass::CatchUp {
+            return Ok(());
+        }
+        let round_length = self.round_length();
+        let n = self.tokens.len();
+        let Some(joined) = &mut self.joined else {
+            return Err(Fault::Internal(
+                "a draft step before the welcome".to_owned(),
+            ));
+        };
+        let (prompt, committed) = self.tokens.split_at(joined.prompt_tokens);
+        let pending: Vec<u32> = self.draft.iter().map(|d| d.token).collect();
+        let history = History {
+            prompt,
+            output: committed,
+            pending: &pending,
+        };
+        let distribution = joined
+            .sampler
+            .distribution(&output.logits, history)
+            .map_err(model_failed)?;
+        let next = if joined.sampler.params().is_greedy() {
+            DraftToken {
+                token: distribution.argmax(),
+                q: None,
+            }
+        } else {
+            let position = (n + self.draft.len()) as u64;
+            let entries = self.spec.max_q_entries;
+            let (token, q) = draft_token(&distribution, entries, &joined.rng, position);
+            DraftToken { token, q: Some(q) }
+        };
+        if let (Some(rows), Some(attention)) = (&mut joined.rows, &output.attention) {
+            if self.draft.is_empty() {
+                rows.begin(n - 1);
+            }
+            rows.add_step(attention)
+                .map_err(|error| Fault::Internal(error.to_string()))?;
+        }
+        self.draft.push(next);
+        if self.draft.len() < round_length {
+            return Ok(());
+        }
+        joined.sequence += 1;
+        joined.waiting = true;
+        let proposal = Proposal {
+            epoch: joined.epoch,
+            base: n,
+            sequence: joined.sequence,
+            pending_token: self.tokens[n - 1],
+            draft: self.draft.clone(),
+            mask: joined
+                .rows
+                .as_mut()
+                .map_or_else(Vec::new, RowSelector::finish),
+        };
+        self.proposals
+            .try_send(proposal)
+            .map_err(|_| Fault::Unavailable("the verify worker takes no proposals".to_owned()))
+    }
+}
+
+fn model_failed(error: EngineError) -> Fault {
+    Fault::Internal(error.to_string())
+}
+
+fn broken(what: &str) -> Fault {
+    Fault::FailedPrecondition(format!(
+        "the verify worker sent a {what} that makes no sense"
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,342 @@
+//! The state machine alone: forwards are scripted, proposals are read at the channel's other end.
+
+use specattn_engine::AttentionRows;
+use specattn_engine::sampling::check_draft;
+use specattn_mask::{Decoder, Limits, Term};
+
+use super::*;
+
+const VOCAB: usize = 16;
+const HEADS: usize = 2;
+
+/// The scripted draft: after token t at position p comes (t + p) mod 16.
+fn next(token: u32, position: usize) -> u32 {
+    (token + position as u32) % VOCAB as u32
+}
+
+fn spec(limit: usize) -> SessionSpec {
+    SessionSpec {
+        tokens: vec![3, 1, 4],
+        limit,
+        capacity: limit + 4,
+        draft_length: 4,
+        max_q_entries: 8,
+    }
+}
+
+fn welcome() -> Welcome {
+    Welcome {
+        epoch: 0,
+        tokens: Vec::new(),
+        prompt_tokens: 3,
+        draft_length: 4,
+        sampling: SamplingParams::default(),
+        policy: MaskPolicy::default(),
+        sources: Vec::new(),
+    }
+}
+
+struct Bench {
+    session: Session,
+    proposals: mpsc::Receiver<Proposal>,
+    cache: Vec<u32>,
+}
+
+impl Bench {
+    fn new(spec: SessionSpec) -> Self {
+        let (sender, proposals) = mpsc::channel(4);
+        Self {
+            session: Session::new(spec, VOCAB, sender),
+            proposals,
+            cache: Vec::new(),
+        }
+    }
+
+    /// Runs forwards until the session idles; what each was fed.
+    fn run(&mut self) -> Vec<Vec<u32>> {
+        let mut fed = Vec::new();
+        while self.session.plan() == Plan::Run {
+            assert_eq!(
+                self.cache.len(),
+                self.session.cached(),
+                "positions are appended in order"
+            );
+            let input = self.session.input().to_vec();
+            self.cache.extend(&input);
+            let (kv_len, layers) = (self.cache.len(), self.session.capture().to_vec());
+            let mut output = StepOutput::default();
+            if self.session.logit_rows() == LogitRows::Last {
+                output.logits = vec![0.0; VOCAB];
+                output.logits[next(self.cache[kv_len - 1], kv_len - 1) as usize] = 2.0;
+            }
+            if !layers.is_empty() {
+                // All of the mass on position 1 of every row.
+                let rows = layers.len() * HEADS;
+                let probs = (0..rows * kv_len).map(|i| f32::from(u8::from(i % kv_len == 1)));
+                output.attention = Some(AttentionRows {
+                    layers,
+                    num_heads: HEADS,
+                    kv_len,
+                    probs: probs.collect(),
+                });
+            }
+            self.session.settle(&output).unwrap();
+            fed.push(input);
+        }
+        fed
+    }
+
+    fn proposal(&mut self) -> Proposal {
+        self.proposals.try_recv().unwrap()
+    }
+
+    fn judge(&mut self, verdict: Verdict) {
+        self.session.judge(verdict).unwrap();
+        self.cache.truncate(self.session.cached());
+        let draft = self.session.draft.iter().map(|d| d.token);
+        let text: Vec<u32> = self.session.tokens.iter().copied().chain(draft).collect();
+        assert!(
+            text.starts_with(&self.cache),
+            "{:?} does not begin {text:?}",
+            self.cache
+        );
+    }
+}
+
+fn tokens(proposal: &Proposal) -> Vec<u32> {
+    proposal.draft.iter().map(|d| d.token).collect()
+}
+
+fn judged(base: usize, accepted: usize, next_token: u32, epoch: u64) -> Verdict {
+    Verdict {
+        epoch,
+        base: base as u64,
+        accepted,
+        next_tokens: vec![next_token],
+        judged: true,
+        need_full_mask: false,
+    }
+}
+
+fn told(base: usize, tokens: &[u32], epoch: u64) -> Verdict {
+    Verdict {
+        epoch,
+        base: base as u64,
+        accepted: 0,
+        next_tokens: tokens.to_vec(),
+        judged: false,
+        need_full_mask: false,
+    }
+}
+
+#[test]
+fn it_catches_up_before_the_welcome_and_then_drafts() {
+    let mut bench = Bench::new(spec(30));
+    assert_eq!(bench.run(), [[3, 1]]);
+    bench.session.join(welcome()).unwrap();
+    // Position 2 holds 4; then 6 at 3, 9 at 4, 13 at 5 and 18 - 16 at 6: the last is proposed, never fed.
+    assert_eq!(bench.run(), [[4], [6], [9], [13]]);
+    let proposal = bench.proposal();
+    assert_eq!(tokens(&proposal), [6, 9, 13, 2]);
+    assert_eq!(
+        (proposal.base, proposal.pending_token, proposal.sequence),
+        (3, 4, 1)
+    );
+    assert!(proposal.draft.iter().all(|d| d.q.is_none()));
+}
+
+#[test]
+fn verdicts_roll_back_what_was_wrong_and_no_more() {
+    let mut bench = Bench::new(spec(30));
+    bench.session.join(welcome()).unwrap();
+    bench.run();
+    bench.proposal();
+    // All accepted: the last draft token was never fed, so two tokens are missing.
+    bench.judge(judged(3, 4, 11, 0));
+    assert_eq!(bench.session.tokens, [3, 1, 4, 6, 9, 13, 2, 11]);
+    assert_eq!(bench.run()[0], [2, 11]);
+    let proposal = bench.proposal();
+    assert_eq!((proposal.base, proposal.epoch), (8, 0));
+    // One accepted: the others are forgotten.
+    bench.judge(judged(8, 1, 0, 1));
+    assert_eq!(bench.session.cached(), 9);
+    assert_eq!(bench.run()[0], [0]);
+    let proposal = bench.proposal();
+    assert_eq!(
+        (proposal.base, proposal.epoch, proposal.sequence),
+        (10, 1, 3)
+    );
+}
+
+#[test]
+fn progress_made_without_it_ends_the_round() {
+    let mut bench = Bench::new(spec(30));
+    bench.session.join(welcome()).unwrap();
+    bench.run();
+    bench.proposal();
+    // The verify worker went on alone and came to the first draft token itself: its KV entry stays.
+    bench.judge(told(3, &[6], 1));
+    assert_eq!(bench.session.cached(), 3);
+    assert_eq!(bench.run()[0], [6]);
+    let proposal = bench.proposal();
+    assert_eq!((proposal.base, proposal.epoch), (4, 1));
+    // The stale answer to the first proposal changes nothing: the second still waits.
+    bench.judge(told(4, &[], 1));
+    assert_eq!(bench.session.plan(), Plan::Idle);
+    // News may overlap what is known.
+    bench.judge(told(2, &[4, 6, 9, 13], 2));
+    assert_eq!(bench.session.tokens, [3, 1, 4, 6, 9, 13]);
+    assert_eq!(bench.session.cached(), 5);
+}
+
+#[test]
+fn long_catch_ups_are_split() {
+    let mut bench = Bench::new(SessionSpec {
+        tokens: vec![1; 600],
+        ..spec(2_000)
+    });
+    bench
+        .session
+        .join(Welcome {
+            tokens: vec![2; 3],
+            prompt_tokens: 600,
+            ..welcome()
+        })
+        .unwrap();
+    let fed: Vec<usize> = bench.run().iter().map(Vec::len).collect();
+    assert_eq!(fed[..2], [512, 90]);
+    assert_eq!(fed[2..], [1, 1, 1, 1]);
+    bench.judge(told(603, &[5; 20], 1));
+    // A short gap is fed with the first draft step.
+    let fed: Vec<usize> = bench.run().iter().map(Vec::len).collect();
+    assert_eq!(fed, [20, 1, 1, 1]);
+}
+
+#[test]
+fn nothing_is_proposed_beyond_the_end() {
+    let mut bench = Bench::new(spec(6));
+    bench.session.join(welcome()).unwrap();
+    bench.run();
+    // Three tokens are left: a round of two drafts and the bonus.
+    assert_eq!(tokens(&bench.proposal()).len(), 2);
+    bench.judge(judged(3, 1, 0, 1));
+    assert_eq!(bench.session.round_length(), 0);
+    bench.run();
+    assert!(bench.proposals.try_recv().is_err());
+    // Within a context shorter than the session it drafts to the last position and then gives up.
+    let mut short = Bench::new(SessionSpec {
+        capacity: 5,
+        ..spec(30)
+    });
+    short.session.join(welcome()).unwrap();
+    short.run();
+    assert_eq!(tokens(&short.proposal()).len(), 3);
+    short.judge(judged(3, 1, 0, 1));
+    short.run();
+    assert_eq!(tokens(&short.proposal()).len(), 1);
+    let outgrown = short.session.judge(judged(5, 1, 0, 1)).unwrap_err();
+    assert_eq!(outgrown.label(), "resource_exhausted");
+}
+
+#[test]
+fn verdicts_that_make_no_sense_are_faults() {
+    let bad = [
+        judged(4, 0, 0, 0),
+        judged(3, 5, 0, 0),
+        judged(3, 0, VOCAB as u32, 0),
+        told(4, &[1], 1),
+        told(usize::MAX, &[1], 1),
+    ];
+    for verdict in bad {
+        let mut bench = Bench::new(spec(30));
+        bench.session.join(welcome()).unwrap();
+        bench.run();
+        assert_eq!(
+            bench.session.judge(verdict).unwrap_err().label(),
+            "failed_precondition"
+        );
+    }
+    let mut early = Bench::new(spec(30));
+    assert!(early.session.judge(told(3, &[1], 1)).is_err());
+    early.session.join(welcome()).unwrap();
+    assert!(early.session.judge(judged(3, 0, 1, 0)).is_err());
+    assert!(early.session.join(welcome()).is_err());
+    let prompt_tokens = |prompt_tokens| Welcome {
+        prompt_tokens,
+        ..welcome()
+    };
+    assert!(Bench::new(spec(30)).session.join(prompt_tokens(0)).is_err());
+    assert!(Bench::new(spec(30)).session.join(prompt_tokens(4)).is_err());
+}
+
+#[test]
+fn sampled_tokens_pass_the_targets_replay() {
+    let rng = CounterRng::new(99);
+    let mut bench = Bench::new(spec(60));
+    bench
+        .session
+        .join(Welcome {
+            sampling: SamplingParams {
+                temperature: 0.9,
+                seed: rng.draft_seed(),
+                ..SamplingParams::default()
+            },
+            ..welcome()
+        })
+        .unwrap();
+    for _ in 0..8 {
+        bench.run();
+        let proposal = bench.proposal();
+        check_draft(&proposal.draft, false, VOCAB, &rng, proposal.base as u64).unwrap();
+        let entries = proposal
+            .draft
+            .iter()
+            .map(|d| d.q.as_ref().unwrap().ids.len());
+        assert!(entries.into_iter().all(|n| n <= 8));
+        bench.judge(judged(proposal.base, 2, 7, 0));
+    }
+}
+
+#[test]
+fn masks_cover_the_targets_cache_and_can_start_over() {
+    let term = |layer, head| Term {
+        layer,
+        head,
+        weight: 0.5,
+    };
+    let sources = vec![
+        Source {
+            terms: vec![term(1, 0), term(1, 1)],
+        },
+        Source {
+            terms: vec![term(0, 0), term(2, 1)],
+        },
+    ];
+    let mut bench = Bench::new(spec(60));
+    bench
+        .session
+        .join(Welcome {
+            sources,
+            ..welcome()
+        })
+        .unwrap();
+    let mut decoder = Decoder::new(Limits::default());
+    for round in 0..4 {
+        bench.run();
+        let proposal = bench.proposal();
+        let mask = decoder.decode(&proposal.mask).unwrap();
+        assert_eq!(
+            (mask.context_len, mask.sources.len()),
+            (proposal.base - 1, 2)
+        );
+        assert!(mask.sources.iter().all(|s| s.iter().eq([1])));
+        let lost = round == 2;
+        if lost {
+            decoder = Decoder::new(Limits::default());
+        }
+        bench.judge(Verdict {
+            need_full_mask: lost,
+            ..judged(proposal.base, 0, 5, round)
+        });
+    }
+}

@@ -1,0 +1,192 @@
+//! Raw messages to checked values, and proposals to raw messages. Generated types end here.
+
+use specattn_engine::ModelConfig;
+use specattn_engine::sampling::DraftToken;
+use specattn_mask::{Source, Term};
+use specattn_proto::v1::{self, speculate_request, speculate_response};
+use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
+use specattn_proto::{Fault, SessionId, limits};
+use specattn_worker::convert;
+
+use crate::session::{Proposal, SessionSpec, Verdict, Welcome};
+
+/// A checked `AttachRequest`.
+#[derive(Debug)]
+pub(crate) struct Attach {
+    pub(crate) session: SessionId,
+    /// URI of the verify worker.
+    pub(crate) endpoint: String,
+    pub(crate) spec: SessionSpec,
+}
+
+/// Checks an `AttachRequest` against the model.
+pub(crate) fn attach(
+    request: v1::AttachRequest,
+    model: &ModelConfig,
+    max_q_entries: usize,
+) -> Result<Attach, Invalid> {
+    let session = request.session_id.parse()?;
+    validate::endpoint("verify_endpoint", &request.verify_endpoint)?;
+    validate::session_tokens(&request.token_ids, model.vocab_size, model.max_context)?;
+    let draft_length = request.policy.and_then(|policy| policy.draft_length);
+    let draft_length = validate::draft_length(draft_length.unwrap_or(0))? as usize;
+    if draft_length == 0 {
+        return Err(Invalid::new("draft_length", "must be at least 1"));
+    }
+    let limit = usize::try_from(request.max_tokens_total).unwrap_or(usize::MAX);
+    let limit = limit.min(limits::MAX_SESSION_TOKENS);
+    if limit < request.token_ids.len() {
+        return Err(Invalid::new(
+            "max_tokens_total",
+            "is less than the tokens so far",
+        ));
+    }
+    Ok(Attach {
+        session,
+        endpoint: request.verify_endpoint,
+        spec: SessionSpec {
+            capacity: (limit + draft_length).min(model.max_context),
+            tokens: request.token_ids,
+            limit,
+            draft_length,
+            max_q_entries,
+        },
+    })
+}
+
+/// The first message of a `Speculate` stream.
+pub(crate) fn join(session: SessionId, model: &ModelConfig, known: usize) -> v1::SpeculateRequest {
+    request(speculate_request::Message::Join(v1::Join {
+        session_id: session.to_string(),
+        draft_model: Some(convert::model_info(model)),
+        known_tokens: known as u64,
+    }))
+}
+
+/// A later one.
+pub(crate) fn propose(proposal: Proposal) -> v1::SpeculateRequest {
+    let mut raw = v1::Propose {
+        epoch: proposal.epoch,
+        base: proposal.base as u64,
+        sequence: proposal.sequence,
+        offset: 0,
+        token_ids: Vec::with_capacity(proposal.draft.len()),
+        q: Vec::new(),
+        mask: proposal.mask,
+        last: true,
+        pending_token: proposal.pending_token,
+    };
+    for DraftToken { token, q } in proposal.draft {
+        raw.token_ids.push(token);
+        raw.q.extend(q.map(|q| v1::DraftDistribution {
+            ids: q.ids,
+            probs: q.probs,
+        }));
+    }
+    request(speculate_request::Message::Propose(raw))
+}
+
+fn request(message: speculate_request::Message) -> v1::SpeculateRequest {
+    v1::SpeculateRequest {
+        message: Some(message),
+    }
+}
+
+/// What a verify worker says after its welcome.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    Verdict(Verdict),
+    /// The session is over, for this reason.
+    Closed(v1::FinishReason),
+}
+
+/// Checks the first answer of a `Speculate` stream, for a draft that knows `known` tokens.
+pub(crate) fn welcome(
+    response: Option<v1::SpeculateResponse>,
+    model: &ModelConfig,
+    known: usize,
+) -> Result<Welcome, Fault> {
+    let Some(speculate_response::Message::Welcome(raw)) = response.and_then(|r| r.message) else {
+        return Err(Fault::Unavailable(
+            "the verify worker sent no welcome".to_owned(),
+        ));
+    };
+    if raw.start != known as u64 {
+        return Err(Invalid::new("start", format!("is {}, not {known}", raw.start)).into());
+    }
+    let sampling = validate::sampling(raw.sampling.as_ref(), model.vocab_size)?;
+    let policy = validate::mask_policy(raw.mask.as_ref(), CheckedMaskPolicy::default())?;
+    let draft_length = validate::draft_length(raw.draft_length)? as usize;
+    if draft_length == 0 {
+        return Err(Invalid::new("draft_length", "must be at least 1").into());
+    }
+    Ok(Welcome {
+        epoch: raw.epoch,
+        tokens: raw.token_ids,
+        prompt_tokens: raw.prompt_tokens as usize,
+        draft_length,
+        sampling: convert::sampling_params(sampling),
+        policy: convert::mask_policy(policy),
+        sources: sources(raw.sources, model)?,
+    })
+}
+
+fn sources(raw: Vec<v1::Source>, model: &ModelConfig) -> Result<Vec<Source>, Fault> {
+    if raw.len() > limits::MAX_SOURCES {
+        return Err(Invalid::new("sources", "are too many").into());
+    }
+    let (layers, heads) = (model.num_layers as u32, model.num_heads as u32);
+    raw.into_iter()
+        .map(|source| {
+            let terms = source.terms.into_iter();
+            let source = Source {
+                terms: terms
+                    .map(|term| Term {
+                        layer: term.layer,
+                        head: term.head,
+                        weight: term.weight,
+                    })
+                    .collect(),
+            };
+            source
+                .validate(layers, heads)
+                .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
+            Ok(source)
+        })
+        .collect()
+}
+
+/// Checks a later answer.
+pub(crate) fn answer(response: v1::SpeculateResponse) -> Result<Answer, Fault> {
+    match response.message {
+        Some(speculate_response::Message::Verdict(verdict)) => Ok(Answer::Verdict(Verdict {
+            epoch: verdict.epoch,
+            base: verdict.base,
+            accepted: verdict.accepted as usize,
+            next_tokens: verdict.next_tokens,
+            judged: verdict.judged,
+            need_full_mask: verdict.need_full_mask,
+        })),
+        Some(speculate_response::Message::Closed(closed)) => Ok(Answer::Closed(closed.reason())),
+        Some(speculate_response::Message::Welcome(_)) => {
+            Err(Fault::FailedPrecondition("welcomed twice".to_owned()))
+        }
+        None => Err(Fault::InvalidArgument("an empty message".to_owned())),
+    }
+}
+
+/// An event of the `Attach` stream.
+pub(crate) fn attached() -> v1::AttachResponse {
+    v1::AttachResponse {
+        event: Some(v1::attach_response::Event::Attached(v1::Attached {})),
+    }
+}
+
+/// Its last event.
+pub(crate) fn detached(reason: String) -> v1::AttachResponse {
+    v1::AttachResponse {
+        event: Some(v1::attach_response::Event::Detached(v1::Detached {
+            reason,
+        })),
+    }
+}

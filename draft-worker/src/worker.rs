@@ -1,0 +1,82 @@
+//! [`Worker`]: a loaded draft model, ready to serve.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use specattn_engine::Model;
+use specattn_proto::limits;
+use specattn_proto::v1::draft_service_server::DraftServiceServer;
+use specattn_proto::v1::{ModelInfo, WorkerRole};
+use specattn_service::server::Server;
+use specattn_worker::host::Host;
+use specattn_worker::{EngineThread, LoadGauge, WorkerError, convert, inbox};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::Config;
+use crate::channels::Channels;
+use crate::engine_loop::{EngineLoop, INBOX_CAPACITY};
+use crate::service::Service;
+
+/// A draft worker that holds its model and does not serve yet.
+#[derive(Debug)]
+pub struct Worker {
+    config: Config,
+    model: Model,
+}
+
+impl Worker {
+    /// Loads the draft model. `progress` hears (bytes done, bytes in all).
+    ///
+    /// # Errors
+    /// [`WorkerError::Model`].
+    pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
+        let model = Model::load(&config.model.folder, &config.model.options, progress)?;
+        Ok(Self { config, model })
+    }
+
+    /// What the draft model is.
+    pub fn model_info(&self) -> ModelInfo {
+        convert::model_info(self.model.config())
+    }
+
+    /// Serves on `listener` until `shutdown` is cancelled and running sessions have ended or the grace period has.
+    ///
+    /// # Errors
+    /// [`WorkerError`] when the worker cannot go on.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: CancellationToken,
+    ) -> Result<(), WorkerError> {
+        let Self { config, model } = self;
+        let load = LoadGauge::new(model.block_pool(), config.model.max_sessions);
+        let load = Arc::new(load);
+        let (commands, inbox) = inbox::channel(INBOX_CAPACITY);
+        let service = Service {
+            commands,
+            model: model.config().clone(),
+            max_q_entries: config.max_q_entries,
+            channels: Channels::default(),
+            load: Arc::clone(&load),
+            draining: shutdown.clone(),
+            sessions: AtomicU64::new(0),
+        };
+        let info = convert::model_info(model.config());
+        let engine_loop = EngineLoop::new(model, inbox, Arc::clone(&load));
+        let host = Host {
+            role: WorkerRole::Draft,
+            server: config.server,
+            gateway: config.gateway,
+            model: info,
+            load,
+            engine: EngineThread::start(move || engine_loop.run())?,
+        };
+        // Attach carries a session's tokens.
+        let service = DraftServiceServer::new(service)
+            .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
+        host.serve(Server::new().with(service), listener, shutdown)
+            .await
+    }
+}
