@@ -1,16 +1,18 @@
 //! The wire codec: a round's mask as bytes, relative to the previous round's.
 //!
-//! [`Encoder`] and [`Decoder`] are the two ends of one session's masks and keep the same state: the last masks that
-//! crossed and the statistics learnt from them. The first mask after [`Encoder::new`] or [`Encoder::reset`] is a full
-//! one and starts the state afresh on both sides; every other is a delta and decodes only where its base is the last
-//! mask decoded. See [`frame`] for the bytes around a mask and `payload` for those within.
+//! [`Encoder`] and [`Decoder`] are the two ends of one session's masks and keep the same state: the last few masks that
+//! crossed. The first mask after [`Encoder::new`] or [`Encoder::reset`] is a full one and starts the state afresh on
+//! both sides; every other is a delta and decodes only where its base is the last mask decoded. See [`frame`] for the
+//! bytes around a mask and `payload` for those within.
 
+mod bits;
 pub mod frame;
+mod history;
 mod payload;
-mod range_coder;
 
+use bits::{BitReader, BitWriter};
 use frame::{Frame, Kind};
-use payload::State;
+use history::History;
 
 use crate::error::MaskError;
 use crate::layer_map::MAX_SOURCES;
@@ -42,7 +44,8 @@ struct Base {
     context_len: usize,
     granularity: u32,
     checksum: u32,
-    state: State,
+    /// One per source.
+    histories: Vec<History>,
 }
 
 /// Checksum of a mask: of what it says, not of its bytes, so that a wrong base is found out as well.
@@ -88,15 +91,15 @@ impl Encoder {
             })
             .collect();
         let checksum = checksum(mask.context_len, granularity, &groups);
-        let (kind, mut state) = match self.base.take() {
+        let (kind, mut histories) = match self.base.take() {
             Some(base)
-                if base.granularity == granularity && base.state.sources() == groups.len() =>
+                if base.granularity == granularity && base.histories.len() == groups.len() =>
             {
                 let kind = Kind::Delta {
                     base_tag: frame::tag(base.checksum),
                     growth: mask.context_len as i64 - base.context_len as i64,
                 };
-                (kind, base.state)
+                (kind, base.histories)
             }
             _ => {
                 let kind = Kind::Full {
@@ -104,22 +107,25 @@ impl Encoder {
                     granularity,
                     sources: groups.len() as u32,
                 };
-                (kind, State::new(groups.len()))
+                (kind, vec![History::default(); groups.len()])
             }
         };
-        let payload = state.encode(&groups);
+        let mut writer = BitWriter::default();
+        for (history, set) in histories.iter_mut().zip(&groups) {
+            payload::put_source(&mut writer, history, set);
+            history.push(set);
+        }
         let bytes = Frame {
             kind,
-            payload: &payload,
+            payload: &writer.finish(),
             checksum,
         }
         .to_bytes();
-        state.advance(groups);
         self.base = Some(Base {
             context_len: mask.context_len,
             granularity,
             checksum,
-            state,
+            histories,
         });
         bytes
     }
@@ -156,44 +162,38 @@ impl Decoder {
     /// [`MaskError::Checksum`] for bytes that no encoder sent, or that were damaged on the way.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<&RoundMask, MaskError> {
         let frame = Frame::parse(bytes)?;
-        let (context_len, granularity, mut state) = match frame.kind {
-            Kind::Full {
-                context_len,
-                granularity,
-                sources,
-            } => {
-                within(
-                    "sources",
-                    u64::from(sources),
-                    self.limits.max_sources as u64,
-                )?;
-                if granularity == 0 {
-                    return Err(MaskError::Malformed("granularity 0"));
-                }
-                within(
-                    "granularity",
-                    u64::from(granularity),
-                    u64::from(MAX_GRANULARITY),
-                )?;
-                (context_len, granularity, State::new(sources as usize))
-            }
-            Kind::Delta { base_tag, growth } => {
-                let base = self.base.as_ref().ok_or(MaskError::MissingBase)?;
-                if frame::tag(base.checksum) != base_tag {
-                    return Err(MaskError::MissingBase);
-                }
-                let context_len = (base.context_len as u64)
-                    .checked_add_signed(growth)
-                    .ok_or(MaskError::Malformed("negative context"))?;
-                (context_len, base.granularity, base.state.clone())
-            }
-        };
-        within("context", context_len, self.limits.max_context as u64)?;
-        let context_len = context_len as usize;
-        let groups = state.decode(frame.payload, context_len.div_ceil(granularity as usize));
+        let (context_len, granularity, sources) = self.shape(&frame.kind)?;
+        let len = context_len.div_ceil(granularity as usize);
+        let fresh = History::default();
+        let mut reader = BitReader::new(frame.payload);
+        let mut groups = Vec::with_capacity(sources);
+        for source in 0..sources {
+            let history = match (&frame.kind, &self.base) {
+                (Kind::Delta { .. }, Some(base)) => &base.histories[source],
+                _ => &fresh,
+            };
+            groups.push(payload::take_source(&mut reader, history, len)?);
+        }
+        if !reader.is_finished() {
+            return Err(MaskError::Malformed("its payload goes on"));
+        }
         if checksum(context_len, granularity, &groups) != frame.checksum {
             return Err(MaskError::Checksum);
         }
+        // Nothing fails from here on.
+        let mut histories = match (&frame.kind, self.base.take()) {
+            (Kind::Delta { .. }, Some(base)) => base.histories,
+            _ => vec![History::default(); sources],
+        };
+        for (history, set) in histories.iter_mut().zip(&groups) {
+            history.push(set);
+        }
+        self.base = Some(Base {
+            context_len,
+            granularity,
+            checksum: frame.checksum,
+            histories,
+        });
         self.mask = RoundMask {
             context_len,
             granularity,
@@ -202,14 +202,39 @@ impl Decoder {
                 .map(|set| PositionSet::from_groups(set, granularity as usize, context_len))
                 .collect(),
         };
-        state.advance(groups);
-        self.base = Some(Base {
-            context_len,
-            granularity,
-            checksum: frame.checksum,
-            state,
-        });
         Ok(&self.mask)
+    }
+
+    /// Context, granularity and sources of a mask of kind `kind`, within the limits.
+    fn shape(&self, kind: &Kind) -> Result<(usize, u32, usize), MaskError> {
+        let (context_len, granularity, sources) = match *kind {
+            Kind::Full {
+                context_len,
+                granularity,
+                sources,
+            } => (context_len, granularity, sources as usize),
+            Kind::Delta { base_tag, growth } => {
+                let base = self.base.as_ref().ok_or(MaskError::MissingBase)?;
+                if frame::tag(base.checksum) != base_tag {
+                    return Err(MaskError::MissingBase);
+                }
+                let context_len = (base.context_len as u64)
+                    .checked_add_signed(growth)
+                    .ok_or(MaskError::Malformed("its context is negative"))?;
+                (context_len, base.granularity, base.histories.len())
+            }
+        };
+        if granularity == 0 {
+            return Err(MaskError::Malformed("its granularity is 0"));
+        }
+        within("context", context_len, self.limits.max_context as u64)?;
+        within(
+            "granularity",
+            u64::from(granularity),
+            u64::from(MAX_GRANULARITY),
+        )?;
+        within("sources", sources as u64, self.limits.max_sources as u64)?;
+        Ok((context_len as usize, granularity, sources))
     }
 }
 
