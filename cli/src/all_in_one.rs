@@ -1,0 +1,307 @@
+//! [`AllInOne`]: gateway, verify worker and draft worker inside this process, talking over loopback gRPC exactly as
+//! separate processes would.
+//!
+//! The workers are configured through their own command lines, so that their defaults and their environment fallbacks
+//! hold here too.
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{CommandFactory, FromArgMatches, ValueEnum};
+use specattn_proto::Fault;
+use specattn_proto::v1;
+use specattn_proto::v1::registry_service_client::RegistryServiceClient;
+use specattn_service::args::{Service, parse_from};
+use specattn_service::server::ServerConfig;
+use specattn_service::{ServiceError, channel};
+use tokio::net::TcpListener;
+use tokio::task::{JoinError, JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::args::ModelArgs;
+use crate::error::CliError;
+use crate::models::ModelFolders;
+use crate::progress;
+
+/// How long the workers may take to register after their models have loaded.
+const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause between two looks at who has registered.
+const REGISTRATION_POLL: Duration = Duration::from_millis(10);
+
+const GATEWAY: &str = "gateway";
+const VERIFY: &str = "verify worker";
+const DRAFT: &str = "draft worker";
+
+/// What to start.
+#[derive(Debug)]
+pub struct Plan {
+    folders: ModelFolders,
+    models: ModelArgs,
+    show_progress: bool,
+    /// How the gateway is reached and how long it drains.
+    pub server: ServerConfig,
+    /// Where the gateway listens; `None`: a free loopback port.
+    pub listener: Option<TcpListener>,
+}
+
+impl Plan {
+    /// Finds the models that `args` name.
+    ///
+    /// # Errors
+    /// [`CliError::Usage`] when they are not there.
+    pub fn new(args: &ModelArgs, with_draft: bool, show_progress: bool) -> Result<Self, CliError> {
+        Ok(Self {
+            folders: ModelFolders::find(args, with_draft)?,
+            models: args.clone(),
+            show_progress,
+            server: ServerConfig::default(),
+            listener: None,
+        })
+    }
+
+    /// A worker's checked arguments, as its own program would get them.
+    fn worker_args<A: CommandFactory + FromArgMatches>(
+        &self,
+        service: Service,
+        folder: &Path,
+        gateway: &str,
+    ) -> Result<A, CliError> {
+        let mut line: Vec<OsString> = vec!["worker".into(), "--model".into(), folder.into()];
+        let mut flag = |name: &str, value: String| line.extend([name.into(), value.into()]);
+        flag("--threads", self.models.threads.to_string());
+        flag("--kv-cache-mib", self.models.kv_cache_mib.to_string());
+        if let Some(name) = self.models.kv_type.and_then(|t| t.to_possible_value()) {
+            flag("--kv-type", name.get_name().to_owned());
+        }
+        flag("--gateway", gateway.to_owned());
+        flag("--listen", "127.0.0.1:0".to_owned());
+        let drain_timeout = self.server.drain_timeout.as_millis();
+        flag("--drain-timeout-ms", drain_timeout.to_string());
+        parse_from(service, line).map_err(|error| CliError::Usage(error.to_string()))
+    }
+}
+
+/// The services of this process. Dropping it ends them without a drain.
+#[derive(Debug)]
+pub struct AllInOne {
+    url: String,
+    gateway: JoinHandle<Result<(), CliError>>,
+    gateway_stop: CancellationToken,
+    workers: JoinSet<Result<(), CliError>>,
+    workers_stop: CancellationToken,
+}
+
+impl AllInOne {
+    /// Starts everything and waits until the workers have registered.
+    ///
+    /// # Errors
+    /// [`CliError::Start`] when a service cannot start.
+    pub async fn start(mut plan: Plan) -> Result<Self, CliError> {
+        let listener = match plan.listener.take() {
+            Some(listener) => listener,
+            None => loopback().await?,
+        };
+        let local = local_url(&listener)?;
+        let gateway_stop = CancellationToken::new();
+        let gateway = specattn_gateway::serve(
+            specattn_gateway::Config {
+                server: plan.server.clone(),
+                ..specattn_gateway::Config::new(&plan.folders.target)
+            },
+            listener,
+            gateway_stop.clone(),
+        );
+        let mut services = Self {
+            url: plan.server.advertise.as_ref().unwrap_or(&local).clone(),
+            gateway: tokio::spawn(ending(GATEWAY, gateway)),
+            gateway_stop,
+            workers: JoinSet::new(),
+            workers_stop: CancellationToken::new(),
+        };
+        services.start_verify_worker(&plan, &local).await?;
+        if let Some(folder) = &plan.folders.draft {
+            services.start_draft_worker(&plan, folder, &local).await?;
+        }
+        services.wait_for_workers(&local).await?;
+        Ok(services)
+    }
+
+    /// The gateway's URL.
+    pub fn gateway(&self) -> &str {
+        &self.url
+    }
+
+    /// Completes when a service ends that nobody stopped, with what it has to say.
+    pub async fn failure(&mut self) -> CliError {
+        tokio::select! {
+            ended = &mut self.gateway => early_end(GATEWAY, ended),
+            Some(ended) = self.workers.join_next() => early_end("worker", ended),
+        }
+    }
+
+    /// Lets running sessions end. The workers stop first, taking no new sessions while the gateway still carries the
+    /// running ones to their clients.
+    ///
+    /// # Errors
+    /// The first failure of a service on its way out.
+    pub async fn drain(mut self) -> Result<(), CliError> {
+        let mut result = Ok(());
+        self.workers_stop.cancel();
+        while let Some(ended) = self.workers.join_next().await {
+            result = result.and(flatten("worker", ended));
+        }
+        self.gateway_stop.cancel();
+        result.and(flatten(GATEWAY, (&mut self.gateway).await))
+    }
+
+    /// Ends everything within `timeout`; what goes wrong then no longer matters to anyone.
+    pub async fn stop(self, timeout: Duration) {
+        match tokio::time::timeout(timeout, self.drain()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "a service failed while stopping"),
+            Err(_) => tracing::warn!("the services did not stop in time"),
+        }
+    }
+}
+
+impl AllInOne {
+    async fn start_verify_worker(&mut self, plan: &Plan, gateway: &str) -> Result<(), CliError> {
+        let folder = &plan.folders.target;
+        let args: specattn_verify::Args = plan.worker_args(Service::Verify, folder, gateway)?;
+        let config = args.config()?;
+        let worker = load("target", VERIFY, plan.show_progress, move |progress| {
+            specattn_verify::Worker::load(config, progress)
+        })
+        .await?;
+        let serving = worker.serve(loopback().await?, self.workers_stop.clone());
+        self.workers.spawn(ending(VERIFY, serving));
+        Ok(())
+    }
+
+    async fn start_draft_worker(
+        &mut self,
+        plan: &Plan,
+        folder: &Path,
+        gateway: &str,
+    ) -> Result<(), CliError> {
+        let args: specattn_draft::Args = plan.worker_args(Service::Draft, folder, gateway)?;
+        let config = args.config()?;
+        let worker = load("draft", DRAFT, plan.show_progress, move |progress| {
+            specattn_draft::Worker::load(config, progress)
+        })
+        .await?;
+        let serving = worker.serve(loopback().await?, self.workers_stop.clone());
+        self.workers.spawn(ending(DRAFT, serving));
+        Ok(())
+    }
+
+    /// Waits until the gateway knows every worker, so that the first request finds them.
+    async fn wait_for_workers(&mut self, gateway: &str) -> Result<(), CliError> {
+        let wanted = self.workers.len();
+        let registered = async {
+            let mut client = RegistryServiceClient::new(channel::connect(gateway).await?);
+            while client
+                .status(v1::StatusRequest {})
+                .await?
+                .into_inner()
+                .workers
+                .len()
+                < wanted
+            {
+                tokio::time::sleep(REGISTRATION_POLL).await;
+            }
+            Ok(())
+        };
+        tokio::select! {
+            registered = tokio::time::timeout(REGISTRATION_TIMEOUT, registered) => {
+                registered.unwrap_or_else(|_| {
+                    let message = "the workers did not register in time".to_owned();
+                    Err(Fault::DeadlineExceeded(message).into())
+                })
+            }
+            failure = self.failure() => Err(failure),
+        }
+    }
+}
+
+/// Loads a model on a thread of its own, with a progress bar named `what`.
+async fn load<W, E>(
+    what: &str,
+    service: &'static str,
+    show_progress: bool,
+    load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<W, E> + Send + 'static,
+) -> Result<W, CliError>
+where
+    W: Send + 'static,
+    E: Display + Send + 'static,
+{
+    let bar = progress::bar(&format!("loading the {what} model"), show_progress);
+    let advancing = bar.clone();
+    let loading = tokio::task::spawn_blocking(move || {
+        load(&mut |done, total| progress::advance(&advancing, done, total))
+    });
+    let loaded = loading.await;
+    bar.finish_and_clear();
+    match loaded {
+        Ok(Ok(worker)) => Ok(worker),
+        Ok(Err(error)) => Err(failed(service, error)),
+        Err(panicked) => Err(failed(service, panicked)),
+    }
+}
+
+/// `serving`, with its error named after the service.
+async fn ending<E: Display>(
+    service: &'static str,
+    serving: impl Future<Output = Result<(), E>>,
+) -> Result<(), CliError> {
+    serving.await.map_err(|error| failed(service, error))
+}
+
+fn failed(service: &'static str, reason: impl Display) -> CliError {
+    CliError::Start {
+        service,
+        reason: reason.to_string(),
+    }
+}
+
+type Ended = Result<Result<(), CliError>, JoinError>;
+
+fn flatten(service: &'static str, ended: Ended) -> Result<(), CliError> {
+    ended.unwrap_or_else(|panicked| Err(failed(service, panicked)))
+}
+
+fn early_end(service: &'static str, ended: Ended) -> CliError {
+    match flatten(service, ended) {
+        Ok(()) => failed(service, "it ended by itself"),
+        Err(error) => error,
+    }
+}
+
+async fn loopback() -> Result<TcpListener, CliError> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|source| ServiceError::Listen { address, source }.into())
+}
+
+/// The URL under which this process reaches a listener of its own.
+fn local_url(listener: &TcpListener) -> Result<String, CliError> {
+    let mut address = listener
+        .local_addr()
+        .map_err(|source| ServiceError::System {
+            what: "asking the socket for its address",
+            source,
+        })?;
+    if address.ip().is_unspecified() {
+        // Listening everywhere includes loopback, of the same family or, for IPv6, of both.
+        address.set_ip(match address.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        });
+    }
+    Ok(format!("http://{address}"))
+}

@@ -1,0 +1,361 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use specattn_service::args::{ServerArgs, TelemetryArgs};
+use specattn_worker::args::KvType;
+
+/// Speculative decoding in which the draft model tells the target model what to attend to.
+#[derive(Debug, Parser)]
+#[command(name = "specattn", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Continue a text
+    #[command(
+        long_about = "Continue a text, streaming it to standard output.\n\n\
+            Without --gateway all three services (gateway, verify worker, draft worker) run inside this process and talk \
+            over loopback gRPC, with the bundled pair of models. The last line, on standard error, tells what it cost.",
+        after_long_help = "Exit codes: 0 done, 1 failed, 64 bad usage, 130 interrupted.",
+        mut_arg("log_level", |arg| arg.default_value("warn"))
+    )]
+    Generate(Box<GenerateArgs>),
+    /// Run gateway, verify worker and draft worker in one process until stopped
+    #[command(
+        long_about = "Run gateway, verify worker and draft worker in one process.\n\n\
+            Prints the gateway's URL on standard output once it takes requests, and stays up. SIGTERM and Ctrl-C drain it: \
+            running generations get --drain-timeout-ms to end.",
+        mut_arg("listen", |arg| arg.required(false).default_value(DEFAULT_LISTEN))
+    )]
+    Serve(ServeArgs),
+    /// Show workers, load and sessions of a running gateway
+    Status(StatusArgs),
+}
+
+/// Where `serve` listens unless told otherwise.
+const DEFAULT_LISTEN: &str = "127.0.0.1:7400";
+
+/// `specattn generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The text to continue
+    #[arg(
+        required_unless_present = "prompt_file",
+        conflicts_with = "prompt_file"
+    )]
+    pub prompt: Option<String>,
+
+    /// Read the text to continue from a file, as it is; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+
+    /// Generate at most this many tokens
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    pub max_tokens: u32,
+
+    /// How the target attends: sparse reads only the KV entries that the draft's masks select, which is approximate;
+    /// dense reads all of them and gives exactly the target's distribution
+    #[arg(long, value_enum, default_value_t = Mode::Sparse)]
+    pub mode: Mode,
+
+    /// How tokens are sampled.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    /// Where generation stops.
+    #[command(flatten)]
+    pub stop: StopArgs,
+
+    /// How the draft works.
+    #[command(flatten)]
+    pub speculation: SpeculationArgs,
+
+    /// Use this gateway instead of starting the services in this process
+    #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
+        conflicts_with_all = ["target", "draft", "threads", "kv_cache_mib", "kv_type"])]
+    pub gateway: Option<String>,
+
+    /// What the services of this process run.
+    #[command(flatten)]
+    pub models: ModelArgs,
+
+    /// Print one JSON object at the end instead of the streamed text
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show neither progress nor the closing line
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// What to log.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// How the target attends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Full attention: exactly the target's distribution
+    Dense,
+    /// Attention masked by the draft's selections: approximate
+    Sparse,
+}
+
+impl Mode {
+    /// Its name on the command line and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Sparse => "sparse",
+        }
+    }
+}
+
+/// How tokens are sampled.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// 0 always takes the most probable token; small models then fall into loops, and 0.8 reads better
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+
+    /// Keep the K most probable tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: u32,
+
+    /// Keep the most probable tokens that together reach this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+
+    /// Drop tokens less probable than this times the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
+
+    /// Divide positive and multiply negative logits of tokens already in prompt or output
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+
+    /// Subtract this from the logits of tokens already in the output
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    pub presence_penalty: f32,
+
+    /// Subtract this from a token's logit once per occurrence in the output
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
+    pub frequency_penalty: f32,
+
+    /// Make the random choices repeatable [default: a random seed, shown by --json]
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
+}
+
+/// Where generation stops, besides --max-tokens.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Stopping")]
+pub struct StopArgs {
+    /// Stop before this text appears; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+
+    /// Stop after this token id; may be repeated
+    #[arg(long, value_name = "ID")]
+    pub stop_token: Vec<u32>,
+
+    /// Go on past the model's own end-of-text tokens
+    #[arg(long)]
+    pub ignore_eos: bool,
+
+    /// Stop after this many milliseconds and keep what there is
+    #[arg(long, value_name = "MS")]
+    pub deadline_ms: Option<u64>,
+}
+
+/// How the draft works. What is left out is up to the gateway.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Draft and masks")]
+pub struct SpeculationArgs {
+    /// Tokens the draft proposes per round, 0 to 16; 0 leaves the target alone [default: the gateway's, usually 4]
+    #[arg(long, value_name = "G")]
+    pub draft_length: Option<u32>,
+
+    /// Let the target decode alone: the same as --draft-length 0
+    #[arg(long, conflicts_with_all = ["draft_length", "draft"])]
+    pub no_draft: bool,
+
+    /// Attention mass that the masks must keep, in (0, 1] [default: the gateway's, usually 0.95]
+    #[arg(long, value_name = "P")]
+    pub mask_p: Option<f32>,
+
+    /// First positions that masks always keep [default: the gateway's, usually 4]
+    #[arg(long, value_name = "N")]
+    pub sink: Option<u32>,
+
+    /// Last positions that masks always keep [default: the gateway's, usually 64]
+    #[arg(long, value_name = "N")]
+    pub window: Option<u32>,
+
+    /// Keep whole groups of this many positions [default: the gateway's, usually 1]
+    #[arg(long, value_name = "G")]
+    pub granularity: Option<u32>,
+}
+
+/// What the services of this process run.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Models")]
+pub struct ModelArgs {
+    /// Target model: a Hugging Face checkpoint folder [default: the bundled one]
+    #[arg(long, value_name = "DIR", env = "SPECATTN_TARGET")]
+    pub target: Option<PathBuf>,
+
+    /// Draft model, with the target's tokenizer [default: the bundled one when --target is not given, else none]
+    #[arg(long, value_name = "DIR", env = "SPECATTN_DRAFT")]
+    pub draft: Option<PathBuf>,
+
+    /// Threads to calculate with; 0 takes all cores
+    #[arg(long, value_name = "N", env = "SPECATTN_THREADS", default_value_t = 0)]
+    pub threads: usize,
+
+    /// Memory for each model's KV cache in MiB
+    #[arg(
+        long,
+        value_name = "MIB",
+        env = "SPECATTN_KV_CACHE_MIB",
+        default_value_t = 512
+    )]
+    pub kv_cache_mib: usize,
+
+    /// Number type of KV entries [default: f32, with which greedy text equals a float32 reference]
+    #[arg(long, value_enum, value_name = "TYPE", env = "SPECATTN_KV_TYPE")]
+    pub kv_type: Option<KvType>,
+}
+
+/// `specattn serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// What to run.
+    #[command(flatten)]
+    pub models: ModelArgs,
+
+    /// Run no draft worker; others may still register
+    #[arg(long, conflicts_with = "draft")]
+    pub no_draft: bool,
+
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// Where the gateway listens; the workers take free loopback ports.
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    /// What to log.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+impl ServeArgs {
+    /// Where the gateway listens.
+    pub fn listen(&self) -> SocketAddr {
+        self.server.listen
+    }
+}
+
+/// `specattn status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The gateway to ask
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "SPECATTN_GATEWAY",
+        default_value = "http://127.0.0.1:7400"
+    )]
+    pub gateway: String,
+
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once(&"specattn").chain(line))
+    }
+
+    fn generate(line: &[&str]) -> GenerateArgs {
+        match parse(line).unwrap().command {
+            Command::Generate(args) => *args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn generate_has_the_documented_flags_and_defaults() {
+        let args = generate(&["generate", "Once"]);
+        assert_eq!(args.prompt.as_deref(), Some("Once"));
+        assert_eq!(args.mode, Mode::Sparse);
+        assert_eq!(args.sampling.temperature, 0.0);
+        assert_eq!(args.telemetry.log_level, "warn");
+        let line = "generate --prompt-file - --max-tokens 7 --mode dense --temperature 0.8 --top-k 40 --top-p 0.9 \
+            --seed 3 --draft-length 8 --mask-p 0.9 --target t --draft d --json --stop a --stop b --stop-token 5 \
+            --min-p 0.1 --presence-penalty -1 --frequency-penalty 0.5 --repetition-penalty 1.1 --sink 1 --window 2 \
+            --granularity 4 --ignore-eos --threads 2 --kv-cache-mib 64 --deadline-ms 100 --quiet";
+        let args = generate(&line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(args.stop.stop, ["a", "b"]);
+        assert_eq!(args.sampling.presence_penalty, -1.0);
+        assert_eq!(args.speculation.draft_length, Some(8));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for line in [
+            &["generate"][..],
+            &["generate", "a", "--prompt-file", "b"],
+            &["generate", "a", "--no-draft", "--draft-length", "4"],
+            &["generate", "a", "--gateway", "http://x:1", "--target", "t"],
+            &["generate", "a", "--mode", "exact"],
+            &["generate", "a", "--temperature", "hot"],
+            &["serve", "--listen", "nowhere"],
+            &[],
+        ] {
+            assert!(parse(line).is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn serve_has_the_gateways_port_and_logs() {
+        match parse(&["serve"]).unwrap().command {
+            Command::Serve(args) => {
+                assert_eq!(args.listen().to_string(), DEFAULT_LISTEN);
+                assert_eq!(args.telemetry.log_level, "info");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! `specattn`: the command for people. It generates text, runs all three services in one process, and shows what a
+//! running system is doing.
+//!
+//! Whatever it does goes through the gateway's public API; without `--gateway` it first starts a gateway and its workers
+//! in its own process, over loopback gRPC.
+#![forbid(unsafe_code)]
+
+pub mod all_in_one;
+pub mod args;
+pub mod error;
+pub mod generate;
+pub mod models;
+pub mod output;
+mod progress;
+pub mod request;
+pub mod serve;
+pub mod status;
+
+pub use error::CliError;

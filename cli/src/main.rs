@@ -1,0 +1,52 @@
+//! `specattn`: parse, start the log, run the command, exit with its code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use specattn_cli::args::{Cli, Command};
+use specattn_cli::error::EXIT_USAGE;
+use specattn_cli::{CliError, generate, serve, status};
+use specattn_service::{ServiceError, telemetry};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            // Where even this cannot be printed, the exit code is all there is to say.
+            return match error.print() {
+                Ok(()) => code.into(),
+                Err(_) => EXIT_USAGE.into(),
+            };
+        }
+    };
+    match run(&cli.command) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("specattn: {error}");
+            error.exit_code().into()
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<u8, CliError> {
+    match command {
+        Command::Generate(args) => telemetry::init(&args.telemetry)?,
+        Command::Serve(args) => telemetry::init(&args.telemetry)?,
+        Command::Status(_) => {}
+    }
+    let runtime = tokio::runtime::Runtime::new().map_err(|source| ServiceError::System {
+        what: "starting the runtime",
+        source,
+    })?;
+    let code = runtime.block_on(async {
+        match command {
+            Command::Generate(args) => generate::run(args).await,
+            Command::Serve(args) => serve::run(args).await.map(|()| 0),
+            Command::Status(args) => status::run(args).await.map(|()| 0),
+        }
+    });
+    // A model that is still loading on a blocking thread must not hold up the exit.
+    runtime.shutdown_background();
+    code
+}
