@@ -163,7 +163,6 @@ pub trait Backend: Send {
 }
 
 /// What [`Backend::rotate_and_store`] needs besides the rows.
-
 pub struct RotateArgs<'a, B: Backend + ?Sized> {
     /// Head counts and width.
     pub shape: AttentionShape,
@@ -178,7 +177,6 @@ pub struct RotateArgs<'a, B: Backend + ?Sized> {
 }
 
 /// What [`Backend::attention`] needs besides the rows.
-
 pub struct AttentionArgs<'a, B: Backend + ?Sized> {
     /// Head counts and width.
     pub shape: AttentionShape,

@@ -307,7 +307,7 @@ impl<W: Element> Tile<W> {
                 for m in 0..M {
                     let at = w.add(m * inputs + k);
                     // The next block's weights: one line per 64 bytes.
-                    if (k * size_of::<W>()) % 64 == 0 {
+                    if (k * size_of::<W>()).is_multiple_of(64) {
                         S::prefetch(at.wrapping_add(next).cast());
                     }
                     let weight = W::load::<S>(at);

@@ -1802,7 +1802,7 @@ pub struct Propose {
 /// The truncated, renormalised distribution a draft token was drawn from.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DraftDistribution {
-    /// Distinct token ids; at most 1,024.
+    /// Strictly increasing token ids, at most 1,024: an order the draft could choose would let it steer the replayed draw.
     #[prost(uint32, repeated, tag = "1")]
     pub ids: ::prost::alloc::vec::Vec<u32>,
     /// Their probabilities, same order: positive, finite, summing to 1 within 1e-3.

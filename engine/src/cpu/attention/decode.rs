@@ -218,7 +218,7 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
                 entries.kv_head * self.group + row % self.group,
             )
         };
-        // SAFETY (whole block): entries come from the block table and lie inside the store; vectors of LANES divide
+        // SAFETY: for the whole block: entries come from the block table and lie inside the store; vectors of LANES divide
         // `dim`, which is padded to 16; scratch and partial sizes are those computed above.
         unsafe {
             let mut current = [std::ptr::null::<E>(); BLOCK];

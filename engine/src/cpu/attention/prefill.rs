@@ -116,7 +116,7 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
         }
         let last = self.past + self.tokens.end;
         let first_diagonal = self.past + self.tokens.start;
-        // SAFETY (whole block): entries come from the block table and lie inside the store; ROWS is a multiple of
+        // SAFETY: for the whole block: entries come from the block table and lie inside the store; ROWS is a multiple of
         // COLUMN_VECTORS vectors, BLOCK and `dim` of TILE; scratch sizes are those taken above.
         unsafe {
             for block in (0..last).step_by(BLOCK) {
