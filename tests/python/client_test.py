@@ -162,11 +162,11 @@ class Generate(unittest.TestCase):
         message = request(
             token_ids=common.TokenIds(ids=entry["prompt"]),
             mode=common.MODE_SPARSE,
-            limits=common.Limits(max_tokens=64, ignore_eos=True),
+            limits=common.Limits(max_tokens=300, ignore_eos=True),
             mask=common.MaskPolicy(mask_p=0.9),
         )
         _, deltas, finished = run(message)
-        self.assertEqual(len(tokens(deltas)), 64)
+        self.assertEqual(len(tokens(deltas)), 300)
         stats = finished.stats
         self.assertGreater(stats.mask_rounds, 0)
         self.assertGreater(stats.mask_bytes, 0)
@@ -201,12 +201,16 @@ class Generate(unittest.TestCase):
 
     def test_a_stop_string_ends_the_text_before_it(self):
         whole = text(run(request())[1])
-        middle = len(whole) // 2
-        stop = whole[middle : middle + 5]
-        _, deltas, finished = run(request(stop=["never to be seen", stop]))
-        self.assertEqual(text(deltas), whole[: whole.index(stop)])
-        self.assertEqual(finished.reason, common.FINISH_REASON_STOP)
-        self.assertEqual(finished.stop, stop)
+        # Far from the limit, and often: what the verify worker commits until it hears of the stop must do no harm.
+        limits = common.Limits(max_tokens=400, ignore_eos=True)
+        for start in range(8, 24, 2):
+            stop = whole[start : start + 5]
+            for length in (0, 4):
+                draft = common.DraftPolicy(draft_length=length)
+                _, deltas, finished = run(request(stop=["never to be seen", stop], limits=limits, draft=draft))
+                self.assertEqual(text(deltas), whole[: whole.index(stop)])
+                self.assertEqual(finished.reason, common.FINISH_REASON_STOP)
+                self.assertEqual(finished.stop, stop)
 
     def test_a_stop_token_is_committed(self):
         all_tokens = tokens(run(request())[1])
