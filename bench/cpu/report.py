@@ -169,12 +169,22 @@ def markdown(result):
     """The whole report."""
     runs = Runs(result)
     machine = result["machine"]
-    busy = max(result["busy_share_before_each_pass"], default=0)
+    limit = float(result["arguments"]["disturbance"])
+    disturbed = [run for run in runs.all if run["disturbance"] > limit]
     parts = [
         "# CPU measurements\n",
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])}), {machine['date']}. "
-        f"Medians with (least–most) over interleaved passes, another text each pass; ratios are paired by pass. "
-        f"Before each pass the machine was at most {100 * busy:.0f} % busy. Rules: README.md.\n",
+        "Medians with (least–most) over interleaved passes, another text each pass; ratios are paired by pass. "
+        "Rules: README.md.\n",
+    ]
+    if disturbed:
+        worst = max(run["disturbance"] for run in disturbed)
+        parts.append(
+            f"**{len(disturbed)} of {len(runs.all)} runs were disturbed**: other processes used more than "
+            f"{100 * limit:.0f} % of the machine while they ran, at worst {100 * worst:.0f} %. "
+            "Do not quote these figures.\n"
+        )
+    parts += [
         "## Ratios\n", aims(runs),
         "## Decoding, sampled text\n", group_table(runs, "sampled", speed),
         "## Decoding, greedy\n", group_table(runs, "greedy", speed),

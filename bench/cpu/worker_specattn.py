@@ -101,7 +101,7 @@ def main():
                 run.stats["server_elapsed_seconds"] = finished.elapsed_seconds
 
     try:
-        worker.serve(generate, {"address": address}, rss_pid=process.pid)
+        worker.serve(generate, {"address": address, "server_pid": process.pid}, rss_pid=process.pid)
     finally:
         stop_server(process)
         stubs.cleanup()
