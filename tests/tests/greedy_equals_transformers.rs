@@ -14,7 +14,7 @@ async fn compare(cluster: &Cluster, references: &[Reference], draft_length: u32)
     for (index, reference) in references.iter().enumerate() {
         let request = Request::tokens(&reference.prompt, reference.greedy.len() as u32)
             .draft_length(draft_length);
-        let completion = request.run(channel.clone()).await.unwrap();
+        let completion = request.run(channel.clone()).await.expect("a continuation");
         let same = completion.tokens.iter().zip(&reference.greedy);
         let equal = same.take_while(|(got, want)| got == want).count();
         if completion.tokens != reference.greedy {
