@@ -23,7 +23,7 @@ const LANES: usize = 16;
 const BLOCK: usize = 2_048;
 
 /// Entries between the bounds at which the search turns from the row to those entries.
-const FEW: usize = 256;
+const FEW: usize = 64;
 
 /// Bits of the smallest positive f32.
 const SMALLEST: u32 = 1;
@@ -135,18 +135,20 @@ fn search(row: &[f32], wanted: f64, total: f64, positive: usize) -> Bound {
 /// Ends the search among the entries in `[reaches, fails)`, of which there is at least one, since the masses differ.
 fn settle(row: &[f32], wanted: f64, reaches: Bound, fails: Bound) -> Bound {
     let few = entries_between(row, reaches, fails);
-    let (mut low, mut high) = (reaches.bits, fails.bits);
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
+    // Bounds as before, with the number of the few at or above them.
+    let (mut low, mut high) = ((reaches.bits, few.len()), (fails.bits, 0));
+    while high.0 - low.0 > 1 && low.1 - high.1 > 1 {
+        let middle = low.0 + (high.0 - low.0) / 2;
         // Only a guess: these sums do not add in the row's order.
-        if fails.mass + weigh(&few, f32::from_bits(middle)).0 >= wanted {
-            low = middle;
+        let (mass, kept) = weigh(&few, f32::from_bits(middle));
+        if fails.mass + mass >= wanted {
+            low = (middle, kept);
         } else {
-            high = middle;
+            high = (middle, kept);
         }
     }
     // The answer is an entry, so step from entry to entry until one reaches and the next does not.
-    let mut best = Bound::at(row, smallest_from(&few, low).unwrap_or(reaches.bits));
+    let mut best = Bound::at(row, smallest_from(&few, low.0).unwrap_or(reaches.bits));
     if best.mass >= wanted {
         while let Some(next) = smallest_from(&few, best.bits + 1) {
             let bound = Bound::at(row, next);
@@ -182,20 +184,18 @@ fn largest_below(entries: &[f32], bits: u32) -> Option<u32> {
 fn weigh(row: &[f32], t: f32) -> (f64, usize) {
     let (mut mass, mut kept) = (0.0f64, 0usize);
     for block in row.chunks(BLOCK) {
+        let (vectors, rest) = block.as_chunks::<LANES>();
+        // Zeros are below every threshold. A whole last vector keeps the sums in registers.
+        let mut last = [0.0; LANES];
+        last[..rest.len()].copy_from_slice(rest);
         let mut sums = [0.0f32; LANES];
         let mut counts = [0u32; LANES];
-        let (vectors, rest) = block.as_chunks::<LANES>();
-        for vector in vectors {
+        for vector in vectors.iter().chain([&last]) {
             for lane in 0..LANES {
                 let keep = vector[lane] >= t;
                 sums[lane] += if keep { vector[lane] } else { 0.0 };
                 counts[lane] += u32::from(keep);
             }
-        }
-        for (lane, &x) in rest.iter().enumerate() {
-            let keep = x >= t;
-            sums[lane] += if keep { x } else { 0.0 };
-            counts[lane] += u32::from(keep);
         }
         mass += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
         kept += counts.iter().sum::<u32>() as usize;
@@ -205,16 +205,22 @@ fn weigh(row: &[f32], t: f32) -> (f64, usize) {
 
 /// The entries at or above `reaches` and below `fails`.
 fn entries_between(row: &[f32], reaches: Bound, fails: Bound) -> Vec<f32> {
-    let mut entries = Vec::with_capacity(reaches.kept - fails.kept);
     let span = fails.bits - reaches.bits;
     // Bit patterns of NaN and of negative numbers are above every bound.
     let between = |x: f32| x.to_bits().wrapping_sub(reaches.bits) < span;
+    // One more than there are: an entry is written first and kept if it counts, which spares mispredicted branches.
+    let mut entries = vec![0.0; reaches.kept - fails.kept + 1];
+    let mut found = 0;
     for vector in row.chunks(LANES) {
-        // Most vectors have none: the sum is cheaper than a branch for every entry.
+        // Most vectors have none: their sum is cheaper than looking at each entry.
         if vector.iter().map(|&x| u32::from(between(x))).sum::<u32>() > 0 {
-            entries.extend(vector.iter().copied().filter(|&x| between(x)));
+            for &x in vector {
+                entries[found] = x;
+                found += usize::from(between(x));
+            }
         }
     }
+    entries.truncate(found);
     entries
 }
 

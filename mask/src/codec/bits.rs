@@ -5,36 +5,39 @@
 /// Largest Rice parameter.
 pub(super) const MAX_PARAMETER: u32 = 14;
 
-/// Most zeros written or read at once.
-const RUN: u32 = 32;
+/// Most bits of a code that are handled at once.
+const CHUNK: u32 = 32;
 
 /// Writes bits to bytes.
 #[derive(Debug, Default)]
 pub(super) struct BitWriter {
     bytes: Vec<u8>,
-    /// The last `used` bits, not yet in `bytes`; always fewer than 8 between calls.
+    /// The last `used < CHUNK` bits, not yet in `bytes`.
     pending: u64,
     used: u32,
 }
 
 impl BitWriter {
-    /// Writes the low `count <= 56` bits of `value`, whose other bits are zero.
+    /// Writes the low `count <= CHUNK` bits of `value`, whose other bits are zero.
+    #[inline]
     pub(super) fn put(&mut self, value: u64, count: u32) {
         self.pending |= value << self.used;
         self.used += count;
-        let whole = self.used / 8;
-        self.bytes
-            .extend_from_slice(&self.pending.to_le_bytes()[..whole as usize]);
-        self.pending = self.pending.checked_shr(8 * whole).unwrap_or(0);
-        self.used %= 8;
+        if self.used >= CHUNK {
+            self.bytes.extend((self.pending as u32).to_le_bytes());
+            self.pending >>= CHUNK;
+            self.used -= CHUNK;
+        }
     }
 
     /// Writes the Rice code of `n` with parameter `k <= MAX_PARAMETER`.
+    #[inline]
     pub(super) fn put_rice(&mut self, n: u32, k: u32) {
         let mut zeros = n >> k;
-        while zeros > RUN {
-            self.put(0, RUN);
-            zeros -= RUN;
+        while zeros + 1 + k > CHUNK {
+            let some = zeros.min(CHUNK);
+            self.put(0, some);
+            zeros -= some;
         }
         let low = u64::from(n) & ((1 << k) - 1);
         self.put((low << 1 | 1) << zeros, zeros + 1 + k);
@@ -42,72 +45,73 @@ impl BitWriter {
 
     /// The bytes, the last one filled up with zeros.
     pub(super) fn finish(mut self) -> Vec<u8> {
-        if self.used > 0 {
-            self.bytes.push(self.pending as u8);
-        }
+        let left = self.used.div_ceil(8) as usize;
+        self.bytes.extend(&self.pending.to_le_bytes()[..left]);
         self.bytes
     }
 }
 
 /// Reads bits from bytes; `None` past their end.
 #[derive(Debug)]
-pub(super) struct BitReader<'a> {
-    bytes: &'a [u8],
+pub(super) struct BitReader {
+    /// The bytes and [`PADDING`] zeros, so that a whole word can be read at any bit.
+    padded: Vec<u8>,
     /// Bits read.
     position: usize,
 }
 
-impl<'a> BitReader<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, position: 0 }
+const PADDING: usize = size_of::<u64>();
+
+impl BitReader {
+    pub(super) fn new(bytes: &[u8]) -> Self {
+        Self {
+            padded: [bytes, &[0; PADDING]].concat(),
+            position: 0,
+        }
     }
 
-    /// Reads `count <= 56` bits.
+    /// Reads `count <= CHUNK` bits.
+    #[inline]
     pub(super) fn take(&mut self, count: u32) -> Option<u64> {
-        let bits = self.peek() & ((1 << count) - 1);
-        self.skip(count)?;
-        Some(bits)
+        let bits = self.peek()? & ((1 << count) - 1);
+        self.position += count as usize;
+        (self.position <= self.end()).then_some(bits)
     }
 
-    /// Reads a Rice code with parameter `k <= MAX_PARAMETER`; numbers past `u32::MAX` saturate.
-    pub(super) fn take_rice(&mut self, k: u32) -> Option<u32> {
-        let mut high = 0u32;
+    /// Reads a Rice code with parameter `k <= MAX_PARAMETER`.
+    #[inline]
+    pub(super) fn take_rice(&mut self, k: u32) -> Option<u64> {
+        let mut high = 0;
         loop {
-            let bits = self.peek();
+            let bits = self.peek()?;
             let zeros = bits.trailing_zeros();
-            if zeros <= RUN {
-                let low = (bits >> (zeros + 1)) as u32 & ((1 << k) - 1);
-                self.skip(zeros + 1 + k)?;
-                let high = high.saturating_add(zeros);
-                return Some(high.saturating_mul(1 << k).saturating_add(low));
+            if zeros < CHUNK {
+                let low = bits >> (zeros + 1) & ((1 << k) - 1);
+                self.position += (zeros + 1 + k) as usize;
+                // At most as many zeros as there are bits: the shift keeps them all.
+                let number = (high + u64::from(zeros)) << k | low;
+                return (self.position <= self.end()).then_some(number);
             }
-            self.skip(RUN)?;
-            high = high.saturating_add(RUN);
+            self.position += CHUNK as usize;
+            high += u64::from(CHUNK);
         }
     }
 
     /// Whether nothing but the zeros that fill up the last byte is left.
     pub(super) fn is_finished(&self) -> bool {
-        self.position.div_ceil(8) == self.bytes.len() && self.peek() == 0
+        self.position.next_multiple_of(8) == self.end() && self.peek() == Some(0)
+    }
+
+    /// Bits there are.
+    fn end(&self) -> usize {
+        8 * (self.padded.len() - PADDING)
     }
 
     /// At least the next 57 bits; zeros past the end.
-    fn peek(&self) -> u64 {
-        let rest = self.bytes.get(self.position / 8..).unwrap_or_default();
-        let next = match rest.first_chunk::<8>() {
-            Some(next) => *next,
-            None => {
-                let mut next = [0; 8];
-                next[..rest.len()].copy_from_slice(rest);
-                next
-            }
-        };
-        u64::from_le_bytes(next) >> (self.position % 8)
-    }
-
-    fn skip(&mut self, count: u32) -> Option<()> {
-        self.position += count as usize;
-        (self.position <= 8 * self.bytes.len()).then_some(())
+    #[inline]
+    fn peek(&self) -> Option<u64> {
+        let next = self.padded.get(self.position / 8..)?.first_chunk()?;
+        Some(u64::from_le_bytes(*next) >> (self.position % 8))
     }
 }
 
@@ -121,7 +125,7 @@ mod tests {
         #[test]
         fn round_trips(
             numbers in prop::collection::vec((any::<u32>(), 0u32..32, 0..=MAX_PARAMETER), 0..200),
-            (value, count) in (any::<u64>(), 0u32..=56),
+            (value, count) in (any::<u64>(), 0..=CHUNK),
         ) {
             // Keep unary parts short: they are as long as the number says.
             let numbers: Vec<(u32, u32)> = numbers
@@ -137,7 +141,7 @@ mod tests {
             let bytes = writer.finish();
             let mut reader = BitReader::new(&bytes);
             for &(n, k) in &numbers {
-                prop_assert_eq!(reader.take_rice(k), Some(n));
+                prop_assert_eq!(reader.take_rice(k), Some(u64::from(n)));
             }
             prop_assert_eq!(reader.take(count), Some(value));
             prop_assert!(reader.is_finished());

@@ -1,15 +1,16 @@
 //! What both ends remember of one source: its selections in the last [`ROUNDS`] rounds, newest first.
 //!
 //! In how many of them a group was selected tells well how likely it is to be selected now, much better than the last
-//! round alone: that count is the group's *class*. Counts are kept as bit slices and added up 64 groups at a time.
+//! round alone: the count gives the group's *class*. Counts that behave alike share a class, since each class costs time
+//! and bytes. Counting goes by bit slices, 64 groups at a time.
 
 use crate::position_set::PositionSet;
 
 /// Rounds remembered: as many as three bits count.
 pub(super) const ROUNDS: usize = 7;
 
-/// Classes: a group was selected in none to all of the rounds.
-pub(super) const CLASSES: usize = ROUNDS + 1;
+/// Classes: a group was selected in 0, 1, 2 to 3, 4 to 6, or all 7 of the rounds.
+pub(super) const CLASSES: usize = 5;
 
 /// The last selections of one source.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +32,7 @@ impl History {
         self.rounds.push_back(oldest);
     }
 
-    /// The class of each of `len` groups.
+    /// The classes of `len` groups.
     pub(super) fn classes(&self, len: usize) -> Classes {
         let words = len.div_ceil(64);
         let mut counts = vec![[0u64; 3]; words];
@@ -52,20 +53,21 @@ impl History {
 #[derive(Debug)]
 pub(super) struct Classes {
     len: usize,
-    /// Bit slices: bit `b` of group `i`'s class is bit `i % 64` of `counts[i / 64][b]`.
+    /// Bit slices: bit `b` of group `i`'s count is bit `i % 64` of `counts[i / 64][b]`.
     counts: Vec<[u64; 3]>,
 }
 
 impl Classes {
     /// The groups of class `class`, as bitmap words.
     pub(super) fn members(&self, class: usize, into: &mut Vec<u64>) {
-        let flip = [0, 1, 2].map(|bit| if class >> bit & 1 == 1 { 0 } else { u64::MAX });
         into.clear();
-        into.extend(
-            self.counts
-                .iter()
-                .map(|[a, b, c]| (a ^ flip[0]) & (b ^ flip[1]) & (c ^ flip[2])),
-        );
+        into.extend(self.counts.iter().map(|&[ones, twos, fours]| match class {
+            0 => !ones & !twos & !fours,
+            1 => ones & !twos & !fours,
+            2 => twos & !fours,
+            3 => fours & !(ones & twos),
+            _ => ones & twos & fours,
+        }));
         let used = self.len % 64;
         if used != 0
             && let Some(last) = into.last_mut()
@@ -101,8 +103,10 @@ mod tests {
             let mut members = Vec::new();
             for class in 0..CLASSES {
                 classes.members(class, &mut members);
-                let expected = (0..len)
-                    .filter(|&i| last.iter().filter(|set| set.contains(i)).count() == class);
+                let expected = (0..len).filter(|&i| {
+                    let count = last.iter().filter(|set| set.contains(i)).count();
+                    [0, 1, 2, 2, 3, 3, 3, 4][count] == class
+                });
                 let found = PositionSet::from_words(len, members.clone());
                 prop_assert_eq!(found.words(), &members[..]);
                 prop_assert!(found.iter().eq(expected));

@@ -9,6 +9,7 @@ mod bits;
 pub mod frame;
 mod history;
 mod payload;
+mod select;
 
 use bits::{BitReader, BitWriter};
 use frame::{Frame, Kind};
@@ -172,7 +173,9 @@ impl Decoder {
                 (Kind::Delta { .. }, Some(base)) => &base.histories[source],
                 _ => &fresh,
             };
-            groups.push(payload::take_source(&mut reader, history, len)?);
+            let set = payload::take_source(&mut reader, history, len)
+                .ok_or(MaskError::Malformed("its payload does not fit its shape"))?;
+            groups.push(set);
         }
         if !reader.is_finished() {
             return Err(MaskError::Malformed("its payload goes on"));
@@ -227,7 +230,9 @@ impl Decoder {
         if granularity == 0 {
             return Err(MaskError::Malformed("its granularity is 0"));
         }
-        within("context", context_len, self.limits.max_context as u64)?;
+        // Positions are 32-bit numbers, whatever the limits say.
+        let max_context = (self.limits.max_context as u64).min(u64::from(u32::MAX));
+        within("context", context_len, max_context)?;
         within(
             "granularity",
             u64::from(granularity),

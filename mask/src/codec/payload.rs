@@ -1,9 +1,9 @@
 //! The mask within a frame: for each source, class by class, where the selection surprises.
 //!
-//! A group's class is the number of the last [`ROUNDS`](super::history::ROUNDS) rounds in which it was selected. For
-//! each class, from 0 up, the encoder says whether its groups are mostly selected or mostly not, and which ones are the
-//! exceptions. Within a class exceptions come almost at random, so that the gaps between them are close to
-//! geometric and Rice codes close to their entropy:
+//! Groups that were selected about equally often of late form a class ([`super::history`]). For each class the encoder
+//! says whether its groups are mostly selected or mostly not, and which ones are the exceptions. Within a class
+//! exceptions come almost at random, so that the gaps between them are close to geometric and Rice codes close to
+//! their entropy:
 //!
 //! ```text
 //! for each source, for each class that has groups:
@@ -17,7 +17,7 @@
 
 use super::bits::{BitReader, BitWriter, MAX_PARAMETER};
 use super::history::{CLASSES, History};
-use crate::error::MaskError;
+use super::select::Ranked;
 use crate::position_set::PositionSet;
 
 /// Stands for the Rice parameter of a class without exceptions.
@@ -26,7 +26,7 @@ const NO_EXCEPTIONS: u32 = MAX_PARAMETER + 1;
 /// Writes the selection `set` of a source, given its `history`.
 pub(super) fn put_source(writer: &mut BitWriter, history: &History, set: &PositionSet) {
     let classes = history.classes(set.len());
-    let mut members = Vec::new();
+    let (mut members, mut ranks) = (Vec::new(), Vec::new());
     for class in 0..CLASSES {
         classes.members(class, &mut members);
         let size = count(members.iter().copied());
@@ -35,58 +35,31 @@ pub(super) fn put_source(writer: &mut BitWriter, history: &History, set: &Positi
         }
         let selected = count(members.iter().zip(set.words()).map(|(m, s)| m & s));
         let mostly = 2 * selected > size;
-        let exceptions = if mostly { size - selected } else { selected };
-        let parameter = parameter(size, exceptions);
-        writer.put(u64::from(mostly), 1);
-        writer.put(u64::from(parameter), 4);
+        rank_exceptions(&members, set.words(), mostly, &mut ranks);
+        let parameter = parameter(size, ranks.len() as u32);
+        writer.put(u64::from(mostly) | u64::from(parameter) << 1, 5);
         if parameter != NO_EXCEPTIONS {
-            put_exceptions(writer, parameter, &members, set.words(), mostly);
+            put_ranks(writer, parameter, size, &ranks);
         }
     }
 }
 
-/// Writes the gaps between the members of a class that are not selected as `mostly` says.
-fn put_exceptions(
-    writer: &mut BitWriter,
-    parameter: u32,
-    members: &[u64],
-    selected: &[u64],
-    mostly: bool,
-) {
-    let flip = if mostly { u64::MAX } else { 0 };
-    // Members before the word, and those before the next gap.
-    let (mut before, mut next) = (0, 0);
-    for (&members, &selected) in members.iter().zip(selected) {
-        let mut exceptions = members & (selected ^ flip);
-        while exceptions != 0 {
-            let lower = (exceptions & exceptions.wrapping_neg()) - 1;
-            let rank = before + (members & lower).count_ones();
-            writer.put_rice(rank - next, parameter);
-            next = rank + 1;
-            exceptions &= exceptions - 1;
-        }
-        before += members.count_ones();
-    }
-    if next < before {
-        writer.put_rice(before - next, parameter);
-    }
-}
-
-/// Reads the selection over `len` groups of a source, given its `history`.
+/// Reads the selection over `len` groups of a source, given its `history`; `None` for a payload that is not one.
 pub(super) fn take_source(
-    reader: &mut BitReader<'_>,
+    reader: &mut BitReader,
     history: &History,
     len: usize,
-) -> Result<PositionSet, MaskError> {
+) -> Option<PositionSet> {
     let classes = history.classes(len);
-    let mut members = Vec::new();
+    let (mut members, mut ranks) = (Vec::new(), Vec::new());
     let mut selected = vec![0; len.div_ceil(64)];
     for class in 0..CLASSES {
         classes.members(class, &mut members);
-        if members.iter().all(|&word| word == 0) {
+        let size = count(members.iter().copied());
+        if size == 0 {
             continue;
         }
-        let head = reader.take(5).ok_or(ENDED)?;
+        let head = reader.take(5)?;
         let parameter = (head >> 1) as u32;
         if head & 1 == 1 {
             for (selected, &members) in selected.iter_mut().zip(&members) {
@@ -94,46 +67,76 @@ pub(super) fn take_source(
             }
         }
         if parameter != NO_EXCEPTIONS {
-            take_exceptions(reader, parameter, &members, &mut selected)?;
+            take_ranks(reader, parameter, size, &mut ranks)?;
+            toggle_exceptions(&members, &ranks, &mut selected);
         }
     }
-    Ok(PositionSet::from_words(len, selected))
+    Some(PositionSet::from_words(len, selected))
 }
 
-/// Reads the gaps between the exceptions of a class and toggles those.
-fn take_exceptions(
-    reader: &mut BitReader<'_>,
-    parameter: u32,
-    members: &[u64],
-    selected: &mut [u64],
-) -> Result<(), MaskError> {
-    let mut left: u32 = members.iter().map(|word| word.count_ones()).sum();
-    let mut gap = reader.take_rice(parameter).ok_or(ENDED)?;
-    for (&members, selected) in members.iter().zip(selected) {
-        // Members of the word that the gaps so far have not passed.
-        let mut members = members;
-        let mut size = members.count_ones();
-        while gap < size {
-            for _ in 0..gap {
-                members &= members - 1;
-            }
-            *selected ^= members & members.wrapping_neg();
-            members &= members - 1;
-            size -= gap + 1;
-            left -= gap + 1;
-            if left == 0 {
-                return Ok(());
-            }
-            gap = reader.take_rice(parameter).ok_or(ENDED)?;
+/// The ranks among a class's `members` of those that are not `selected` as `mostly` says.
+fn rank_exceptions(members: &[u64], selected: &[u64], mostly: bool, ranks: &mut Vec<u32>) {
+    let flip = if mostly { u64::MAX } else { 0 };
+    let mut before = 0;
+    ranks.clear();
+    for (&members, &selected) in members.iter().zip(selected) {
+        let mut exceptions = members & (selected ^ flip);
+        while exceptions != 0 {
+            let lower = (exceptions & exceptions.wrapping_neg()) - 1;
+            ranks.push(before + (members & lower).count_ones());
+            exceptions &= exceptions - 1;
         }
-        gap -= size;
-        left -= size;
+        before += members.count_ones();
     }
-    if gap == 0 {
-        Ok(())
-    } else {
-        Err(MaskError::Malformed("a gap beyond its class"))
+}
+
+/// Toggles in `selected` the members of a class that have the given ranks.
+fn toggle_exceptions(members: &[u64], ranks: &[u32], selected: &mut [u64]) {
+    let mut ranks = ranks.iter().copied();
+    let mut next = ranks.next();
+    let mut before = 0;
+    for (&members, selected) in members.iter().zip(selected) {
+        let members = Ranked::new(members);
+        let end = before + members.count();
+        while let Some(rank) = next.filter(|&rank| rank < end) {
+            *selected ^= members.select(rank - before);
+            next = ranks.next();
+        }
+        before = end;
     }
+}
+
+/// Writes the gaps between ranks in a class of `size` groups.
+fn put_ranks(writer: &mut BitWriter, parameter: u32, size: u32, ranks: &[u32]) {
+    let mut next = 0;
+    for &rank in ranks {
+        writer.put_rice(rank - next, parameter);
+        next = rank + 1;
+    }
+    if next < size {
+        writer.put_rice(size - next, parameter);
+    }
+}
+
+/// Reads ranks in a class of `size` groups, increasing and below `size`.
+fn take_ranks(
+    reader: &mut BitReader,
+    parameter: u32,
+    size: u32,
+    ranks: &mut Vec<u32>,
+) -> Option<()> {
+    ranks.clear();
+    let size = u64::from(size);
+    let mut next = 0;
+    while next < size {
+        let rank = reader.take_rice(parameter)? + next;
+        if rank >= size {
+            return (rank == size).then_some(());
+        }
+        ranks.push(rank as u32);
+        next = rank + 1;
+    }
+    Some(())
 }
 
 /// The Rice parameter for `exceptions` spread evenly over a class of `size` groups: the logarithm of the gaps' median.
@@ -149,5 +152,3 @@ fn parameter(size: u32, exceptions: u32) -> u32 {
 fn count(words: impl Iterator<Item = u64>) -> u32 {
     words.map(u64::count_ones).sum()
 }
-
-const ENDED: MaskError = MaskError::Malformed("its payload ends early");

@@ -104,6 +104,27 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn any_payload_of_a_valid_shape_is_harmless(
+        payload in prop::collection::vec(any::<u8>(), 0..400),
+        growth in -50i64..50,
+        context_len in 0u64..2_000,
+        sources in 0u32..=4,
+    ) {
+        let mut decoder = Decoder::new(LIMITS);
+        let base = mask(100, &[1, 5, 70]);
+        decoder.decode(&Encoder::new().encode(&base)).unwrap();
+        let base_tag = frame::tag(decoder.base.as_ref().unwrap().checksum);
+        let delta = Kind::Delta { base_tag, growth };
+        let full = Kind::Full { context_len, granularity: 1, sources };
+        for kind in [delta, full] {
+            let bytes = Frame { kind, payload: &payload, checksum: 0 }.to_bytes();
+            prop_assert!(decoder.decode(&bytes).is_err());
+        }
+    }
+}
+
 fn mask(context_len: usize, positions: &[usize]) -> RoundMask {
     RoundMask {
         context_len,
