@@ -5,7 +5,7 @@ use specattn_engine::sampling::MAX_DRAFT_ENTRIES;
 use specattn_service::ServiceError;
 use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
-use specattn_worker::args::{ModelArgs, ModelConfig};
+use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
 /// SpecAttn draft worker: runs the draft model, proposes tokens and selects what the target attends to
 #[derive(Debug, Clone, Parser)]
@@ -20,6 +20,9 @@ pub struct Args {
     /// Where to listen.
     #[command(flatten)]
     pub server: ServerArgs,
+    /// Threads of the server.
+    #[command(flatten)]
+    pub io: IoArgs,
     /// Where to register.
     #[command(flatten)]
     pub registration: RegistrationArgs,

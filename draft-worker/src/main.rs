@@ -9,10 +9,7 @@ fn main() -> anyhow::Result<()> {
     let args: Args = args::parse(Service::Draft);
     let config = args.config()?;
     telemetry::init(&args.telemetry)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
+    let runtime = args.io.runtime()?;
     let worker = Worker::load(config, &mut |_, _| {}).context("draft worker")?;
     runtime.block_on(async {
         let shutdown = shutdown::on_signal()?;

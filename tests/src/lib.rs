@@ -1,1 +1,41 @@
-//! Placeholder, replaced by the crate's own documentation.
+//! The harness of the end-to-end tests: the project's binaries as processes of their own, and clients to talk to them.
+//!
+//! [`Process`] runs one service and kills it when dropped; [`Cluster`] runs a gateway with workers that registered;
+//! [`Session`] plays the gateway itself against one verify worker. Every wait has a limit, so that a test that hangs
+//! fails and says where.
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
+
+pub mod binaries;
+pub mod client;
+pub mod cluster;
+pub mod process;
+pub mod session;
+pub mod texts;
+
+pub use client::{Completion, Request};
+pub use cluster::Cluster;
+pub use process::{DRAFT, Process, VERIFY};
+pub use session::Session;
+
+use std::future::Future;
+use std::time::Duration;
+
+/// Longest any single wait may take; generous, since an unoptimised build may share two cores with a compiler.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits for `future`, but not for ever.
+pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} takes more than {PATIENCE:?}"))
+}
+
+/// Asks `condition` until it holds.
+pub async fn until<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    soon(what, async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}

@@ -7,7 +7,7 @@ use clap::{Args as ClapArgs, Parser};
 use specattn_service::ServiceError;
 use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
-use specattn_worker::args::{ModelArgs, ModelConfig};
+use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
 /// SpecAttn verify worker: runs the target model and decides what is committed
 #[derive(Debug, Clone, Parser)]
@@ -22,6 +22,9 @@ pub struct Args {
     /// Where to listen.
     #[command(flatten)]
     pub server: ServerArgs,
+    /// Threads of the server.
+    #[command(flatten)]
+    pub io: IoArgs,
     /// Where to register.
     #[command(flatten)]
     pub registration: RegistrationArgs,

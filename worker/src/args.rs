@@ -1,10 +1,11 @@
-//! [`ModelArgs`]: which model a worker runs, and with how much memory.
+//! [`ModelArgs`]: which model a worker runs, and with how much memory; [`IoArgs`]: the threads of its edge.
 
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use specattn_engine::{DType, LoadOptions};
 use specattn_service::ServiceError;
+use tokio::runtime::{Builder, Runtime};
 
 /// Most sessions a worker may be told to take.
 const MAX_SESSIONS: u32 = 65_536;
@@ -53,6 +54,36 @@ pub struct ModelArgs {
     /// Most sessions at a time
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_sessions: u32,
+}
+
+/// The threads of the gRPC edge.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct IoArgs {
+    /// Threads that serve gRPC. One is fastest for a few sessions: messages never change threads on their way
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub io_threads: usize,
+}
+
+impl IoArgs {
+    /// A runtime with these threads.
+    ///
+    /// # Errors
+    /// [`ServiceError::System`] when the operating system refuses.
+    pub fn runtime(&self) -> Result<Runtime, ServiceError> {
+        let mut builder = match self.io_threads {
+            0 | 1 => Builder::new_current_thread(),
+            _ => Builder::new_multi_thread(),
+        };
+        builder
+            .worker_threads(self.io_threads.max(1))
+            .enable_all()
+            .build()
+            .map_err(|source| ServiceError::System {
+                what: "starting the runtime",
+                source,
+            })
+    }
 }
 
 /// [`ModelArgs`], checked.

@@ -1,0 +1,48 @@
+//! Where the services' binaries are, and that they are up to date.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// Packages whose binaries the tests start.
+const PACKAGES: [&str; 3] = ["specattn-gateway", "specattn-verify", "specattn-draft"];
+
+/// The workspace's folder.
+pub fn workspace() -> &'static Path {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests
+        .parent()
+        .expect("the tests' crate is a folder of the workspace")
+}
+
+/// The binary `name`, of the same profile as the running test.
+pub fn path(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(build).join(name)
+}
+
+/// Builds what is not up to date and gives the folder of the binaries.
+fn build() -> PathBuf {
+    // target/<profile>/deps/<test>
+    let test = std::env::current_exe().expect("a test knows its own path");
+    let folder = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("cargo put the test in target/<profile>/deps");
+    let profile = folder
+        .file_name()
+        .and_then(|name| name.to_str())
+        .expect("a profile has a name");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(workspace()).args(["build", "--quiet"]);
+    for package in PACKAGES {
+        cargo.args(["--package", package]);
+    }
+    // The folder of the dev profile is called debug.
+    if profile != "debug" {
+        cargo.args(["--profile", profile]);
+    }
+    let status = cargo.status().expect("cargo can be run");
+    assert!(status.success(), "the services do not build");
+    folder.to_owned()
+}

@@ -1,0 +1,137 @@
+//! A client of the gateway: [`Request`], and the [`Completion`] it comes to.
+
+use specattn_proto::v1::generation_service_client::GenerationServiceClient;
+use specattn_proto::v1::{
+    DraftPolicy, FinishReason, GenerateRequest, GenerateResponse, Limits, MaskPolicy, Mode,
+    Sampling, SessionStats, Started, TokenIds, generate_request, generate_response,
+};
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+use crate::soon;
+
+/// A greedy dense request to change to taste.
+#[derive(Debug, Clone)]
+pub struct Request(pub GenerateRequest);
+
+impl Request {
+    /// Continues token ids by `max_tokens` tokens, never stopping at the model's own end.
+    pub fn tokens(prompt: &[u32], max_tokens: u32) -> Self {
+        Self(GenerateRequest {
+            prompt: Some(generate_request::Prompt::TokenIds(TokenIds {
+                ids: prompt.to_vec(),
+            })),
+            limits: Some(Limits {
+                max_tokens: Some(max_tokens),
+                ignore_eos: true,
+                ..Limits::default()
+            }),
+            sampling: Some(Sampling::default()),
+            mode: Mode::Dense.into(),
+            ..GenerateRequest::default()
+        })
+    }
+
+    /// Sets the tokens drafted per round.
+    #[must_use]
+    pub fn draft_length(mut self, tokens: u32) -> Self {
+        self.0.draft = Some(DraftPolicy {
+            draft_length: Some(tokens),
+        });
+        self
+    }
+
+    /// Asks for masks that keep `mask_p` of a row's mass.
+    #[must_use]
+    pub fn sparse(mut self, mask_p: f32) -> Self {
+        self.0.mode = Mode::Sparse.into();
+        self.0.mask = Some(MaskPolicy {
+            mask_p: Some(mask_p),
+            ..MaskPolicy::default()
+        });
+        self
+    }
+
+    /// Sends it.
+    pub async fn start(self, channel: Channel) -> Result<Stream, Status> {
+        let mut client = GenerationServiceClient::new(channel);
+        let response = soon("an answer", client.generate(self.0)).await?;
+        Ok(Stream {
+            responses: response.into_inner(),
+            completion: Completion::default(),
+        })
+    }
+
+    /// Sends it and waits for the end.
+    pub async fn run(self, channel: Channel) -> Result<Completion, Status> {
+        self.start(channel).await?.finish().await
+    }
+}
+
+/// What came of a request so far.
+#[derive(Debug, Clone, Default)]
+pub struct Completion {
+    /// The first event.
+    pub started: Option<Started>,
+    /// Committed tokens.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Why it ended.
+    pub reason: Option<FinishReason>,
+    /// What it cost.
+    pub stats: SessionStats,
+}
+
+/// A running request. Dropping it cancels.
+#[derive(Debug)]
+pub struct Stream {
+    responses: Streaming<GenerateResponse>,
+    completion: Completion,
+}
+
+impl Stream {
+    /// Takes the next event; false at the end.
+    pub async fn next(&mut self) -> Result<bool, Status> {
+        let response = soon("an event", self.responses.message()).await?;
+        let Some(event) = response.and_then(|response| response.event) else {
+            return Ok(false);
+        };
+        let completion = &mut self.completion;
+        match event {
+            generate_response::Event::Started(started) => completion.started = Some(started),
+            generate_response::Event::Delta(delta) => {
+                assert_eq!(
+                    delta.start,
+                    completion.tokens.len() as u64,
+                    "deltas continue each other"
+                );
+                completion.tokens.extend(delta.token_ids);
+                completion.text.push_str(&delta.text);
+            }
+            generate_response::Event::Finished(finished) => {
+                completion.reason = Some(finished.reason());
+                completion.stats = finished.stats.expect("stats come with the end");
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits until at least `tokens` tokens came.
+    pub async fn at_least(&mut self, tokens: usize) -> Result<&Completion, Status> {
+        while self.completion.tokens.len() < tokens {
+            assert!(
+                self.next().await?,
+                "the stream ended early: {:?}",
+                self.completion
+            );
+        }
+        Ok(&self.completion)
+    }
+
+    /// Waits for the end.
+    pub async fn finish(mut self) -> Result<Completion, Status> {
+        while self.next().await? {}
+        Ok(self.completion)
+    }
+}

@@ -1,0 +1,195 @@
+//! [`Process`]: one service as a process of its own.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use specattn_proto::v1::draft_service_client::DraftServiceClient;
+use specattn_proto::v1::verify_service_client::VerifyServiceClient;
+use specattn_proto::v1::{DraftStatusRequest, VerifyStatusRequest, WorkerLoad};
+use tonic::transport::Channel;
+
+use crate::binaries::{self, workspace};
+use crate::{soon, until};
+
+/// The verify worker's binary.
+pub const VERIFY: &str = "specattn-verify";
+
+/// The draft worker's binary.
+pub const DRAFT: &str = "specattn-draft";
+
+/// Lines of a service's log that are kept for the report of a failing test.
+const LOG_LINES: usize = 200;
+
+/// A running service. Dropping it kills it; the log of a test that fails is printed.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    uri: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+/// The folder of the bundled target.
+pub fn target() -> PathBuf {
+    workspace().join("models/target")
+}
+
+/// The folder of the bundled draft.
+pub fn draft() -> PathBuf {
+    workspace().join("models/draft")
+}
+
+/// An address nobody listens on now.
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener
+        .local_addr()
+        .expect("a bound socket has an address")
+        .to_string()
+}
+
+impl Process {
+    /// Starts a worker with the bundled model of its role, and waits until it answers.
+    pub async fn worker(name: &str, arguments: &[&str]) -> Self {
+        let folder = if name == VERIFY { target() } else { draft() };
+        Self::worker_with(name, &folder, arguments).await
+    }
+
+    /// Starts a worker with the model in `folder`, and waits until it answers.
+    pub async fn worker_with(name: &str, folder: &Path, arguments: &[&str]) -> Self {
+        let folder = folder.to_str().expect("paths of tests are UTF-8");
+        // One thread each: two engines that spin on two cores starve each other.
+        let mut line = vec!["--model", folder, "--threads", "1", "--kv-cache-mib", "256"];
+        line.extend(arguments);
+        Self::start(name, &line).await
+    }
+
+    /// Starts the service `name`, and waits until it answers.
+    pub async fn start(name: &str, arguments: &[&str]) -> Self {
+        let address = free_address();
+        let mut child = Command::new(binaries::path(name))
+            .args(["--listen", &address, "--log-level", "info"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, kept) = (
+            child.stderr.take().expect("stderr is piped"),
+            Arc::clone(&log),
+        );
+        std::thread::spawn(move || {
+            for line in BufReader::new(lines).lines().map_while(Result::ok) {
+                let mut kept = kept.lock().unwrap();
+                if kept.len() < LOG_LINES {
+                    kept.push(line);
+                }
+            }
+        });
+        let mut process = Self {
+            name: name.to_owned(),
+            child,
+            uri: format!("http://{address}"),
+            log,
+        };
+        soon(name, process.wait_ready()).await;
+        process
+    }
+
+    async fn wait_ready(&mut self) {
+        while specattn_service::channel::connect(&self.uri).await.is_err() {
+            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                panic!("{} ended with {status} before it answered", self.name);
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Where it answers.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// A connection to it.
+    pub async fn channel(&self) -> Channel {
+        soon("connecting", specattn_service::channel::connect(&self.uri))
+            .await
+            .unwrap()
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("a child can be killed");
+        self.child.wait().expect("a killed child ends");
+    }
+
+    /// Sends a signal by name (`TERM`, `STOP`, `CONT`).
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status()
+            .expect("kill can be run");
+        assert!(status.success());
+    }
+
+    /// Waits until it ended by itself; its exit code.
+    pub async fn ended(&mut self) -> Option<i32> {
+        soon("the end of a process", async {
+            loop {
+                if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                    return status.code();
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        })
+        .await
+    }
+
+    /// What the worker says of its load.
+    pub async fn load(&self) -> WorkerLoad {
+        let channel = self.channel().await;
+        let load = if self.name == VERIFY {
+            let mut client = VerifyServiceClient::new(channel);
+            let status = client.verify_status(VerifyStatusRequest {}).await.unwrap();
+            status.into_inner().load
+        } else {
+            let mut client = DraftServiceClient::new(channel);
+            let status = client.draft_status(DraftStatusRequest {}).await.unwrap();
+            status.into_inner().load
+        };
+        load.expect("a worker reports its load")
+    }
+
+    /// Waits until the worker holds no session and no KV block.
+    pub async fn is_idle(&self) {
+        until("an idle worker", || async {
+            let load = self.load().await;
+            load.sessions_active == 0 && load.kv_blocks_used == 0
+        })
+        .await;
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of {} at {}", self.name, self.uri);
+            for line in self.log.lock().unwrap().iter() {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
