@@ -3,7 +3,7 @@
 //! The draft side mixes its heads' attention rows into [`Source`] rows, selects from each step's row the positions
 //! that carry a share `p` of its mass ([`select_top_p`]), unites a round's steps ([`RoundSelector`]) and sends the
 //! [`RoundMask`] compressed against the previous round's ([`Encoder`]). The target side decodes it ([`Decoder`]), looks
-//! up each KV head's source in the [`LayerMap`] and makes the list of positions that the head reads ([`read_list`]).
+//! up each KV head's source in the [`LayerMap`] and makes the list of positions that the head reads ([`read_list()`]).
 //!
 //! The crate knows neither models nor gRPC; the only files it touches are layer maps, when asked to. Everything that
 //! crosses the wire is untrusted here: [`Decoder`] takes any bytes and bounds its memory by [`Limits`].

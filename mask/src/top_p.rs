@@ -17,10 +17,10 @@
 use crate::position_set::PositionSet;
 
 /// Parallel f32 sums of a block.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 /// Entries per block: 128 additions per lane bound the rounding error of a block to 1e-5 of its mass.
-const BLOCK: usize = 2_048;
+pub const BLOCK: usize = 2_048;
 
 /// Entries between the bounds at which the search turns from the row to those entries.
 const FEW: usize = 64;

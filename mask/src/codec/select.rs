@@ -60,7 +60,7 @@ impl Ranked {
     pub(super) fn select(self, rank: u32) -> u64 {
         // The high bit of each byte stays where the members up to that byte do not go beyond the rank: the member lies
         // in the first byte where it does not stay.
-        let before = ((u64::from(rank) * LOW | HIGH) - self.up_to) & HIGH;
+        let before = (((u64::from(rank) * LOW) | HIGH) - self.up_to) & HIGH;
         let shift = (before >> 7).wrapping_mul(LOW) >> 56 << 3;
         let passed = self.up_to << 8 >> shift & 0xff;
         let byte = (self.word >> shift & 0xff) as usize;
