@@ -18,6 +18,7 @@ mod transformer;
 pub use attention::{AttentionRows, HeadLists, KvReads};
 pub use backend::DType;
 pub use config::ModelConfig;
+pub use cpu::Isa as CpuIsa;
 pub use error::EngineError;
 pub use kv_cache::{BlockPool, Sequence};
 pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};

@@ -7,7 +7,7 @@ use crate::attention::{AttentionRows, HeadLists, KvReads};
 use crate::backend::{Backend, DType, KvShape};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::cpu::CpuBackend;
+use crate::cpu::{CpuBackend, Isa as CpuIsa};
 use crate::error::EngineError;
 use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
 use crate::transformer::Transformer;
@@ -21,6 +21,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// What KV entries are stored as. f32 keeps greedy output equal to an f32 reference; the others halve the bytes.
     pub kv_dtype: DType,
+    /// Which of [`CpuIsa::available`] to run; `None` takes the best.
+    pub cpu_isa: Option<CpuIsa>,
 }
 
 impl Default for LoadOptions {
@@ -29,6 +31,7 @@ impl Default for LoadOptions {
             kv_cache_bytes: 1 << 30,
             threads: 0,
             kv_dtype: DType::F32,
+            cpu_isa: None,
         }
     }
 }
@@ -96,7 +99,7 @@ impl Model {
     ) -> Result<Self, EngineError> {
         let checkpoint = Checkpoint::open(dir)?;
         let config = checkpoint.config();
-        let backend = CpuBackend::new(options.threads);
+        let backend = CpuBackend::new(options.threads, options.cpu_isa)?;
         let mut shape = KvShape {
             num_layers: config.num_layers,
             num_kv_heads: config.num_kv_heads,

@@ -8,7 +8,7 @@
 mod fixture;
 
 use fixture::{DENSITIES, Fixture, TAIL};
-use specattn_engine::{DType, HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
+use specattn_engine::{CpuIsa, DType, HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
 
 /// Absolute, and relative to the reference value.
 const TOLERANCE: f32 = 1e-4;
@@ -80,6 +80,33 @@ fn full_lists(model: &Model, cached: usize) -> HeadLists {
     HeadLists {
         lists: vec![(0..cached as u32).collect()],
         of_head: vec![0; heads],
+    }
+}
+
+/// Every instruction set, through the kernels for many rows and, token by token, through those for few.
+#[test]
+fn every_instruction_set_gives_the_reference_logits() {
+    for isa in CpuIsa::available() {
+        for fixture in Fixture::all() {
+            let mut model = fixture.model_on(isa);
+            let tokens = fixture.ids("tokens");
+            let want = fixture.floats("logits");
+            let mut sequence = model.new_sequence(tokens.len()).expect("room");
+            let at_once = dense(&mut model, &mut sequence, &tokens);
+            assert_close(
+                &format!("{} on {isa:?}", fixture.name),
+                &at_once,
+                &want,
+                TOLERANCE,
+            );
+            sequence.truncate(0);
+            let one_by_one: Vec<f32> = tokens
+                .iter()
+                .flat_map(|&token| dense(&mut model, &mut sequence, &[token]))
+                .collect();
+            let what = format!("{} on {isa:?}, token by token", fixture.name);
+            assert_close(&what, &one_by_one, &want, TOLERANCE);
+        }
     }
 }
 

@@ -176,6 +176,10 @@ impl Session {
 
     /// Takes committed tokens: log, text, client.
     fn commit(&mut self, committed: Committed) -> Result<(), Fault> {
+        // After a stop string the session is being closed: what was committed meanwhile is nobody's.
+        if self.stop.is_some() {
+            return Ok(());
+        }
         let entry: &SessionEntry = &self.slot.entry;
         let len = entry.len();
         let count = committed.token_ids.len();
@@ -192,7 +196,7 @@ impl Session {
                 self.max_tokens_total,
             )));
         }
-        if self.stop.is_some() || count == 0 {
+        if count == 0 {
             return Ok(());
         }
         if self.first_token.is_none() {

@@ -17,7 +17,8 @@ use self::kv_store::KvStore;
 use self::matrix::Matrix;
 use self::memory::Buffer;
 use self::pool::Pool;
-use self::simd::{Element, Isa};
+use self::simd::Element;
+pub use self::simd::Isa;
 use crate::backend::{
     AttentionArgs, Backend, Capture, DType, Epilogue, KvShape, Linear, Pass, RotateArgs, Span,
 };
@@ -40,12 +41,23 @@ pub(crate) struct CpuWeight {
 
 impl CpuBackend {
     /// A backend on the process's shared pool, made with `threads` threads (0: all cores) on first use.
-    pub(crate) fn new(threads: usize) -> Self {
-        Self {
-            isa: Isa::detect(),
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidArgument`] for an instruction set that this machine lacks.
+    pub(crate) fn new(threads: usize, isa: Option<Isa>) -> Result<Self, EngineError> {
+        let isa = isa.unwrap_or_else(Isa::detect);
+        if !Isa::available().contains(&isa) {
+            let reason = format!("this machine has no {isa:?}");
+            return Err(EngineError::InvalidArgument {
+                what: "instruction set",
+                reason,
+            });
+        }
+        Ok(Self {
+            isa,
             pool: Pool::shared(threads),
             scratch: Mutex::new(DecodeScratch::new()),
-        }
+        })
     }
 
     fn attend<E: Element>(

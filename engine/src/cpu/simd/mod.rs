@@ -154,7 +154,8 @@ pub(crate) trait Kernel {
 
 /// The instruction sets a kernel can be instantiated for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isa {
+#[non_exhaustive]
+pub enum Isa {
     /// AVX-512 F, BW, DQ, VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -167,7 +168,7 @@ pub(crate) enum Isa {
 
 impl Isa {
     /// Every instruction set this machine runs, best first.
-    pub(crate) fn available() -> Vec<Self> {
+    pub fn available() -> Vec<Self> {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
