@@ -121,6 +121,7 @@ impl ModelArgs {
                 kv_cache_bytes,
                 threads: self.threads,
                 kv_dtype: self.kv_type.into(),
+                ..LoadOptions::default()
             },
             max_sessions: self.max_sessions,
         })
