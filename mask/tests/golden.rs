@@ -10,7 +10,7 @@ fn session(granularity: u32) -> Vec<RoundMask> {
         .enumerate()
         .map(|(round, context_len)| {
             let often = move |p: &usize| (p * p + 3 * p) % 7 < 1 + (p + round) % 5 / 3;
-            let rarely = move |p: &usize| (p * 31 + round * 17) % 29 == 0;
+            let rarely = move |p: &usize| (p * 31 + round * 17).is_multiple_of(29);
             let mut sources = vec![
                 PositionSet::from_positions(context_len, (0..context_len).filter(often)),
                 PositionSet::from_positions(context_len, (0..context_len).filter(rarely)),

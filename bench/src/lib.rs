@@ -1,0 +1,3 @@
+//! Measurements of single parts of the system; each binary under `src/bin/` prints one table.
+
+pub mod codec;
