@@ -9,7 +9,9 @@ pub mod binaries;
 pub mod client;
 pub mod cluster;
 pub mod process;
+pub mod raw;
 pub mod session;
+pub mod stranger;
 pub mod texts;
 
 pub use client::{Completion, Request};

@@ -155,6 +155,15 @@ impl Process {
         .await
     }
 
+    /// The most memory it has held so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .expect("a running process has a status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        kib.expect("the kernel reports the peak") << 10
+    }
+
     /// What the worker says of its load.
     pub async fn load(&self) -> WorkerLoad {
         let channel = self.channel().await;

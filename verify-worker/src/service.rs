@@ -70,7 +70,7 @@ impl Service {
         let first = tokio::time::timeout(JOIN_TIMEOUT, inbound.message())
             .await
             .map_err(|_| Fault::DeadlineExceeded("no Join came".to_owned()))?
-            .map_err(|status| Fault::from_status(&status))?;
+            .map_err(|status| unreadable(&status))?;
         let join = wire::join(first)?;
         let session = join.session_id.parse()?;
         let draft = validate::model_info(join.draft_model)?;
@@ -176,7 +176,8 @@ impl Link {
             };
             let part = match inbound.message().await {
                 Ok(Some(request)) => wire::proposal_part(request),
-                Ok(None) | Err(_) => break None,
+                Ok(None) => break None,
+                Err(status) => Err(unreadable(&status)),
             };
             let part = match part {
                 Ok(part) => part,
@@ -199,6 +200,14 @@ impl Link {
         };
         // Without an engine there is nothing left to leave.
         let _ = self.commands.send(leave).await;
+    }
+}
+
+/// Why a stream cannot be read on: a message that is none, or too long, is the sender's fault and not ours.
+fn unreadable(status: &Status) -> Fault {
+    match Fault::from_status(status) {
+        Fault::Internal(reason) => Fault::InvalidArgument(reason),
+        other => other,
     }
 }
 
