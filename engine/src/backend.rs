@@ -110,7 +110,12 @@ pub trait Backend: Send {
     type Weight: Send;
     /// KV memory of all layers.
     type Kv: Send;
+    /// The right to use the device, until dropped.
+    type Turn;
 
+    /// Waits until this model may use the device; held for the length of a forward. Models that share a device take
+    /// turns in the order of asking.
+    fn turn(&self) -> Self::Turn;
     /// Brings a tensor to the device.
     ///
     /// # Errors

@@ -252,6 +252,7 @@ impl<B: Backend> Transformer<B> {
 
     /// One forward over the rows of `steps`.
     fn pass(&mut self, steps: &mut [&mut Step<'_>], outputs: &mut [&mut StepOutput], bulk: bool) {
+        let _turn = self.backend.turn();
         let pass = layout(steps, bulk);
         let angles = self.angles(&pass.positions);
         let shape = AttentionShape {

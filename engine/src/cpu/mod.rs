@@ -16,7 +16,7 @@ use self::attention::prefill::PrefillAttention;
 use self::kv_store::KvStore;
 use self::matrix::Matrix;
 use self::memory::Buffer;
-use self::pool::Pool;
+use self::pool::{Pool, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
 use crate::backend::{
@@ -146,6 +146,11 @@ impl Backend for CpuBackend {
     type Buffer = Buffer;
     type Weight = CpuWeight;
     type Kv = KvStore;
+    type Turn = Turn;
+
+    fn turn(&self) -> Turn {
+        self.pool.turn()
+    }
 
     fn weight(&self, tensor: Tensor) -> Result<CpuWeight, EngineError> {
         let matrix = Matrix::new(tensor);

@@ -4,7 +4,9 @@
 //! just finished a region spins for a short while before it sleeps, so that the next region of the same forward finds
 //! it awake. Chunks are claimed one by one, so a core that is busy elsewhere delays nothing but its own chunk.
 //!
-//! One region runs at a time; callers from several models take turns.
+//! Models of one process share the cores. A forward holds the pool's [`Turn`] from its first region to its last, and
+//! turns are given in the order of asking: a plain mutex would let a model that runs forwards back to back shut the
+//! other one out for seconds.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -124,9 +126,34 @@ impl Drop for Done<'_> {
 /// A pool of worker threads; the calling thread works too.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
-    /// Held while a region runs.
-    turn: Mutex<u32>,
+    /// The number of the last region; held while one runs.
+    region: Mutex<u32>,
+    queue: Mutex<Queue>,
+    next: Condvar,
     threads: usize,
+}
+
+/// Who may compute: tickets are given in order and served in order.
+#[derive(Default)]
+struct Queue {
+    given: u64,
+    served: u64,
+}
+
+/// The right to compute, until dropped.
+pub(crate) struct Turn {
+    pool: Arc<Pool>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.pool.queue);
+        queue.served += 1;
+        if queue.given > queue.served {
+            drop(queue);
+            self.pool.next.notify_all();
+        }
+    }
 }
 
 impl Pool {
@@ -156,7 +183,9 @@ impl Pool {
         }
         Self {
             shared,
-            turn: Mutex::new(0),
+            region: Mutex::new(0),
+            queue: Mutex::new(Queue::default()),
+            next: Condvar::new(),
             threads,
         }
     }
@@ -165,6 +194,22 @@ impl Pool {
     pub(crate) fn shared(threads: usize) -> Arc<Self> {
         static POOL: OnceLock<Arc<Pool>> = OnceLock::new();
         Arc::clone(POOL.get_or_init(|| Arc::new(Self::new(threads))))
+    }
+
+    /// Waits for this caller's turn to compute.
+    pub(crate) fn turn(self: &Arc<Self>) -> Turn {
+        let mut queue = lock(&self.queue);
+        let ticket = queue.given;
+        queue.given += 1;
+        while queue.served != ticket {
+            queue = self
+                .next
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn {
+            pool: Arc::clone(self),
+        }
     }
 
     /// Threads, the caller counted.
@@ -181,10 +226,10 @@ impl Pool {
             (0..chunks).for_each(body);
             return;
         }
-        let mut turn = lock(&self.turn);
+        let mut last = lock(&self.region);
         let shared = &*self.shared;
-        *turn = turn.wrapping_add(1);
-        let region = *turn;
+        *last = last.wrapping_add(1);
+        let region = *last;
         let chunks = u32::try_from(chunks).expect("fewer than 2^32 chunks");
         let pointer = std::ptr::from_ref(body);
         // SAFETY: only the lifetime changes; threads follow the pointer only while they hold a chunk, and this
@@ -219,7 +264,7 @@ impl Pool {
             }
         }
         *lock(&shared.body) = None;
-        drop(turn);
+        drop(last);
         match outcome {
             Err(panic) => std::panic::resume_unwind(panic),
             Ok(()) => assert!(
@@ -315,6 +360,27 @@ mod tests {
             }
         });
         assert_eq!(total.load(Ordering::Relaxed), 4 * 500 * 8);
+    }
+
+    #[test]
+    fn turns_are_given_in_the_order_of_asking() {
+        let pool = Arc::new(Pool::new(1));
+        let order = Mutex::new(Vec::new());
+        let held = pool.turn();
+        std::thread::scope(|scope| {
+            for i in 0..4 {
+                let (pool, order) = (&pool, &order);
+                scope.spawn(move || {
+                    let _turn = pool.turn();
+                    lock(order).push(i);
+                });
+                while lock(&pool.queue).given < i + 2 {
+                    std::thread::yield_now();
+                }
+            }
+            drop(held);
+        });
+        assert_eq!(*lock(&order), [0, 1, 2, 3]);
     }
 
     #[test]
