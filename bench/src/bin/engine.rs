@@ -51,7 +51,10 @@ struct Args {
 /// The median and the least, in milliseconds.
 fn median_and_least(mut times: Vec<Duration>) -> (f64, f64) {
     times.sort();
-    (times[times.len() / 2].as_secs_f64() * 1e3, times[0].as_secs_f64() * 1e3)
+    (
+        times[times.len() / 2].as_secs_f64() * 1e3,
+        times[0].as_secs_f64() * 1e3,
+    )
 }
 
 /// The median, in milliseconds.
@@ -70,7 +73,10 @@ fn reading_speed() -> f64 {
                 .chunks(data.len() / threads)
                 .map(|part| scope.spawn(|| part.iter().fold(0u64, |a, b| a.wrapping_add(*b))))
                 .collect();
-            parts.into_iter().map(|p| p.join().expect("a summing thread ends")).sum()
+            parts
+                .into_iter()
+                .map(|p| p.join().expect("a summing thread ends"))
+                .sum()
         });
         std::hint::black_box(sum);
         start.elapsed()
@@ -84,8 +90,16 @@ fn prefill(model: &mut Model, sequence: &mut Sequence, depth: usize, chunk: usiz
     sequence.truncate(depth);
     while sequence.len() < depth {
         let n = chunk.min(depth - sequence.len());
-        let tokens: Vec<u32> = (0..n).map(|i| ((sequence.len() + i) as u32 * 7919) % vocab).collect();
-        let step = Step { sequence: &mut *sequence, tokens: &tokens, lists: None, logits: LogitRows::None, capture: &[] };
+        let tokens: Vec<u32> = (0..n)
+            .map(|i| ((sequence.len() + i) as u32 * 7919) % vocab)
+            .collect();
+        let step = Step {
+            sequence: &mut *sequence,
+            tokens: &tokens,
+            lists: None,
+            logits: LogitRows::None,
+            capture: &[],
+        };
         model.forward(&mut [step])?;
     }
     Ok(())
@@ -99,8 +113,13 @@ fn main() -> Result<()> {
         "f16" => DType::F16,
         other => anyhow::bail!("unknown KV type {other}"),
     };
-    let options = LoadOptions { threads: args.threads, kv_dtype, ..LoadOptions::default() };
-    let mut model = Model::load(&args.model, &options, &mut |_, _| {}).context("loading the model")?;
+    let options = LoadOptions {
+        threads: args.threads,
+        kv_dtype,
+        ..LoadOptions::default()
+    };
+    let mut model =
+        Model::load(&args.model, &options, &mut |_, _| {}).context("loading the model")?;
     let c = model.config().clone();
     let speed = reading_speed();
     let weights: u64 = std::fs::read_dir(&args.model)?
@@ -109,7 +128,13 @@ fn main() -> Result<()> {
         .map(|e| e.metadata().map_or(0, |m| m.len()))
         .sum();
     let entry = (2 * c.head_dim * kv_dtype.bytes()) as f64;
-    println!("{}: {:.1} MB of weights, reading speed {:.1} GB/s, KV {}\n", c.name, weights as f64 / 1e6, speed / 1e9, args.kv_dtype);
+    println!(
+        "{}: {:.1} MB of weights, reading speed {:.1} GB/s, KV {}\n",
+        c.name,
+        weights as f64 / 1e6,
+        speed / 1e9,
+        args.kv_dtype
+    );
     println!("| depth | tokens | attention | ms | least ms | MB read | floor ms | ms ÷ floor |");
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     let mut sequence = model.new_sequence(c.max_context)?;
@@ -117,12 +142,21 @@ fn main() -> Result<()> {
     for &depth in &args.depths {
         prefill(&mut model, &mut sequence, depth, args.chunk)?;
         let kept: Vec<u32> = (0..depth as u32)
-            .filter(|p| (p.wrapping_mul(2_654_435_761) >> 8) as f64 / (1u32 << 24) as f64 <= args.kept)
+            .filter(|p| {
+                (p.wrapping_mul(2_654_435_761) >> 8) as f64 / (1u32 << 24) as f64 <= args.kept
+            })
             .collect();
-        let lists = HeadLists { lists: vec![kept], of_head: vec![0; c.num_layers * c.num_kv_heads] };
+        let lists = HeadLists {
+            lists: vec![kept],
+            of_head: vec![0; c.num_layers * c.num_kv_heads],
+        };
         for &n in &args.tokens {
             let variants: &[(&str, Option<&HeadLists>, &[usize])] = if args.capture {
-                &[("dense", None, &[]), ("captured", None, &layers), ("masked", Some(&lists), &[])]
+                &[
+                    ("dense", None, &[]),
+                    ("captured", None, &layers),
+                    ("masked", Some(&lists), &[]),
+                ]
             } else {
                 &[("dense", None, &[]), ("masked", Some(&lists), &[])]
             };
@@ -135,7 +169,13 @@ fn main() -> Result<()> {
                 let mut reads = 0;
                 for repeat in 0..args.repeats + 5 {
                     sequence.truncate(depth);
-                    let step = Step { sequence: &mut sequence, tokens: &tokens, lists, logits: LogitRows::All, capture };
+                    let step = Step {
+                        sequence: &mut sequence,
+                        tokens: &tokens,
+                        lists,
+                        logits: LogitRows::All,
+                        capture,
+                    };
                     let start = Instant::now();
                     let output = model.forward(&mut [step])?;
                     if repeat >= 5 {
@@ -145,7 +185,11 @@ fn main() -> Result<()> {
                 }
                 let bytes = weights as f64 + reads as f64 * entry;
                 let ((ms, least), floor) = (median_and_least(times), bytes / speed * 1e3);
-                println!("| {depth} | {n} | {name} | {ms:.3} | {least:.3} | {:.1} | {floor:.3} | {:.2} |", bytes / 1e6, ms / floor);
+                println!(
+                    "| {depth} | {n} | {name} | {ms:.3} | {least:.3} | {:.1} | {floor:.3} | {:.2} |",
+                    bytes / 1e6,
+                    ms / floor
+                );
             }
         }
     }
