@@ -161,7 +161,7 @@ pub struct SamplingArgs {
     )]
     pub frequency_penalty: f32,
 
-    /// Make the random choices repeatable [default: a random seed, shown by --json]
+    /// Key of the random choices; with a draft worker its timing also plays a part [default: a random seed, shown by --json]
     #[arg(long, value_name = "S")]
     pub seed: Option<u64>,
 }

@@ -9,6 +9,7 @@ pub mod binaries;
 pub mod client;
 pub mod cluster;
 pub mod process;
+pub mod proxy;
 pub mod raw;
 pub mod session;
 pub mod stranger;

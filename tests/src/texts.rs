@@ -1,8 +1,10 @@
 //! Prompts: token ids of real and generated prose, with what the bundled target continues them by.
 
 use serde::Deserialize;
+use tokenizers::Tokenizer;
 
 use crate::binaries::workspace;
+use crate::process;
 
 /// A prompt and its greedy continuation by an independent implementation in float32.
 #[derive(Debug, Clone, Deserialize)]
@@ -23,4 +25,46 @@ pub fn references() -> Vec<Reference> {
     let text = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let file: File = serde_json::from_slice(&text).expect("the fixture is of the known format");
     file.prompts
+}
+
+/// The bundled pair's tokenizer.
+pub fn tokenizer() -> Tokenizer {
+    let path = process::target().join("tokenizer.json");
+    Tokenizer::from_file(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The first `tokens` tokens of the middle of a book that the bundled pair was not trained on.
+///
+/// Books are not part of the tree: they are looked for in `shared/corpus/test` beside it. Where there are none the
+/// longest reference prompt serves, which the target wrote itself, and stderr says so.
+pub fn book(tokens: usize) -> Vec<u32> {
+    let folder = workspace().join("../shared/corpus/test");
+    let mut books: Vec<_> = std::fs::read_dir(&folder)
+        .map(|entries| {
+            entries
+                .filter_map(|entry| Some(entry.ok()?.path()))
+                .collect()
+        })
+        .unwrap_or_default();
+    books.sort();
+    let Some(text) = books
+        .first()
+        .and_then(|path| std::fs::read_to_string(path).ok())
+    else {
+        eprintln!("SKIPPED real text: no books in {}", folder.display());
+        let longest = references().pop().expect("there are references").prompt;
+        return longest[..tokens.min(longest.len())].to_vec();
+    };
+    let middle = text.len() / 2;
+    let start = text[middle..].find("\n\n").map_or(0, |at| middle + at + 2);
+    // Four bytes a token, and some to spare.
+    let end = text.len().min(start + 8 * tokens);
+    let end = (start..=end)
+        .rev()
+        .find(|&at| text.is_char_boundary(at))
+        .unwrap_or(start);
+    let encoding = tokenizer()
+        .encode(&text[start..end], true)
+        .expect("prose can be tokenized");
+    encoding.get_ids()[..tokens.min(encoding.len())].to_vec()
 }

@@ -1,6 +1,6 @@
 //! [`Candidate`]: what a mask codec is to the measurement, and the list of those measured.
 //!
-//! A candidate that codes only a mask's contents is [`Framed`]: it pays for the same header, checksum and delta base as
+//! A candidate that codes only a mask's contents is `Framed`: it pays for the same header, checksum and delta base as
 //! the codec in the mask crate, so that sizes and times compare.
 
 use anyhow::{Result, ensure};
