@@ -155,16 +155,14 @@ impl Stranger {
             let propose = make(self.proposal(tokens));
             let sequence = self.sequence;
             self.send(propose).await;
-            loop {
-                match self.verdict().await? {
-                    None => return Ok(None),
-                    Some(verdict) if verdict.judged => {
-                        self.note(tokens, &verdict);
-                        return Ok(Some(verdict));
-                    }
-                    // Progress, or the stale answer: the state is known again.
-                    Some(_) => break,
+            match self.verdict().await? {
+                None => return Ok(None),
+                Some(verdict) if verdict.judged => {
+                    self.note(tokens, &verdict);
+                    return Ok(Some(verdict));
                 }
+                // Progress, or the stale answer: the state is known again.
+                Some(_) => {}
             }
             assert!(sequence < 10_000, "no proposal was ever judged");
         }

@@ -1,4 +1,5 @@
 //! Processes that die, freeze or are asked to stop while a client reads its stream.
+#![allow(clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
 //! However a session ends, nothing of it stays: no session, no KV block, on either worker.
+#![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
 

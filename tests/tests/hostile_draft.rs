@@ -1,5 +1,6 @@
 //! Draft workers that lie: whatever comes over a Speculate stream, the session's tokens are the target's own, the
 //! verify worker lives, and the liar is told what was wrong.
+#![allow(clippy::unwrap_used)]
 
 use specattn_proto::v1::{DraftDistribution, FinishReason, ModelInfo, Propose};
 use specattn_tests::process::VERIFY;
@@ -320,10 +321,8 @@ async fn a_flood_that_reads_no_answers_is_cut_off() {
         }
     };
     let end = bench.unharmed(session);
-    soon("a session under a flood", async {
-        tokio::join!(flood, end)
-    })
-    .await;
+    let both = Box::pin(async { tokio::join!(flood, end) });
+    soon("a session under a flood", both).await;
     assert!(
         bench.verify.peak_memory() < 1 << 30,
         "{}",

@@ -452,4 +452,6 @@ impl Session {
 }
 
 #[cfg(test)]
+mod distribution_tests;
+#[cfg(test)]
 mod tests;

@@ -1,0 +1,193 @@
+//! Sparse mode reads what its masks say and no more: the session's counters equal a count made from the recorded
+//! traffic, mask by mask and head by head, without any of the workers' code but the codec.
+#![allow(clippy::unwrap_used)]
+
+use specattn_mask::{Decoder, LayerMap, Limits, RoundMask};
+use specattn_proto::v1::{FinishReason, Mode, OpenRequest, Propose, SessionStats};
+use specattn_tests::process::{self, DRAFT, VERIFY};
+use specattn_tests::proxy::{Crossed, Proxy};
+use specattn_tests::session::open_request;
+use specattn_tests::{Process, Session, texts};
+
+/// The bundled target's shape.
+const LAYERS: usize = 8;
+const KV_HEADS: usize = 2;
+
+const SINK: usize = 4;
+const WINDOW: usize = 64;
+
+/// Masks at p = 0.95 may keep this much of a 3,000-token prompt's KV cache.
+const KEPT_MOST: f64 = 0.35;
+
+/// The count from outside.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Count {
+    forwards: u64,
+    solo: u64,
+    proposed: u64,
+    accepted: u64,
+    read: u64,
+    dense: u64,
+}
+
+impl Count {
+    /// A forward over `inputs` tokens after `past` cached ones, masked or dense.
+    fn forward(&mut self, past: usize, inputs: usize, mask: Option<&RoundMask>, map: &LayerMap) {
+        self.forwards += 1;
+        for layer in 0..LAYERS {
+            for head in 0..KV_HEADS {
+                let all = past + inputs;
+                let read = match mask {
+                    None => all,
+                    Some(mask) => {
+                        let source = &mask.sources[map.of_head[layer][head] as usize];
+                        let kept = |&p: &usize| p < SINK || p + WINDOW > past || source.contains(p);
+                        (0..past).filter(kept).count() + inputs
+                    }
+                };
+                self.read += read as u64;
+                self.dense += all as u64;
+            }
+        }
+    }
+}
+
+/// Replays what crossed: every forward after the prompt.
+fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &LayerMap) -> Count {
+    let mut count = Count::default();
+    let mut decoder = Decoder::new(Limits::default());
+    // Committed tokens; the pending one is not cached.
+    let mut n = request.token_ids.len();
+    let mut last: Option<(&Propose, Option<RoundMask>)> = None;
+    let alone = |count: &mut Count, n: &mut usize, tokens: usize| {
+        for _ in 0..tokens {
+            count.forward(*n - 1, 1, None, map);
+            count.solo += 1;
+            *n += 1;
+        }
+    };
+    for event in crossed {
+        match event {
+            Crossed::Welcome(welcome) => alone(&mut count, &mut n, welcome.token_ids.len()),
+            Crossed::Propose(propose) => {
+                let mask = decoder.decode(&propose.mask).ok().cloned();
+                last = Some((propose, mask));
+            }
+            Crossed::Verdict(verdict) => {
+                assert_eq!(verdict.base as usize, n, "verdicts continue each other");
+                if !verdict.judged {
+                    alone(&mut count, &mut n, verdict.next_tokens.len());
+                    continue;
+                }
+                let (propose, mask) = last.take().expect("a judged proposal was sent");
+                assert_eq!(propose.base, verdict.base);
+                let gamma = propose.token_ids.len();
+                count.forward(n - 1, gamma + 1, mask.as_ref(), map);
+                count.proposed += gamma as u64;
+                count.accepted += u64::from(verdict.accepted);
+                n += verdict.accepted as usize + 1;
+            }
+            Crossed::Closed => {
+                // The last round's answer is the end itself; a single last token needs no round.
+                let left = limit - n;
+                match last
+                    .take()
+                    .filter(|(propose, _)| propose.base as usize == n)
+                {
+                    Some((propose, mask)) if left > 1 => {
+                        let gamma = propose.token_ids.len().min(left - 1);
+                        count.forward(n - 1, gamma + 1, mask.as_ref(), map);
+                        count.proposed += gamma as u64;
+                        count.accepted += left as u64 - 1;
+                        n = limit;
+                    }
+                    _ => alone(&mut count, &mut n, left),
+                }
+            }
+        }
+    }
+    assert_eq!(n, limit, "every token is accounted for");
+    count
+}
+
+/// The map the verify worker serves the bundled draft with.
+fn layer_map() -> LayerMap {
+    let path = process::target().join("alignment.json");
+    if path.exists() {
+        LayerMap::load(&path).unwrap()
+    } else {
+        LayerMap::proportional(LAYERS as u32, KV_HEADS as u32, 3, 3)
+    }
+}
+
+async fn run(request: OpenRequest, tokens: u32) -> (Count, SessionStats, String) {
+    let verify = Process::worker(VERIFY, &[]).await;
+    let draft = Process::worker(DRAFT, &[]).await;
+    let proxy = Proxy::start(verify.channel().await).await;
+    let limit = request.token_ids.len() + tokens as usize;
+    let mut session = Session::open(verify.channel().await, request.clone())
+        .await
+        .unwrap();
+    let attachment = session
+        .attach(draft.channel().await, proxy.uri())
+        .await
+        .unwrap();
+    let (reason, stats) = session.finish().await.unwrap();
+    assert_eq!(reason, FinishReason::Length);
+    assert!(attachment.detached().await.contains("over"));
+    let crossed = proxy.crossed();
+    let map = layer_map();
+    let count = recount(&crossed, &request, limit, &map);
+    let Some(Crossed::Welcome(welcome)) = crossed.first() else {
+        panic!("no welcome but {:?}", crossed.first());
+    };
+    assert_eq!(
+        welcome.sources.len(),
+        if request.mode() == Mode::Sparse {
+            map.sources.len()
+        } else {
+            0
+        }
+    );
+    verify.is_idle().await;
+    draft.is_idle().await;
+    let text = texts::tokenizer().decode(&session.tokens, true).unwrap();
+    (count, stats, text)
+}
+
+fn check(count: &Count, stats: &SessionStats) -> f64 {
+    let told = Count {
+        forwards: stats.target_forwards,
+        solo: stats.solo_forwards,
+        proposed: stats.proposed_tokens,
+        accepted: stats.accepted_tokens,
+        read: stats.kv_entries_read,
+        dense: stats.kv_entries_dense,
+    };
+    assert_eq!(&told, count);
+    count.read as f64 / count.dense as f64
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_long_prompt_is_read_sparsely_and_counted_right() {
+    let prompt = texts::book(3_000);
+    for (name, temperature) in [("greedy", 0.0), ("sampled", 0.8)] {
+        let mut request = open_request(&prompt, 250);
+        request.mode = Mode::Sparse.into();
+        let sampling = request.sampling.as_mut().unwrap();
+        (sampling.temperature, sampling.seed) = (temperature, Some(5));
+        let (count, stats, text) = run(request, 250).await;
+        let kept = check(&count, &stats);
+        let bytes = stats.mask_bytes as f64 / stats.mask_rounds as f64;
+        println!("{name}: kept {kept:.3}, {bytes:.0} mask bytes a round, {count:?}\n{text}\n");
+        assert!(kept <= KEPT_MOST, "{name}: {kept}");
+        assert!(stats.mask_rounds > 0 && count.accepted > 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn dense_rounds_read_everything() {
+    let (count, stats, _) = run(open_request(&texts::book(500), 120), 120).await;
+    assert_eq!(check(&count, &stats), 1.0);
+    assert_eq!((stats.mask_bytes, stats.mask_rounds), (0, 0));
+}
