@@ -1,4 +1,5 @@
 //! The program as a process: help, exit codes, and the whole system behind `generate`, `serve` and `status`.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
