@@ -38,6 +38,7 @@ impl Drop for EngineSession {
 
 /// A draft that its verify worker has welcomed.
 pub(crate) struct Link {
+    session: SessionId,
     engine: EngineSession,
     answers: Streaming<SpeculateResponse>,
     failed: oneshot::Receiver<Fault>,
@@ -69,7 +70,9 @@ impl Link {
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await
             .map_err(|_| Fault::Unavailable("the verify worker does not answer".to_owned()))??;
+        tracing::info!(session_id = %session, "attached");
         let link = Self {
+            session,
             engine,
             answers,
             failed,
@@ -94,7 +97,7 @@ impl Link {
             reason = self.carry() => reason,
             () = events.closed() => return,
         };
-        tracing::debug!(%reason, "detached");
+        tracing::info!(session_id = %self.session, %reason, "detached");
         // The session is freed before the gateway hears of the end.
         drop(self);
         // A gateway that left meanwhile needs no reason.

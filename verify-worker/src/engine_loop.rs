@@ -218,6 +218,7 @@ impl EngineLoop {
         let session = Session::new(spec, config.vocab_size, outbox)
             .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
         let sequence = self.model.new_sequence(room).map_err(refusal)?;
+        tracing::info!(session_id = %session.id(), tokens = session.len(), "session opened");
         self.slots.push(Slot { session, sequence });
         self.load.set_sessions(self.slots.len());
         if self.slots[self.slots.len() - 1].session.is_over() {
@@ -291,6 +292,7 @@ impl EngineLoop {
         }
         drop(sequence);
         self.load.set_sessions(self.slots.len());
+        tracing::info!(session_id = %session.id(), ?ending, tokens = session.len(), "session ended");
         session.finish(ending, failure);
     }
 }

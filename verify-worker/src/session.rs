@@ -126,6 +126,11 @@ impl Session {
         self.spec.id
     }
 
+    /// Committed tokens, prompt included.
+    pub(crate) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Whether it is over already: it was opened with all the tokens it may have.
     pub(crate) fn is_over(&self) -> bool {
         self.tokens.len() >= self.spec.limit
