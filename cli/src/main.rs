@@ -35,10 +35,14 @@ fn run(command: &Command) -> Result<u8, CliError> {
         Command::Serve(args) => telemetry::init(&args.telemetry)?,
         Command::Status(_) => {}
     }
-    let runtime = tokio::runtime::Runtime::new().map_err(|source| ServiceError::System {
-        what: "starting the runtime",
-        source,
-    })?;
+    // One thread for all messages: they never change threads on their way, and the engines have the other cores.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| ServiceError::System {
+            what: "starting the runtime",
+            source,
+        })?;
     let code = runtime.block_on(async {
         match command {
             Command::Generate(args) => generate::run(args).await,
