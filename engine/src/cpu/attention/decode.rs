@@ -32,7 +32,7 @@ pub(crate) struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    /// The keys of KV head `kv_head` of layer `layer`.
+    /// The keys of KV head `head`, counted through all layers: layer · num_kv_heads + KV head.
     pub(crate) fn of(
         lists: Option<&'a HeadLists>,
         head: usize,
