@@ -19,6 +19,9 @@ pub struct Args {
     /// Drafts and masks.
     #[command(flatten)]
     pub speculation: SpeculationArgs,
+    /// What sessions tell their gateway, and when.
+    #[command(flatten)]
+    pub sessions: SessionArgs,
     /// Where to listen.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -46,6 +49,16 @@ pub struct SpeculationArgs {
     pub alignment: Option<PathBuf>,
 }
 
+/// How sessions report to their gateway.
+#[derive(Debug, Clone, ClapArgs)]
+#[command(next_help_heading = "Sessions")]
+pub struct SessionArgs {
+    /// Least milliseconds between two messages of committed tokens of one session; tokens committed in between travel
+    /// together, so a model that is faster than this does not spend its time on messages. 0 sends every commit at once
+    #[arg(long, value_name = "MS", default_value_t = 10)]
+    pub commit_interval_ms: u64,
+}
+
 /// A verify worker's configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -53,6 +66,8 @@ pub struct Config {
     pub model: ModelConfig,
     /// How long a session waits for its draft's next proposal.
     pub draft_timeout: Duration,
+    /// Least time between two messages of committed tokens of one session.
+    pub commit_interval: Duration,
     /// The layer map's file; `None` looks for it in the model folder.
     pub alignment: Option<PathBuf>,
     /// The server.
@@ -70,6 +85,7 @@ impl Args {
         Ok(Config {
             model: self.model.config()?,
             draft_timeout: Duration::from_millis(self.speculation.draft_timeout_ms),
+            commit_interval: Duration::from_millis(self.sessions.commit_interval_ms),
             alignment: self.speculation.alignment.clone(),
             server: self.server.config()?,
             gateway: self.registration.config()?,

@@ -2,14 +2,20 @@
 //!
 //! There is no queue between them but the committed tokens themselves: the engine appends, the stream takes all there
 //! is. So the engine never waits for a slow reader, nothing is lost, and memory is bounded by the session's length.
+//!
+//! A small model commits a token in less time than a message takes through three processes. So tokens committed less
+//! than an interval after the last message wait for its end and travel together; the session's end waits for nothing.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use specattn_engine::sampling::TokenLogprobs;
 use specattn_proto::Fault;
 use specattn_proto::v1::FinishReason;
+use tokio::time::{Sleep, sleep};
 use tokio_stream::Stream;
 
 use crate::stats::Stats;
@@ -73,7 +79,10 @@ struct State {
     closed: bool,
     /// The stream is gone.
     abandoned: bool,
+    /// The stream's task, while it waits for something to tell.
     waker: Option<Waker>,
+    /// The stream waits for its interval to pass: it need not hear of more tokens.
+    paced: bool,
 }
 
 type Shared = Arc<Mutex<State>>;
@@ -83,9 +92,11 @@ fn lock(shared: &Shared) -> MutexGuard<'_, State> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The two ends for a session that holds `start` tokens. `on_abandoned` runs when the stream is dropped.
+/// The two ends for a session that holds `start` tokens, whose messages of committed tokens are at least `interval`
+/// apart. `on_abandoned` runs when the stream is dropped.
 pub(crate) fn channel(
     start: usize,
+    interval: Duration,
     on_abandoned: impl FnOnce() + Send + 'static,
 ) -> (Outbox, Events) {
     let shared = Arc::new(Mutex::new(State {
@@ -94,6 +105,8 @@ pub(crate) fn channel(
     }));
     let events = Events {
         shared: Arc::clone(&shared),
+        interval,
+        pause: None,
         on_abandoned: Some(Box::new(on_abandoned)),
     };
     (Outbox { shared }, events)
@@ -132,6 +145,9 @@ impl Outbox {
         let waker = {
             let mut state = lock(&self.shared);
             change(&mut state);
+            if state.paced && !state.closed {
+                return;
+            }
             state.waker.take()
         };
         if let Some(waker) = waker {
@@ -154,6 +170,9 @@ impl Drop for Outbox {
 /// The stream's end. Dropping it abandons the session.
 pub(crate) struct Events {
     shared: Shared,
+    interval: Duration,
+    /// Runs from a message of committed tokens to the earliest time of the next.
+    pause: Option<Pin<Box<Sleep>>>,
     on_abandoned: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -184,9 +203,25 @@ impl Stream for Events {
     type Item = Event;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        let mut state = lock(&self.shared);
+        let events = self.get_mut();
+        let mut state = lock(&events.shared);
+        if let Some(pause) = &mut events.pause
+            && !state.closed
+        {
+            state.paced = true;
+            state.waker = Some(context.waker().clone());
+            // The lock is held: an end that comes now finds the waker.
+            ready!(pause.as_mut().poll(context));
+        }
+        events.pause = None;
+        state.paced = false;
         match state.next() {
-            Some(event) => Poll::Ready(Some(event)),
+            Some(event) => {
+                if matches!(event, Event::Committed { .. }) && !events.interval.is_zero() {
+                    events.pause = Some(Box::pin(sleep(events.interval)));
+                }
+                Poll::Ready(Some(event))
+            }
             None if state.closed => Poll::Ready(None),
             None => {
                 state.waker = Some(context.waker().clone());
@@ -207,13 +242,15 @@ impl Drop for Events {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use tokio_stream::StreamExt;
 
     use super::*;
 
     #[tokio::test]
     async fn commits_are_joined_and_indexed() {
-        let (outbox, mut events) = channel(3, || {});
+        let (outbox, mut events) = channel(3, Duration::ZERO, || {});
         assert_eq!(events.next().await, Some(Event::Opened));
         outbox.commit(&[7], Vec::new());
         outbox.commit(&[8, 9], Vec::new());
@@ -236,7 +273,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_stream_is_woken() {
-        let (outbox, mut events) = channel(0, || {});
+        let (outbox, mut events) = channel(0, Duration::ZERO, || {});
         events.next().await;
         let writer = std::thread::spawn(move || {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -249,11 +286,40 @@ mod tests {
         assert_eq!(events.next().await, None);
     }
 
+    #[tokio::test]
+    async fn tokens_within_the_interval_travel_together_and_the_end_at_once() {
+        let interval = Duration::from_millis(500);
+        let (outbox, mut events) = channel(0, interval, || {});
+        events.next().await;
+        outbox.commit(&[1], Vec::new());
+        let begin = Instant::now();
+        let first = events.next().await;
+        assert!(matches!(first, Some(Event::Committed { start: 0, .. })));
+        outbox.commit(&[2], Vec::new());
+        outbox.commit(&[3], Vec::new());
+        let Some(Event::Committed { tokens, .. }) = events.next().await else {
+            panic!("tokens were committed");
+        };
+        assert_eq!(tokens, [2, 3]);
+        assert!(begin.elapsed() >= interval);
+        // An end that comes while the stream waits wakes it at once.
+        let (waiting, was) = (
+            tokio::spawn(async move { events.next().await }),
+            Instant::now(),
+        );
+        tokio::task::yield_now().await;
+        outbox.commit(&[4], Vec::new());
+        outbox.finish(Ending::Stop, Stats::default(), None);
+        let last = waiting.await.unwrap();
+        assert!(matches!(last, Some(Event::Committed { start: 3, .. })));
+        assert!(was.elapsed() < interval);
+    }
+
     #[test]
     fn dropping_the_stream_is_noticed() {
         let told = Arc::new(Mutex::new(false));
         let seen = Arc::clone(&told);
-        let (outbox, events) = channel(0, move || *seen.lock().unwrap() = true);
+        let (outbox, events) = channel(0, Duration::ZERO, move || *seen.lock().unwrap() = true);
         assert!(!outbox.is_abandoned());
         drop(events);
         assert!(outbox.is_abandoned() && *told.lock().unwrap());

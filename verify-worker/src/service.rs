@@ -43,6 +43,8 @@ pub(crate) struct Service {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) model: ModelConfig,
     pub(crate) maps: LayerMaps,
+    /// Least time between two messages of committed tokens of one session.
+    pub(crate) commit_interval: Duration,
     pub(crate) load: Arc<LoadGauge>,
     pub(crate) draining: CancellationToken,
     pub(crate) links: AtomicU64,
@@ -109,9 +111,10 @@ impl VerifyService for Service {
         let spec = wire::session_spec(request.into_inner(), &self.model)?;
         let commands = self.commands.clone();
         // A full inbox means that the engine is about to look at its sessions anyway.
-        let (outbox, events) = events::channel(spec.tokens.len(), move || {
-            let _ = commands.try_send(Command::Sweep);
-        });
+        let (outbox, events) =
+            events::channel(spec.tokens.len(), self.commit_interval, move || {
+                let _ = commands.try_send(Command::Sweep);
+            });
         self.ask(|reply| Command::Open {
             spec: Box::new(spec),
             outbox,

@@ -68,6 +68,7 @@ impl Worker {
             commands,
             model: model.config().clone(),
             maps,
+            commit_interval: config.commit_interval,
             load: Arc::clone(&load),
             draining: shutdown.clone(),
             links: AtomicU64::new(0),

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use safetensors::tensor::{Dtype, TensorView};
 use specattn_engine::sampling::draft_token;
@@ -135,7 +136,7 @@ fn draw(params: &SamplingParams, target: &mut Oracle, draft: &mut Oracle) -> [u3
         sparse: false,
         draft_length: 2,
     };
-    let (outbox, _events) = events::channel(PROMPT.len(), || {});
+    let (outbox, _events) = events::channel(PROMPT.len(), Duration::ZERO, || {});
     let mut session = Session::new(spec, VOCAB, outbox).unwrap();
     let (sender, mut verdicts) = mpsc::channel(8);
     let new = NewLink {

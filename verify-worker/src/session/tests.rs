@@ -53,7 +53,7 @@ struct Bench {
 
 impl Bench {
     fn new(spec: SessionSpec) -> Self {
-        let (outbox, events) = events::channel(spec.tokens.len(), || {});
+        let (outbox, events) = events::channel(spec.tokens.len(), Duration::ZERO, || {});
         Self {
             session: Session::new(spec, VOCAB, outbox).unwrap(),
             events,
