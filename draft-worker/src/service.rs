@@ -18,8 +18,8 @@ use crate::engine_loop::{Command, NewSession, SessionKey};
 use crate::link::{EngineSession, Link};
 use crate::wire::{self, Attach};
 
-/// Proposals that may wait to be sent: one is under way, and one given up may still be there.
-const PROPOSALS: usize = 4;
+/// Proposal messages that may wait to be sent: two of the round under way, and those of rounds given up meanwhile.
+const PROPOSALS: usize = 8;
 
 /// Events of an `Attach` stream: there are two.
 const ATTACH_EVENTS: usize = 2;

@@ -65,15 +65,19 @@ pub(crate) struct Verdict {
     pub(crate) need_full_mask: bool,
 }
 
-/// A whole round's proposal.
+/// A message of a round's proposal: most rounds are one message.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Proposal {
     pub(crate) epoch: u64,
     pub(crate) base: usize,
     pub(crate) sequence: u64,
     pub(crate) pending_token: u32,
+    /// Draft tokens of the round sent before.
+    pub(crate) offset: usize,
     pub(crate) draft: Vec<DraftToken>,
     pub(crate) mask: Vec<u8>,
+    /// No more of the round follows.
+    pub(crate) last: bool,
 }
 
 /// What to do now.
@@ -101,10 +105,15 @@ struct Joined {
     sampler: Sampler,
     rng: CounterRng,
     rows: Option<RowSelector>,
-    /// Proposals sent.
+    /// Messages sent.
     sequence: u64,
+    /// Draft tokens of this round sent already.
+    sent: usize,
     /// A proposal waits for its verdict.
     waiting: bool,
+    /// The verify worker goes on alone. It must hear early that a round is coming: each step it takes meanwhile voids
+    /// what was drafted, so a round that takes longer than a step would never be finished.
+    unawaited: bool,
 }
 
 /// The state of one session.
@@ -193,7 +202,9 @@ impl Session {
             rng,
             rows,
             sequence: 0,
+            sent: 0,
             waiting: false,
+            unawaited: true,
         });
         Ok(())
     }
@@ -227,7 +238,9 @@ impl Session {
             new
         };
         joined.epoch = verdict.epoch;
+        joined.sent = 0;
         joined.waiting = false;
+        joined.unawaited = !verdict.judged;
         self.learn(&new)
     }
 
@@ -336,21 +349,26 @@ impl Session {
                 .map_err(|error| Fault::Internal(error.to_string()))?;
         }
         self.draft.push(next);
-        if self.draft.len() < round_length {
+        let last = self.draft.len() >= round_length;
+        if !last && !std::mem::take(&mut joined.unawaited) {
             return Ok(());
         }
         joined.sequence += 1;
-        joined.waiting = true;
+        joined.waiting = last;
+        let mask = match &mut joined.rows {
+            Some(rows) if last => rows.finish(),
+            _ => Vec::new(),
+        };
+        let offset = std::mem::replace(&mut joined.sent, self.draft.len());
         let proposal = Proposal {
             epoch: joined.epoch,
             base: n,
             sequence: joined.sequence,
             pending_token: self.tokens[n - 1],
-            draft: self.draft.clone(),
-            mask: joined
-                .rows
-                .as_mut()
-                .map_or_else(Vec::new, RowSelector::finish),
+            offset,
+            draft: self.draft[offset..].to_vec(),
+            mask,
+            last,
         };
         self.proposals
             .try_send(proposal)

@@ -69,11 +69,11 @@ pub(crate) fn propose(proposal: Proposal) -> v1::SpeculateRequest {
         epoch: proposal.epoch,
         base: proposal.base as u64,
         sequence: proposal.sequence,
-        offset: 0,
+        offset: proposal.offset as u32,
         token_ids: Vec::with_capacity(proposal.draft.len()),
         q: Vec::new(),
         mask: proposal.mask,
-        last: true,
+        last: proposal.last,
         pending_token: proposal.pending_token,
     };
     for DraftToken { token, q } in proposal.draft {

@@ -169,6 +169,7 @@ impl DraftLink {
         self.sequence = part.sequence;
         let last = part.last;
         let proposal = self.assemble(part)?;
+        self.trust.proposal_arrived();
         if !last {
             self.partial = Some(proposal);
             return Ok(());
@@ -180,7 +181,6 @@ impl DraftLink {
             return Err(Fault::exhausted("too many proposals at a time"));
         }
         self.waiting.push_back(proposal);
-        self.trust.proposal_arrived();
         Ok(())
     }
 

@@ -14,7 +14,7 @@ const BACKOFF_BITS_MAX: u32 = 6;
 #[derive(Debug, Clone)]
 pub(crate) struct Trust {
     timeout: Duration,
-    /// A proposal came since the last timeout.
+    /// A message of a proposal came since the last timeout.
     proposed: bool,
     /// Timeouts since a proposal was last judged.
     timeouts: u32,
@@ -36,7 +36,7 @@ impl Trust {
         }
     }
 
-    /// A whole proposal arrived, stale or not.
+    /// A proposal or the beginning of one arrived, stale or not: worth waiting for what follows.
     pub(crate) fn proposal_arrived(&mut self) {
         self.proposed = true;
     }

@@ -86,8 +86,20 @@ impl Bench {
         fed
     }
 
+    /// The next whole proposal, put together from its messages.
     fn proposal(&mut self) -> Proposal {
-        self.proposals.try_recv().unwrap()
+        let mut whole = self.proposals.try_recv().unwrap();
+        while !whole.last {
+            let next = self.proposals.try_recv().unwrap();
+            assert!(next.sequence > whole.sequence);
+            let continues = next.offset == whole.draft.len();
+            let draft = std::mem::take(&mut whole.draft);
+            whole = next;
+            if continues {
+                whole.draft.splice(0..0, draft);
+            }
+        }
+        whole
     }
 
     fn judge(&mut self, verdict: Verdict) {
@@ -140,7 +152,7 @@ fn it_catches_up_before_the_welcome_and_then_drafts() {
     assert_eq!(tokens(&proposal), [6, 9, 13, 2]);
     assert_eq!(
         (proposal.base, proposal.pending_token, proposal.sequence),
-        (3, 4, 1)
+        (3, 4, 2)
     );
     assert!(proposal.draft.iter().all(|d| d.q.is_none()));
 }
@@ -164,8 +176,31 @@ fn verdicts_roll_back_what_was_wrong_and_no_more() {
     let proposal = bench.proposal();
     assert_eq!(
         (proposal.base, proposal.epoch, proposal.sequence),
-        (10, 1, 3)
+        (10, 1, 4)
     );
+}
+
+#[test]
+fn a_round_is_announced_while_the_verify_worker_goes_on_alone() {
+    let mut bench = Bench::new(spec(30));
+    bench.session.join(welcome()).unwrap();
+    bench.run();
+    let parts = |bench: &mut Bench| -> Vec<(usize, Vec<u32>, bool)> {
+        std::iter::from_fn(|| bench.proposals.try_recv().ok())
+            .map(|p| (p.offset, tokens(&p), p.last))
+            .collect()
+    };
+    assert_eq!(
+        parts(&mut bench),
+        [(0, vec![6], false), (1, vec![9, 13, 2], true)]
+    );
+    // A judged round is waited for: the next one is a single message.
+    bench.judge(judged(3, 4, 11, 0));
+    bench.run();
+    assert_eq!(parts(&mut bench).len(), 1);
+    bench.judge(told(8, &[5], 1));
+    bench.run();
+    assert_eq!(parts(&mut bench).len(), 2);
 }
 
 #[test]
