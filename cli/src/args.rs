@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
+use crate::align::AlignArgs;
+
 /// Speculative decoding in which the draft model tells the target model what to attend to.
 #[derive(Debug, Parser)]
 #[command(name = "specattn", version, max_term_width = 100)]
@@ -38,6 +40,13 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show workers, load and sessions of a running gateway
     Status(StatusArgs),
+    /// Fit the layer map of a pair of models on calibration text
+    #[command(
+        long_about = "Fit the layer map of a pair of models on calibration text.\n\n\
+            Records the attention of both models on the same text and finds, for each KV head of the target, the mixture of \
+            draft heads that is closest to it. Writes alignment.json beside the target, where a verify worker finds it."
+    )]
+    Align(AlignArgs),
 }
 
 /// Where `serve` listens unless told otherwise.

@@ -46,6 +46,9 @@ pub enum CliError {
         /// Why.
         reason: String,
     },
+    /// Calibration or evaluation failed.
+    #[error(transparent)]
+    Quality(#[from] specattn_quality::QualityError),
     /// Arguments, sockets, signals or logs.
     #[error(transparent)]
     Process(#[from] ServiceError),
@@ -64,6 +67,7 @@ impl CliError {
             Self::Service { fault } => fault.label(),
             Self::Protocol(_) => "protocol",
             Self::Start { .. } => "start",
+            Self::Quality(error) => error.label(),
             Self::Process(error) => error.label(),
             Self::Interrupted => "interrupted",
         }

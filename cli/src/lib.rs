@@ -5,6 +5,7 @@
 //! in its own process, over loopback gRPC.
 #![forbid(unsafe_code)]
 
+pub mod align;
 pub mod all_in_one;
 pub mod args;
 pub mod error;

@@ -188,6 +188,7 @@ impl EngineLoop {
             lists: None,
             logits: session.logit_rows(),
             capture: session.capture(),
+            masses: false,
             sequence,
         };
         self.load.add_tokens(step.tokens.len());

@@ -33,6 +33,15 @@ pub struct AttentionRows {
     pub probs: Vec<f32>,
 }
 
+/// What the entries that a step read weighed, per KV head.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EntryMasses {
+    /// `[num_layers * num_kv_heads]`, layer-major. For each cached position that the head read, in the order of its list
+    /// (all positions where it had none), the mean of its probability over the step's tokens and the query heads that
+    /// share the KV head. The step's own tokens have the rest.
+    pub of_head: Vec<Vec<f32>>,
+}
+
 impl AttentionRows {
     /// The row of head `head` of layer `layer`, or `None` where the layer was not captured.
     pub fn row(&self, layer: usize, head: usize) -> Option<&[f32]> {

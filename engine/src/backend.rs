@@ -153,14 +153,14 @@ pub trait Backend: Send {
         args: &RotateArgs<'_, Self>,
         q: &mut Self::Buffer,
     );
-    /// Attention of every row over its span's cache; `out` is `[rows, num_heads * head_dim]`. Rows of the last token
-    /// of the spans named in `capture` (span index, where its rows go) are handed out.
+    /// Attention of every row over its span's cache; `out` is `[rows, num_heads * head_dim]`. What is `wanted` of it
+    /// besides is handed out; never in a bulk pass.
     fn attention(
         &self,
         q: &Self::Buffer,
         pass: &Pass<'_>,
         args: &AttentionArgs<'_, Self>,
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
         out: &mut Self::Buffer,
     );
     /// Copies a buffer to the host.
@@ -189,6 +189,25 @@ pub struct AttentionArgs<'a, B: Backend + ?Sized> {
     pub kv: &'a B::Kv,
     /// Which layer's.
     pub layer: usize,
+}
+
+/// What attention hands out of one layer besides its output.
+#[derive(Debug, Default)]
+pub struct HandOut<'a> {
+    /// Rows of the last token of some spans.
+    pub captures: Vec<Capture<'a>>,
+    /// Masses of the entries that some spans read.
+    pub masses: Vec<Masses<'a>>,
+}
+
+/// Where masses go.
+#[derive(Debug)]
+pub struct Masses<'a> {
+    /// Index into [`Pass::spans`].
+    pub span: usize,
+    /// Per KV head of the layer: for each cached position that it reads, in order, the mean of its probability over the
+    /// span's rows and the head's query heads.
+    pub of_head: &'a mut [Vec<f32>],
 }
 
 /// Where captured attention rows go.

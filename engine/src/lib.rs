@@ -15,7 +15,7 @@ pub mod model;
 pub mod sampling;
 mod transformer;
 
-pub use attention::{AttentionRows, HeadLists, KvReads};
+pub use attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 pub use backend::DType;
 pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::attention::{AttentionRows, HeadLists, KvReads};
+use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 use crate::backend::{Backend, DType, KvShape};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
@@ -60,6 +60,8 @@ pub struct Step<'a> {
     pub logits: LogitRows,
     /// Layers whose attention rows (of the last token) to hand out; empty for none.
     pub capture: &'a [usize],
+    /// Hand out what the entries that were read weighed.
+    pub masses: bool,
 }
 
 /// What a step yields.
@@ -69,6 +71,8 @@ pub struct StepOutput {
     pub logits: Vec<f32>,
     /// Captured attention rows, when asked for.
     pub attention: Option<AttentionRows>,
+    /// Masses of the entries read, when asked for.
+    pub masses: Option<EntryMasses>,
     /// KV entries read by this step.
     pub kv: KvReads,
 }

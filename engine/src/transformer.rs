@@ -3,9 +3,10 @@
 //! Pre-norm blocks: x += Attention(norm(x)); x += MLP(norm(x)) with a gated SiLU MLP, rotary positions, grouped-query
 //! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
 
-use crate::attention::{AttentionRows, KvReads};
+use crate::attention::{AttentionRows, EntryMasses, KvReads};
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, Capture, Epilogue, Linear, Pass, RotateArgs, Span,
+    AttentionArgs, AttentionShape, Backend, Capture, Epilogue, HandOut, Linear, Masses, Pass,
+    RotateArgs, Span,
 };
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
@@ -202,7 +203,8 @@ impl<B: Backend> Transformer<B> {
     /// Runs checked steps: long dense ones alone, all others together.
     pub(crate) fn forward(&mut self, steps: &mut [Step<'_>]) -> Vec<StepOutput> {
         let is_bulk = |s: &Step<'_>| {
-            s.lists.is_none() && s.capture.is_empty() && s.tokens.len() >= BULK_TOKENS
+            let plain = s.lists.is_none() && s.capture.is_empty() && !s.masses;
+            plain && s.tokens.len() >= BULK_TOKENS
         };
         let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
@@ -246,6 +248,9 @@ impl<B: Backend> Transformer<B> {
         StepOutput {
             logits: Vec::new(),
             attention,
+            masses: step.masses.then(|| EntryMasses {
+                of_head: vec![Vec::new(); c.num_layers * c.num_kv_heads],
+            }),
             kv: KvReads { read, dense },
         }
     }
@@ -276,13 +281,13 @@ impl<B: Backend> Transformer<B> {
                 layer: index,
             };
             backend.rotate_and_store(&a.qkv, &pass, &rotate, &mut a.q);
-            let mut captures = captures(outputs, index);
+            let mut wanted = hand_out(outputs, index, shape.num_kv_heads);
             let attend = AttentionArgs {
                 shape,
                 kv,
                 layer: index,
             };
-            backend.attention(&a.q, &pass, &attend, &mut captures, &mut a.attended);
+            backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
             backend.linear(
                 &a.attended,
                 &[&layer.output],
@@ -372,17 +377,24 @@ fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
     pass
 }
 
-/// Where this layer's captured rows go.
-fn captures<'a>(outputs: &'a mut [&mut StepOutput], layer: usize) -> Vec<Capture<'a>> {
-    outputs
-        .iter_mut()
-        .enumerate()
-        .filter_map(|(span, output)| {
-            let rows = output.attention.as_mut()?;
-            let slot = rows.layers.iter().position(|&l| l == layer)?;
-            Some(Capture { span, slot, rows })
-        })
-        .collect()
+/// Where this layer's captured rows and masses go.
+fn hand_out<'a>(outputs: &'a mut [&mut StepOutput], layer: usize, kv_heads: usize) -> HandOut<'a> {
+    let mut wanted = HandOut::default();
+    for (span, output) in outputs.iter_mut().enumerate() {
+        let StepOutput {
+            attention, masses, ..
+        } = &mut **output;
+        if let Some(rows) = attention
+            && let Some(slot) = rows.layers.iter().position(|&l| l == layer)
+        {
+            wanted.captures.push(Capture { span, slot, rows });
+        }
+        if let Some(masses) = masses {
+            let of_head = &mut masses.of_head[layer * kv_heads..(layer + 1) * kv_heads];
+            wanted.masses.push(Masses { span, of_head });
+        }
+    }
+    wanted
 }
 
 /// Rows that get logits, in order.

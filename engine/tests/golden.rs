@@ -59,6 +59,7 @@ fn step(
             lists,
             logits,
             capture,
+            masses: false,
         }])
         .expect("a valid step");
     assert_eq!(outputs.len(), 1);
@@ -545,6 +546,7 @@ fn a_ragged_batch_equals_each_sequence_alone_bit_for_bit() {
                 lists: masked.then_some(&lists),
                 logits,
                 capture: &capture,
+                masses: false,
             })
             .collect();
         let together = model.forward(&mut steps).expect("a valid batch");

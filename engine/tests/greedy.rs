@@ -45,6 +45,7 @@ fn decode(model: &mut Model, prompt: &[u32], new_tokens: usize) -> Result<Vec<u3
             lists: None,
             logits,
             capture: &[],
+            masses: false,
         };
         Ok(model.forward(&mut [step])?.remove(0).logits)
     };

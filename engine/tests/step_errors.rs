@@ -16,6 +16,7 @@ fn plain<'a>(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Step<'a> {
         lists: None,
         logits: LogitRows::Last,
         capture: &[],
+        masses: false,
     }
 }
 
@@ -53,6 +54,7 @@ fn refused(
             lists,
             logits: LogitRows::All,
             capture,
+            masses: false,
         },
     ];
     let error = model

@@ -262,6 +262,7 @@ impl EngineLoop {
             lists: session.lists(),
             logits: session.logit_rows(),
             capture: &[],
+            masses: false,
             sequence,
         };
         self.load.add_tokens(step.tokens.len());

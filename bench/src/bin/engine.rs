@@ -99,6 +99,7 @@ fn prefill(model: &mut Model, sequence: &mut Sequence, depth: usize, chunk: usiz
             lists: None,
             logits: LogitRows::None,
             capture: &[],
+            masses: false,
         };
         model.forward(&mut [step])?;
     }
@@ -175,6 +176,7 @@ fn main() -> Result<()> {
                         lists,
                         logits: LogitRows::All,
                         capture,
+                        masses: false,
                     };
                     let start = Instant::now();
                     let output = model.forward(&mut [step])?;

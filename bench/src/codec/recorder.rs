@@ -94,6 +94,7 @@ fn forward(
         lists: None,
         logits: LogitRows::None,
         capture,
+        masses: false,
     };
     let mut outputs = model.forward(&mut [step])?;
     outputs.pop().context("a step has an output")

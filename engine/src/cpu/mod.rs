@@ -20,7 +20,7 @@ use self::pool::{Pool, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
 use crate::backend::{
-    AttentionArgs, Backend, Capture, DType, Epilogue, KvShape, Linear, Pass, RotateArgs, Span,
+    AttentionArgs, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs, Span,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -65,7 +65,7 @@ impl CpuBackend {
         q: &[f32],
         pass: &Pass<'_>,
         args: &AttentionArgs<'_, Self>,
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
         out: &mut [f32],
     ) {
         let shape = args.shape;
@@ -102,10 +102,15 @@ impl CpuBackend {
                     )
                 })
                 .collect();
-            let capture = capture.iter_mut().find(|c| c.span == index).map(|c| {
-                let size = shape.num_heads * c.rows.kv_len;
-                &mut c.rows.probs[c.slot * size..(c.slot + 1) * size]
-            });
+            let capture = wanted
+                .captures
+                .iter_mut()
+                .find(|c| c.span == index)
+                .map(|c| {
+                    let size = shape.num_heads * c.rows.kv_len;
+                    &mut c.rows.probs[c.slot * size..(c.slot + 1) * size]
+                });
+            let masses = wanted.masses.iter_mut().find(|m| m.span == index);
             DecodeAttention {
                 kv,
                 blocks: span.blocks,
@@ -114,6 +119,7 @@ impl CpuBackend {
                 q,
                 out,
                 capture,
+                masses: masses.map(|m| &mut *m.of_head),
             }
             .run(self.isa, &self.pool, &mut scratch);
         }
@@ -239,14 +245,14 @@ impl Backend for CpuBackend {
         q: &Buffer,
         pass: &Pass<'_>,
         args: &AttentionArgs<'_, Self>,
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
         out: &mut Buffer,
     ) {
         out.resize(pass.tokens.len() * args.shape.num_heads * args.shape.head_dim);
         match args.kv.dtype() {
-            DType::F32 => self.attend::<f32>(q, pass, args, capture, out),
-            DType::Bf16 => self.attend::<half::bf16>(q, pass, args, capture, out),
-            DType::F16 => self.attend::<half::f16>(q, pass, args, capture, out),
+            DType::F32 => self.attend::<f32>(q, pass, args, wanted, out),
+            DType::Bf16 => self.attend::<half::bf16>(q, pass, args, wanted, out),
+            DType::F16 => self.attend::<half::f16>(q, pass, args, wanted, out),
         }
     }
 

@@ -116,6 +116,7 @@ impl Oracle {
             lists: None,
             logits: LogitRows::Last,
             capture: &[],
+            masses: false,
         };
         let logits = self.model.forward(&mut [step]).unwrap().remove(0).logits;
         self.known.insert(context.to_vec(), logits.clone());

@@ -82,8 +82,8 @@ impl Bench {
         self.cache.extend(&input);
         let output = StepOutput {
             logits,
-            attention: None,
             kv: KvReads { read: 1, dense: 2 },
+            ..StepOutput::default()
         };
         let ending = self.session.settle(&output).unwrap();
         self.cache.truncate(self.session.cached());

@@ -6,8 +6,10 @@
 //!
 //! Rows of a unit: `row = token * group + head_in_group`, where `group` query heads share the KV head.
 
+mod masses;
 mod unit;
 
+use self::masses::MassKernel;
 use self::unit::{Entries, UnitKernel};
 use super::NO_SCORE;
 use crate::attention::HeadLists;
@@ -77,18 +79,26 @@ pub(crate) struct DecodeAttention<'a, E> {
     pub(crate) out: &'a mut [f32],
     /// Where the last token's probabilities go: `[num_heads, kv_len]`, zeroed by the caller.
     pub(crate) capture: Option<&'a mut [f32]>,
+    /// Where the mean probability of each cached key goes, per KV head in the order of its keys.
+    pub(crate) masses: Option<&'a mut [Vec<f32>]>,
 }
 
 /// Scratch memory that lives as long as the backend.
 pub(crate) struct DecodeScratch {
     /// Per unit: `[rows]` maxima, `[rows]` sums, `[rows, padded_dim]` values.
     partials: Buffer,
+    /// Per unit, where masses are wanted: `[rows, CHUNK]` scores.
+    scores: Buffer,
+    /// Maximum and sum of each row: `[num_kv_heads, rows, 2]`.
+    softmax: Buffer,
 }
 
 impl DecodeScratch {
     pub(crate) fn new() -> Self {
         Self {
             partials: Buffer::new(),
+            scores: Buffer::new(),
+            softmax: Buffer::new(),
         }
     }
 }
@@ -124,6 +134,10 @@ impl<E: Element> DecodeAttention<'_, E> {
         let stride = rows * (2 + dim);
         scratch.partials.resize(units.len() * stride);
         let partials = SharedSlice::new(&mut scratch.partials);
+        let kept_scores = self.masses.as_ref().map_or(0, |_| rows * CHUNK);
+        scratch.scores.resize(units.len() * kept_scores);
+        let scores = SharedSlice::new(&mut scratch.scores);
+        scratch.softmax.resize(self.keys.len() * rows * 2);
         let mut no_capture = [];
         let capturing = self.capture.is_some();
         let captured = self.capture.unwrap_or(&mut no_capture);
@@ -144,6 +158,8 @@ impl<E: Element> DecodeAttention<'_, E> {
                 num_keys: unit.num_keys,
                 // SAFETY: every unit has its own stretch of the partials.
                 partial: unsafe { partials.range(index * stride, stride) },
+                // SAFETY: and its own stretch of the scores.
+                scores: unsafe { scores.range(index * kept_scores, kept_scores) },
                 capture: capturing.then_some((capture, kv_len)),
             });
         });
@@ -154,7 +170,26 @@ impl<E: Element> DecodeAttention<'_, E> {
             units: &units,
             partials: &scratch.partials,
             out: self.out,
+            softmax: &mut scratch.softmax,
             capture: capturing.then_some((captured, kv_len, self.keys)),
+        });
+        let Some(masses) = self.masses else { return };
+        for (masses, keys) in masses.iter_mut().zip(self.keys) {
+            masses.resize(keys.cached(), 0.0);
+        }
+        let masses: Vec<SharedSlice<f32>> =
+            masses.iter_mut().map(|m| SharedSlice::new(m)).collect();
+        pool.run(units.len(), &|index| {
+            let unit = &units[index];
+            let cached = self.keys[unit.kv_head].cached();
+            let listed = cached.saturating_sub(unit.first_key).min(unit.num_keys);
+            isa.run(MassKernel {
+                unit,
+                scores: &scratch.scores[index * kept_scores..][..kept_scores],
+                softmax: &scratch.softmax[unit.kv_head * rows * 2..][..rows * 2],
+                // SAFETY: units cover disjoint keys.
+                out: unsafe { masses[unit.kv_head].range(unit.first_key.min(cached), listed) },
+            });
         });
     }
 }
@@ -167,6 +202,8 @@ struct Combine<'a> {
     units: &'a [Unit],
     partials: &'a [f32],
     out: &'a mut [f32],
+    /// Takes maximum and sum of each row: `[num_kv_heads, rows, 2]`.
+    softmax: &'a mut [f32],
     capture: Option<(&'a mut [f32], usize, &'a [Keys<'a>])>,
 }
 
@@ -203,6 +240,7 @@ impl Kernel for Combine<'_> {
                         }
                     }
                 }
+                self.softmax[(kv_head * rows + row) * 2..][..2].copy_from_slice(&[top, sum]);
                 let (token, head) = (row / group, kv_head * group + row % group);
                 let out =
                     &mut self.out[(token * self.shape.num_heads + head) * head_dim..][..head_dim];

@@ -4,7 +4,7 @@
 //! maximum (Milakov and Gimelshein 2018), then the block's values are summed by them.
 
 use super::super::NO_SCORE;
-use super::Keys;
+use super::{CHUNK, Keys};
 use crate::cpu::kv_store::LayerKv;
 use crate::cpu::memory::Scratch;
 use crate::cpu::pool::SharedSlice;
@@ -46,6 +46,8 @@ pub(super) struct UnitKernel<'a, E> {
     pub(super) first_key: usize,
     pub(super) num_keys: usize,
     pub(super) partial: &'a mut [f32],
+    /// Takes the scores, `[rows, CHUNK]`, where masses are wanted; else empty.
+    pub(super) scores: &'a mut [f32],
     pub(super) capture: Option<(SharedSlice<f32>, usize)>,
 }
 
@@ -127,6 +129,11 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
                             capture
                                 .set(head * kv_len + entries.keys.position(block + j), *s.add(j));
                         }
+                    }
+                    if !self.scores.is_empty() {
+                        let to = row * CHUNK + block - self.first_key;
+                        self.scores[to..to + BLOCK]
+                            .copy_from_slice(std::slice::from_raw_parts(s, BLOCK));
                     }
                     online_softmax::<S>(
                         s,
