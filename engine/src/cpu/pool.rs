@@ -10,9 +10,13 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
-/// How often an idle worker looks for the next region before it sleeps: about 40 µs.
-const SPINS_BEFORE_SLEEP: u32 = 1_500;
+/// How often an idle worker looks for the next region of the same forward, with nothing between two looks: about 40 µs.
+const SPINS_BEFORE_YIELD_IDLE: u32 = 1_500;
+/// How long it then looks for the next forward, letting other threads run between two looks, before it sleeps. Sampling
+/// and a message to the other model take less than this, and waking a sleeper takes as long as a region.
+const IDLE_BEFORE_SLEEP: Duration = Duration::from_micros(400);
 /// How often a caller looks for its last chunk before it lets others run: about 50 µs.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
 
@@ -72,6 +76,7 @@ impl Shared {
     fn worker(&self) {
         let mut last = 0;
         let mut spins = 0;
+        let mut idle_since = None;
         loop {
             let ticket = self.ticket.load(Ordering::Acquire);
             let region = (ticket >> 32) as u32;
@@ -87,9 +92,12 @@ impl Shared {
                 }
                 last = region;
                 spins = 0;
-            } else if spins < SPINS_BEFORE_SLEEP {
+                idle_since = None;
+            } else if spins < SPINS_BEFORE_YIELD_IDLE {
                 spins += 1;
                 std::hint::spin_loop();
+            } else if idle_since.get_or_insert_with(Instant::now).elapsed() < IDLE_BEFORE_SLEEP {
+                std::thread::yield_now();
             } else {
                 let mut stop = lock(&self.sleep);
                 self.sleepers.fetch_add(1, Ordering::SeqCst);
@@ -102,6 +110,7 @@ impl Shared {
                     return;
                 }
                 spins = 0;
+                idle_since = None;
             }
         }
     }
@@ -315,16 +324,6 @@ impl<T> SharedSlice<T> {
         );
         // SAFETY: in bounds by the assertion; unshared by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
-    }
-
-    /// Writes one element.
-    ///
-    /// # Safety
-    /// No other thread may read or write this element, and the wrapped slice must be alive.
-    pub(crate) unsafe fn set(&self, index: usize, value: T) {
-        assert!(index < self.len, "index within the slice");
-        // SAFETY: in bounds by the assertion; unshared by the caller's promise.
-        unsafe { self.pointer.add(index).write(value) }
     }
 }
 

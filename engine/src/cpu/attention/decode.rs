@@ -6,10 +6,10 @@
 //!
 //! Rows of a unit: `row = token * group + head_in_group`, where `group` query heads share the KV head.
 
-mod masses;
+mod probabilities;
 mod unit;
 
-use self::masses::MassKernel;
+use self::probabilities::{CaptureKernel, MassKernel, Weights};
 use self::unit::{Entries, UnitKernel};
 use super::NO_SCORE;
 use crate::attention::HeadLists;
@@ -87,8 +87,8 @@ pub(crate) struct DecodeAttention<'a, E> {
 pub(crate) struct DecodeScratch {
     /// Per unit: `[rows]` maxima, `[rows]` sums, `[rows, padded_dim]` values.
     partials: Buffer,
-    /// Per unit, where masses are wanted: `[rows, CHUNK]` scores.
-    scores: Buffer,
+    /// Per unit, where probabilities are wanted: `[rows, CHUNK]` weights under the unit's maxima.
+    weights: Buffer,
     /// Maximum and sum of each row: `[num_kv_heads, rows, 2]`.
     softmax: Buffer,
 }
@@ -97,7 +97,7 @@ impl DecodeScratch {
     pub(crate) fn new() -> Self {
         Self {
             partials: Buffer::new(),
-            scores: Buffer::new(),
+            weights: Buffer::new(),
             softmax: Buffer::new(),
         }
     }
@@ -117,7 +117,6 @@ impl<E: Element> DecodeAttention<'_, E> {
         let group = self.shape.num_heads / self.shape.num_kv_heads;
         let rows = tokens * group;
         let dim = self.kv.padded_dim;
-        let kv_len = self.keys[0].past + tokens;
         let units: Vec<Unit> = self
             .keys
             .iter()
@@ -134,16 +133,21 @@ impl<E: Element> DecodeAttention<'_, E> {
         let stride = rows * (2 + dim);
         scratch.partials.resize(units.len() * stride);
         let partials = SharedSlice::new(&mut scratch.partials);
-        let kept_scores = self.masses.as_ref().map_or(0, |_| rows * CHUNK);
-        scratch.scores.resize(units.len() * kept_scores);
-        let scores = SharedSlice::new(&mut scratch.scores);
+        let wanted = self.masses.is_some() || self.capture.is_some();
+        let kept = if wanted { rows * CHUNK } else { 0 };
+        scratch.weights.resize(units.len() * kept);
+        let weights = SharedSlice::new(&mut scratch.weights);
         scratch.softmax.resize(self.keys.len() * rows * 2);
-        let mut no_capture = [];
-        let capturing = self.capture.is_some();
-        let captured = self.capture.unwrap_or(&mut no_capture);
-        let capture = SharedSlice::new(captured);
         pool.run(units.len(), &|index| {
             let unit = &units[index];
+            let mut own;
+            let weights = if wanted {
+                // SAFETY: every unit has its own stretch of the weights.
+                unsafe { weights.range(index * kept, kept) }
+            } else {
+                own = Scratch::take(rows * CHUNK);
+                &mut own
+            };
             isa.run(UnitKernel {
                 entries: Entries {
                     kv: self.kv,
@@ -158,9 +162,7 @@ impl<E: Element> DecodeAttention<'_, E> {
                 num_keys: unit.num_keys,
                 // SAFETY: every unit has its own stretch of the partials.
                 partial: unsafe { partials.range(index * stride, stride) },
-                // SAFETY: and its own stretch of the scores.
-                scores: unsafe { scores.range(index * kept_scores, kept_scores) },
-                capture: capturing.then_some((capture, kv_len)),
+                weights,
             });
         });
         isa.run(Combine {
@@ -171,8 +173,31 @@ impl<E: Element> DecodeAttention<'_, E> {
             partials: &scratch.partials,
             out: self.out,
             softmax: &mut scratch.softmax,
-            capture: capturing.then_some((captured, kv_len, self.keys)),
         });
+        let weights_of = |index: usize| {
+            let unit = &units[index];
+            Weights {
+                unit,
+                weights: &scratch.weights[index * kept..][..kept],
+                maxima: &scratch.partials[index * stride..][..rows],
+                softmax: &scratch.softmax[unit.kv_head * rows * 2..][..rows * 2],
+            }
+        };
+        if let Some(capture) = self.capture {
+            let kv_len = self.keys[0].past + tokens;
+            for (index, unit) in units.iter().enumerate() {
+                let kv_head = unit.kv_head;
+                for in_group in 0..group {
+                    let head = kv_head * group + in_group;
+                    isa.run(CaptureKernel {
+                        from: weights_of(index),
+                        row: (tokens - 1) * group + in_group,
+                        keys: self.keys[kv_head],
+                        out: &mut capture[head * kv_len..][..kv_len],
+                    });
+                }
+            }
+        }
         let Some(masses) = self.masses else { return };
         for (masses, keys) in masses.iter_mut().zip(self.keys) {
             masses.resize(keys.cached(), 0.0);
@@ -184,9 +209,7 @@ impl<E: Element> DecodeAttention<'_, E> {
             let cached = self.keys[unit.kv_head].cached();
             let listed = cached.saturating_sub(unit.first_key).min(unit.num_keys);
             isa.run(MassKernel {
-                unit,
-                scores: &scratch.scores[index * kept_scores..][..kept_scores],
-                softmax: &scratch.softmax[unit.kv_head * rows * 2..][..rows * 2],
+                from: weights_of(index),
                 // SAFETY: units cover disjoint keys.
                 out: unsafe { masses[unit.kv_head].range(unit.first_key.min(cached), listed) },
             });
@@ -194,7 +217,7 @@ impl<E: Element> DecodeAttention<'_, E> {
     }
 }
 
-/// Joins the partial softmaxes of all units into the output rows, and turns captured scores into probabilities.
+/// Joins the partial softmaxes of all units into the output rows.
 struct Combine<'a> {
     shape: AttentionShape,
     dim: usize,
@@ -204,12 +227,11 @@ struct Combine<'a> {
     out: &'a mut [f32],
     /// Takes maximum and sum of each row: `[num_kv_heads, rows, 2]`.
     softmax: &'a mut [f32],
-    capture: Option<(&'a mut [f32], usize, &'a [Keys<'a>])>,
 }
 
 impl Kernel for Combine<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(mut self) {
+    unsafe fn run<S: Simd>(self) {
         let group = self.shape.num_heads / self.shape.num_kv_heads;
         let rows = self.tokens * group;
         let stride = rows * (2 + self.dim);
@@ -247,38 +269,7 @@ impl Kernel for Combine<'_> {
                 for (out, &v) in out.iter_mut().zip(value.iter()) {
                     *out = v / sum;
                 }
-                if let (Some((capture, kv_len, keys)), true) =
-                    (&mut self.capture, token + 1 == self.tokens)
-                {
-                    let row = &mut capture[head * *kv_len..][..*kv_len];
-                    // SAFETY: inside the instruction set of this kernel.
-                    unsafe { to_probabilities::<S>(row, keys[kv_head], top, sum) };
-                }
             }
-        }
-    }
-}
-
-/// `row[position] = e^(score - top) / sum` at the positions that were read; others stay 0.
-#[inline(always)]
-unsafe fn to_probabilities<S: Simd>(row: &mut [f32], keys: Keys<'_>, top: f32, sum: f32) {
-    // SAFETY: whole vectors of `row`, or a padded copy of its end.
-    unsafe {
-        let (m, scale) = (S::splat(top), S::splat(1.0 / sum));
-        if keys.list.is_some() {
-            for index in 0..keys.len() {
-                let x = &mut row[keys.position(index)];
-                *x = S::reduce_max(S::mul(S::exp(S::sub(S::splat(*x), m)), scale));
-            }
-            return;
-        }
-        let mut chunks = row.chunks_exact_mut(S::LANES);
-        for chunk in &mut chunks {
-            let p = chunk.as_mut_ptr();
-            S::store(p, S::mul(S::exp(S::sub(S::load(p), m)), scale));
-        }
-        for x in chunks.into_remainder() {
-            *x = S::reduce_max(S::mul(S::exp(S::sub(S::splat(*x), m)), scale));
         }
     }
 }

@@ -1,19 +1,23 @@
 //! One unit of decode attention: the partial softmax of a KV head's rows over one chunk of keys.
 //!
-//! Keys go by blocks of [`BLOCK`]: all rows are scored against a block, the scores become weights under the running
-//! maximum (Milakov and Gimelshein 2018), then the block's values are summed by them.
+//! Three passes: all rows are scored against the chunk's keys, the scores become weights under the chunk's maximum, the
+//! chunk's values are summed by them. Keys and values go by blocks of [`BLOCK`]; while one block is worked on, a later
+//! one's entries are asked for. A row's sums run over dimensions and keys in one fixed order, whatever rows there are
+//! beside it.
 
 use super::super::NO_SCORE;
 use super::{CHUNK, Keys};
 use crate::cpu::kv_store::LayerKv;
 use crate::cpu::memory::Scratch;
-use crate::cpu::pool::SharedSlice;
 use crate::cpu::simd::{Element, Kernel, Simd};
 
-/// Keys scored before their values are summed: the scores of a block stay in the first-level cache.
+/// Keys that rows are scored against, and values that they sum, at a time.
 const BLOCK: usize = 32;
-/// Rows scored together: they share every key they load.
+/// How many blocks ahead entries are asked for.
+const DISTANCE: usize = 2;
+/// Most rows worked on together: they share every key and value they load.
 const ROW_GROUP: usize = 4;
+const _: () = assert!(CHUNK.is_multiple_of(BLOCK));
 
 /// The entries that one KV head reads, addressed by key index.
 #[derive(Clone, Copy)]
@@ -24,19 +28,6 @@ pub(super) struct Entries<'a, E> {
     pub(super) kv_head: usize,
 }
 
-impl<E> Entries<'_, E> {
-    /// Addresses of a block of keys; past `last` the last key again (its score is masked).
-    #[inline(always)]
-    fn gather(&self, block: usize, last: usize, out: &mut [*const E; BLOCK]) {
-        for (j, p) in out.iter_mut().enumerate() {
-            let index = (block + j).min(last - 1);
-            *p = self
-                .kv
-                .entry(self.blocks, self.keys.position(index), self.kv_head);
-        }
-    }
-}
-
 /// Partial softmax of one unit.
 pub(super) struct UnitKernel<'a, E> {
     pub(super) entries: Entries<'a, E>,
@@ -45,10 +36,10 @@ pub(super) struct UnitKernel<'a, E> {
     pub(super) q: &'a [f32],
     pub(super) first_key: usize,
     pub(super) num_keys: usize,
+    /// `[rows]` maxima, `[rows]` sums, `[rows, padded_dim]` values.
     pub(super) partial: &'a mut [f32],
-    /// Takes the scores, `[rows, CHUNK]`, where masses are wanted; else empty.
-    pub(super) scores: &'a mut [f32],
-    pub(super) capture: Option<(SharedSlice<f32>, usize)>,
+    /// Takes the weights under the unit's maxima: `[rows, CHUNK]`.
+    pub(super) weights: &'a mut [f32],
 }
 
 impl<E: Element> Kernel for UnitKernel<'_, E> {
@@ -58,102 +49,59 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
         let dim = entries.kv.padded_dim;
         let tokens = entries.keys.tokens;
         let rows = tokens * self.group;
-        let cached = entries.keys.cached();
         let (maxima, rest) = self.partial.split_at_mut(rows);
         let (sums, values) = rest.split_at_mut(rows);
-        maxima.fill(NO_SCORE);
-        sums.fill(0.0);
         values.fill(0.0);
-        let mut scores = Scratch::take(rows * BLOCK);
-        // Half-precision entries are widened once per block, not once per row; f32 entries are read in place.
-        let widen = size_of::<E>() != size_of::<f32>();
-        let mut wide = Scratch::take(if widen { 2 * BLOCK * dim } else { 0 });
-        let last = self.first_key + self.num_keys;
-        let split_row = |row: usize| {
-            (
-                row / self.group,
-                entries.kv_head * self.group + row % self.group,
-            )
-        };
-        // SAFETY: for the whole block: entries come from the block table and lie inside the store; vectors of LANES divide
-        // `dim`, which is padded to 16; scratch and partial sizes are those computed above.
+        let weights = &mut self.weights[..rows * CHUNK];
+        let num_keys = self.num_keys;
+        let width = num_keys.next_multiple_of(BLOCK);
+        let mut chunk = Chunk::new(&entries, self.first_key, num_keys);
+        // SAFETY: for the whole block: entries lie inside the store; vectors of LANES divide `dim`, which is padded to 16;
+        // `weights` holds CHUNK, `values` `dim` floats per row.
         unsafe {
-            let mut current = [std::ptr::null::<E>(); BLOCK];
-            let mut next = [std::ptr::null::<E>(); BLOCK];
-            entries.gather(self.first_key, last, &mut next);
-            for block in (self.first_key..last).step_by(BLOCK) {
-                current.copy_from_slice(&next);
-                if block + BLOCK < last {
-                    entries.gather(block + BLOCK, last, &mut next);
-                }
-                let mut keys = [std::ptr::null::<f32>(); BLOCK];
-                for (j, key) in keys.iter_mut().enumerate() {
-                    *key = if widen {
-                        let to = wide.as_mut_ptr().add(j * 2 * dim);
-                        for d in (0..2 * dim).step_by(S::LANES) {
-                            S::store(to.add(d), E::load::<S>(current[j].add(d)));
-                        }
-                        to
-                    } else {
-                        current[j].cast()
-                    };
-                }
-                let coming = if block + BLOCK < last { &next[..] } else { &[] };
-                let mut ahead = Ahead::new(coming, dim, rows, dim / S::LANES);
+            for first in (0..width).step_by(BLOCK) {
+                let keys = chunk.block::<S>(first);
+                let mut ahead = chunk.ahead(first, score_tiles(rows));
                 let mut row = 0;
                 while row < rows {
                     let group = row_group(rows - row);
                     let mut q = [std::ptr::null::<f32>(); ROW_GROUP];
                     for (r, q) in q.iter_mut().enumerate().take(group) {
-                        let (token, head) = split_row(row + r);
+                        let (token, in_group) = ((row + r) / self.group, (row + r) % self.group);
+                        let head = entries.kv_head * self.group + in_group;
                         *q = self.q.as_ptr().add((token * self.num_heads + head) * dim);
                     }
-                    let s = scores.as_mut_ptr().add(row * BLOCK);
+                    let out = weights.as_mut_ptr().add(row * CHUNK + first);
                     match group {
-                        1 => score::<S, E, 1, 16>(&q, &keys, dim, s, &mut ahead),
-                        2 => score::<S, E, 2, 8>(&q, &keys, dim, s, &mut ahead),
-                        _ => score::<S, E, 4, 4>(&q, &keys, dim, s, &mut ahead),
+                        1 => score::<S, E, 1, 16>(&q, &keys, dim, out, &mut ahead),
+                        2 => score::<S, E, 2, 8>(&q, &keys, dim, out, &mut ahead),
+                        _ => score::<S, E, 4, 4>(&q, &keys, dim, out, &mut ahead),
                     }
                     row += group;
                 }
-                for row in 0..rows {
-                    let (token, head) = split_row(row);
-                    let s = scores.as_mut_ptr().add(row * BLOCK);
-                    // Causality among the step's own tokens, and the padding of the last block.
-                    let limit = (cached + token + 1).min(last);
-                    for j in limit.saturating_sub(block).min(BLOCK)..BLOCK {
-                        s.add(j).write(NO_SCORE);
-                    }
-                    if let (Some((capture, kv_len)), true) = (&self.capture, token + 1 == tokens) {
-                        for j in 0..BLOCK.min(last - block) {
-                            capture
-                                .set(head * kv_len + entries.keys.position(block + j), *s.add(j));
-                        }
-                    }
-                    if !self.scores.is_empty() {
-                        let to = row * CHUNK + block - self.first_key;
-                        self.scores[to..to + BLOCK]
-                            .copy_from_slice(std::slice::from_raw_parts(s, BLOCK));
-                    }
-                    online_softmax::<S>(
-                        s,
-                        &mut maxima[row],
-                        &mut sums[row],
-                        values.as_mut_ptr().add(row * dim),
-                        dim,
-                    );
-                }
+            }
+            let cached = entries.keys.cached();
+            for row in 0..rows {
+                let weights = &mut weights[row * CHUNK..][..width];
+                // Causality among the step's own tokens, and the padding of the last block.
+                let limit = cached + row / self.group + 1;
+                let visible = limit.saturating_sub(self.first_key).min(num_keys);
+                weights[visible..].fill(NO_SCORE);
+                (maxima[row], sums[row]) = to_weights::<S>(weights);
+            }
+            chunk.side = Side::Values;
+            for first in (0..width).step_by(BLOCK) {
+                let block = chunk.block::<S>(first);
+                let mut ahead = chunk.ahead(first, rows.div_ceil(ROW_GROUP) * VALUE_ASKS);
                 let mut row = 0;
                 while row < rows {
-                    let s = scores.as_ptr().add(row * BLOCK);
+                    let w = weights.as_ptr().add(row * CHUNK + first);
                     let o = values.as_mut_ptr().add(row * dim);
                     row += match rows - row {
-                        1 => add_values::<S, E, 1>(s, keys.as_ptr(), dim, o, &mut ahead),
-                        2 => add_values::<S, E, 2>(s, keys.as_ptr(), dim, o, &mut ahead),
-                        3 => add_values::<S, E, 3>(s, keys.as_ptr(), dim, o, &mut ahead),
-                        4 => add_values::<S, E, 4>(s, keys.as_ptr(), dim, o, &mut ahead),
-                        5 => add_values::<S, E, 3>(s, keys.as_ptr(), dim, o, &mut ahead),
-                        _ => add_values::<S, E, 4>(s, keys.as_ptr(), dim, o, &mut ahead),
+                        1 => add_values::<S, E, 1>(w, &block, dim, o, &mut ahead),
+                        2 => add_values::<S, E, 2>(w, &block, dim, o, &mut ahead),
+                        3 | 5 => add_values::<S, E, 3>(w, &block, dim, o, &mut ahead),
+                        _ => add_values::<S, E, 4>(w, &block, dim, o, &mut ahead),
                     };
                 }
             }
@@ -161,55 +109,130 @@ impl<E: Element> Kernel for UnitKernel<'_, E> {
     }
 }
 
-/// The next block's entries, asked for a cache line or two at a time while this block is worked on. All at once they
-/// would fill the miss buffers, hold up the arithmetic, and leave memory idle for the rest of the block.
-struct Ahead<'a, E> {
-    entries: &'a [*const E],
-    /// Bytes of an entry.
-    bytes: usize,
-    entry: usize,
-    offset: usize,
-    /// Lines to ask for per step of scoring (one vector of a tile) and of summing values (one key of a row group).
-    per_score: usize,
-    per_value: usize,
+/// Which half of its entries a chunk is read for.
+#[derive(Clone, Copy)]
+enum Side {
+    Keys,
+    Values,
 }
 
-impl<'a, E> Ahead<'a, E> {
-    /// Spreads the lines of `entries` over the work on `rows` rows: half over the scores, half over the values.
-    fn new(entries: &'a [*const E], dim: usize, rows: usize, vectors: usize) -> Self {
-        let bytes = 2 * dim * size_of::<E>();
-        let half = entries.len() * bytes.div_ceil(64) / 2;
-        // Tiles hold 16 scores; summing goes by groups of at most four rows.
-        let score_steps = (rows * BLOCK / 16) * vectors;
-        let value_steps = rows.div_ceil(ROW_GROUP) * BLOCK * vectors.div_ceil(4);
-        let (per_score, per_value) = (half.div_ceil(score_steps), half.div_ceil(value_steps));
+/// A unit's entries: the keys, then the values, block by block, as f32.
+struct Chunk<E> {
+    /// Where each entry begins; past the last key the last one again, whose score is masked.
+    pointers: [*const E; CHUNK],
+    /// Entries, whole blocks.
+    padded: usize,
+    dim: usize,
+    side: Side,
+    /// A block of half-precision entries widened once, not once per row; f32 entries are read in place.
+    wide: Option<Scratch>,
+}
+
+impl<E: Element> Chunk<E> {
+    #[inline(always)]
+    fn new(entries: &Entries<'_, E>, first_key: usize, num_keys: usize) -> Self {
+        let mut pointers = [std::ptr::null::<E>(); CHUNK];
+        let padded = num_keys.next_multiple_of(BLOCK);
+        for (index, pointer) in pointers[..padded].iter_mut().enumerate() {
+            let position = entries.keys.position(first_key + index.min(num_keys - 1));
+            *pointer = entries.kv.entry(entries.blocks, position, entries.kv_head);
+        }
+        let dim = entries.kv.padded_dim;
+        let widen = size_of::<E>() != size_of::<f32>();
         Self {
-            entries,
-            bytes,
-            entry: 0,
-            offset: 0,
-            per_score,
-            per_value,
+            pointers,
+            padded,
+            dim,
+            side: Side::Keys,
+            wide: widen.then(|| Scratch::take(BLOCK * dim)),
         }
     }
 
+    /// Elements from an entry's beginning to the half that is read: V follows K.
     #[inline(always)]
-    unsafe fn ask<S: Simd>(&mut self, lines: usize) {
-        for _ in 0..lines {
-            let Some(entry) = self.entries.get(self.entry) else {
-                return;
-            };
-            // SAFETY: prefetches may name any address.
-            unsafe { S::prefetch(entry.cast::<u8>().wrapping_add(self.offset)) };
-            self.offset += 64;
-            if self.offset >= self.bytes {
-                (self.entry, self.offset) = (self.entry + 1, 0);
+    fn offset(&self, side: Side) -> usize {
+        match side {
+            Side::Keys => 0,
+            Side::Values => self.dim,
+        }
+    }
+
+    /// The block that begins with key `first` of the unit: addresses of `dim` floats each.
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&mut self, first: usize) -> [*const f32; BLOCK] {
+        let mut block = [std::ptr::null::<f32>(); BLOCK];
+        let offset = self.offset(self.side);
+        let from = &self.pointers[first..first + BLOCK];
+        match &mut self.wide {
+            None => {
+                for (to, from) in block.iter_mut().zip(from) {
+                    *to = from.wrapping_add(offset).cast();
+                }
+            }
+            Some(wide) => {
+                for (j, to) in block.iter_mut().enumerate() {
+                    // SAFETY: `wide` holds BLOCK × dim floats, half an entry `dim` elements, a multiple of LANES.
+                    unsafe {
+                        let row = wide.as_mut_ptr().add(j * self.dim);
+                        for d in (0..self.dim).step_by(S::LANES) {
+                            S::store(row.add(d), E::load::<S>(from[j].add(offset + d)));
+                        }
+                        *to = row;
+                    }
+                }
+            }
+        }
+        block
+    }
+
+    /// What to ask for while the block at `first` is worked on in `steps` steps: the block DISTANCE later, where the
+    /// first values follow the last keys.
+    #[inline(always)]
+    fn ahead(&self, first: usize, steps: usize) -> Ahead<'_, E> {
+        let later = first + DISTANCE * BLOCK;
+        let (side, at) = match self.side {
+            Side::Keys if later < self.padded => (Side::Keys, later),
+            Side::Keys => (Side::Values, (later - self.padded).min(self.padded)),
+            Side::Values => (Side::Values, later.min(self.padded)),
+        };
+        Ahead {
+            coming: &self.pointers[at..(at + BLOCK).min(self.padded)],
+            offset: self.offset(side) * size_of::<E>(),
+            bytes: self.dim * size_of::<E>(),
+            per_step: BLOCK.div_ceil(steps),
+        }
+    }
+}
+
+/// A later block's entries, asked for a few at a time. All at once they would fill the miss buffers, hold up the
+/// arithmetic, and leave memory idle for the rest of the block.
+struct Ahead<'a, E> {
+    coming: &'a [*const E],
+    /// Bytes from an entry's beginning to the half asked for.
+    offset: usize,
+    /// Bytes of that half.
+    bytes: usize,
+    /// Entries asked for per step.
+    per_step: usize,
+}
+
+impl<E> Ahead<'_, E> {
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self) {
+        let (now, later) = self.coming.split_at(self.per_step.min(self.coming.len()));
+        self.coming = later;
+        for entry in now {
+            let half = entry.cast::<u8>().wrapping_add(self.offset);
+            for line in (0..self.bytes).step_by(64) {
+                // SAFETY: prefetches may name any address.
+                unsafe { S::prefetch(half.wrapping_add(line)) };
             }
         }
     }
 }
 
 /// How many of `left` rows to score together: 4, 2 or 1.
+#[inline(always)]
 fn row_group(left: usize) -> usize {
     match left {
         1 => 1,
@@ -218,7 +241,13 @@ fn row_group(left: usize) -> usize {
     }
 }
 
-/// `out[row][key] = q[row] · keys[key]` for `ROWS` rows and a block of keys, `KEYS` at a time; rows are `BLOCK` apart.
+/// Tiles of 16 scores in a block.
+#[inline(always)]
+fn score_tiles(rows: usize) -> usize {
+    rows * BLOCK / 16
+}
+
+/// `out[row][key] = q[row] · keys[key]` for `ROWS` rows and a block of keys, `KEYS` at a time; rows are `CHUNK` apart.
 /// `ROWS · KEYS` is 16: as many sums as one folding takes.
 #[inline(always)]
 unsafe fn score<S: Simd, E, const ROWS: usize, const KEYS: usize>(
@@ -232,11 +261,11 @@ unsafe fn score<S: Simd, E, const ROWS: usize, const KEYS: usize>(
     for first in (0..BLOCK).step_by(KEYS) {
         // SAFETY: the caller passes ROWS queries and BLOCK keys of `dim` floats and room for ROWS × BLOCK scores.
         unsafe {
+            ahead.ask::<S>();
             let mut acc = [S::splat(0.0); 16];
             let mut key = [std::ptr::null::<f32>(); KEYS];
             key.copy_from_slice(&keys[first..first + KEYS]);
             for d in (0..dim).step_by(S::LANES) {
-                ahead.ask::<S>(ahead.per_score);
                 let mut query = [S::splat(0.0); ROWS];
                 for (r, v) in query.iter_mut().enumerate() {
                     *v = S::load(q[r].add(d));
@@ -251,80 +280,66 @@ unsafe fn score<S: Simd, E, const ROWS: usize, const KEYS: usize>(
             let mut sums = [0.0f32; 16];
             S::reduce_add16(&acc, sums.as_mut_ptr());
             for r in 0..ROWS {
-                let to = out.add(r * BLOCK + first);
+                let to = out.add(r * CHUNK + first);
                 std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * KEYS), to, KEYS);
             }
         }
     }
 }
 
-/// Turns a block of scores into weights under the running maximum, and rescales what was summed under the old one.
+/// Turns a row's scores, a multiple of LANES, into weights e^(score - maximum); gives the maximum and the weights' sum.
 #[inline(always)]
-unsafe fn online_softmax<S: Simd>(
-    s: *mut f32,
-    maximum: &mut f32,
-    sum: &mut f32,
-    values: *mut f32,
-    dim: usize,
-) {
-    // SAFETY: `s` holds BLOCK scores, `values` `dim` floats.
+unsafe fn to_weights<S: Simd>(scores: &mut [f32]) -> (f32, f32) {
+    // SAFETY: whole vectors of the slice.
     unsafe {
-        let mut top = S::load(s);
-        for j in (S::LANES..BLOCK).step_by(S::LANES) {
-            top = S::max(top, S::load(s.add(j)));
+        let mut top = S::splat(NO_SCORE);
+        for s in scores.chunks_exact(S::LANES) {
+            top = S::max(top, S::load(s.as_ptr()));
         }
-        let top = S::reduce_max(top);
-        if top == NO_SCORE {
-            // Nothing of this block is visible to the row.
-            for j in (0..BLOCK).step_by(S::LANES) {
-                S::store(s.add(j), S::splat(0.0));
-            }
-            return;
+        let maximum = S::reduce_max(top);
+        if maximum == NO_SCORE {
+            // Nothing of this unit is visible to the row.
+            scores.fill(0.0);
+            return (NO_SCORE, 0.0);
         }
-        if top > *maximum {
-            if *maximum != NO_SCORE {
-                let scale = S::exp(S::splat(*maximum - top));
-                for d in (0..dim).step_by(S::LANES) {
-                    S::store(values.add(d), S::mul(S::load(values.add(d)), scale));
-                }
-                // All lanes of `scale` are equal: reduce_max picks one.
-                *sum *= S::reduce_max(scale);
-            }
-            *maximum = top;
-        }
-        let m = S::splat(*maximum);
+        let m = S::splat(maximum);
         let mut total = S::splat(0.0);
-        for j in (0..BLOCK).step_by(S::LANES) {
-            let w = S::exp(S::sub(S::load(s.add(j)), m));
-            S::store(s.add(j), w);
+        for s in scores.chunks_exact_mut(S::LANES) {
+            let w = S::exp(S::sub(S::load(s.as_ptr()), m));
+            S::store(s.as_mut_ptr(), w);
             total = S::add(total, w);
         }
-        *sum += S::reduce_add(total);
+        (maximum, S::reduce_add(total))
     }
 }
 
-/// `values[r] += Σ_j weights[r][j] · V[j]` for `ROWS` rows and a block of keys; returns `ROWS`.
+/// Values summed between two requests for entries of the next block.
+const VALUES_PER_ASK: usize = 8;
+/// Requests while a row group sums a block.
+const VALUE_ASKS: usize = BLOCK / VALUES_PER_ASK;
+
+/// `values[r] += Σ_j weights[r][j] · V[j]` for `ROWS` rows and a block of values; returns `ROWS`.
 #[inline(always)]
 unsafe fn add_values<S: Simd, E, const ROWS: usize>(
     weights: *const f32,
-    keys: *const *const f32,
+    block: &[*const f32; BLOCK],
     dim: usize,
     values: *mut f32,
     ahead: &mut Ahead<'_, E>,
 ) -> usize {
-    // SAFETY: the caller passes ROWS × BLOCK weights, BLOCK entries of 2 · dim floats and ROWS × dim values.
+    // SAFETY: the caller passes ROWS × BLOCK weights, rows CHUNK apart, BLOCK values of `dim` floats and ROWS × dim sums.
     unsafe {
         let mut d = 0;
         while d < dim {
             // As many vectors of a row at a time as the register file holds sums for.
             if S::LANES == 16 && dim - d >= 4 * S::LANES {
-                add_columns::<S, E, ROWS, 4>(weights, keys, dim, d, values, ahead);
+                add_columns::<S, E, ROWS, 4>(weights, block, d, values.add(d), dim, ahead);
                 d += 4 * S::LANES;
             } else if dim - d >= 2 * S::LANES {
-                add_columns::<S, E, ROWS, 2>(weights, keys, dim, d, values, ahead);
+                add_columns::<S, E, ROWS, 2>(weights, block, d, values.add(d), dim, ahead);
                 d += 2 * S::LANES;
             } else {
-                add_columns::<S, E, ROWS, 1>(weights, keys, dim, d, values, ahead);
+                add_columns::<S, E, ROWS, 1>(weights, block, d, values.add(d), dim, ahead);
                 d += S::LANES;
             }
         }
@@ -332,13 +347,14 @@ unsafe fn add_values<S: Simd, E, const ROWS: usize>(
     ROWS
 }
 
+/// The same for `VECTORS` vectors from dimension `d` on; sums of rows are `dim` apart.
 #[inline(always)]
 unsafe fn add_columns<S: Simd, E, const ROWS: usize, const VECTORS: usize>(
     weights: *const f32,
-    keys: *const *const f32,
-    dim: usize,
+    block: &[*const f32; BLOCK],
     d: usize,
-    values: *mut f32,
+    sums: *mut f32,
+    dim: usize,
     ahead: &mut Ahead<'_, E>,
 ) {
     // SAFETY: as in `add_values`; `d + VECTORS * LANES <= dim`.
@@ -346,26 +362,27 @@ unsafe fn add_columns<S: Simd, E, const ROWS: usize, const VECTORS: usize>(
         let mut acc = [[S::splat(0.0); VECTORS]; ROWS];
         for (r, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
-                *acc = S::load(values.add(r * dim + d + v * S::LANES));
+                *acc = S::load(sums.add(r * dim + v * S::LANES));
             }
         }
-        for j in 0..BLOCK {
-            ahead.ask::<S>(ahead.per_value);
-            let value = (*keys.add(j)).add(dim + d);
-            let mut row = [S::splat(0.0); VECTORS];
-            for (v, x) in row.iter_mut().enumerate() {
-                *x = S::load(value.add(v * S::LANES));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let w = S::splat(*weights.add(r * BLOCK + j));
-                for (acc, &x) in acc.iter_mut().zip(&row) {
-                    *acc = S::fma(w, x, *acc);
+        for first in (0..BLOCK).step_by(VALUES_PER_ASK) {
+            ahead.ask::<S>();
+            for (j, value) in block[first..first + VALUES_PER_ASK].iter().enumerate() {
+                let mut row = [S::splat(0.0); VECTORS];
+                for (v, x) in row.iter_mut().enumerate() {
+                    *x = S::load(value.add(d + v * S::LANES));
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let w = S::splat(*weights.add(r * CHUNK + first + j));
+                    for (acc, &x) in acc.iter_mut().zip(&row) {
+                        *acc = S::fma(w, x, *acc);
+                    }
                 }
             }
         }
         for (r, acc) in acc.iter().enumerate() {
             for (v, &acc) in acc.iter().enumerate() {
-                S::store(values.add(r * dim + d + v * S::LANES), acc);
+                S::store(sums.add(r * dim + v * S::LANES), acc);
             }
         }
     }
