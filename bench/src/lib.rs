@@ -1,3 +1,5 @@
 //! Measurements of single parts of the system; each binary under `src/bin/` prints one table.
 
+pub mod book;
 pub mod codec;
+pub mod draft;

@@ -208,6 +208,15 @@ pub struct SpeculationArgs {
     #[arg(long, conflicts_with_all = ["draft_length", "draft"])]
     pub no_draft: bool,
 
+    /// Capture the draft's attention at least every N draft steps, which then read all of its KV cache and renew masks; the
+    /// others read what the draft itself last found heavy [default: the draft worker's, usually 4]
+    #[arg(long, value_name = "N")]
+    pub capture_every: Option<u32>,
+
+    /// Attention mass that the draft's own reads must keep, in (0, 1] [default: the draft worker's, usually 0.8]
+    #[arg(long, value_name = "P")]
+    pub own_p: Option<f32>,
+
     /// Attention mass that the masks must keep, in (0, 1] [default: the gateway's, usually 0.95]
     #[arg(long, value_name = "P")]
     pub mask_p: Option<f32>,

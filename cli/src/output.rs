@@ -56,6 +56,18 @@ pub struct Stats {
     pub kv_entries_dense: u64,
     /// Their ratio; 1 when no forward was made.
     pub kv_kept_fraction: f64,
+    /// KV entries that the draft says it read in its steps.
+    pub draft_kv_entries_read: u64,
+    /// KV entries that dense draft steps would have read.
+    pub draft_kv_entries_dense: u64,
+    /// Their ratio.
+    pub draft_kv_kept_fraction: Option<f64>,
+    /// KV bytes that draft and target read.
+    pub system_kv_bytes_read: u64,
+    /// KV bytes that dense attention would have read in the same steps and forwards of both.
+    pub system_kv_bytes_dense: u64,
+    /// Their ratio.
+    pub system_kv_kept_fraction: Option<f64>,
     /// Encoded mask bytes received.
     pub mask_bytes: u64,
     /// Rounds that carried a mask.
@@ -79,6 +91,13 @@ impl Stats {
         let stats = finished.stats.unwrap_or_default();
         let after_first = stats.completion_tokens.saturating_sub(1);
         let seconds = finished.elapsed_seconds - finished.ttft_seconds;
+        // The draft's part is a claim of any size.
+        let system_read = stats
+            .kv_bytes_read
+            .saturating_add(stats.draft_kv_bytes_read);
+        let system_dense = stats
+            .kv_bytes_dense
+            .saturating_add(stats.draft_kv_bytes_dense);
         Self {
             target_forwards: stats.target_forwards,
             solo_forwards: stats.solo_forwards,
@@ -89,6 +108,15 @@ impl Stats {
             kv_entries_read: stats.kv_entries_read,
             kv_entries_dense: stats.kv_entries_dense,
             kv_kept_fraction: ratio(stats.kv_entries_read, stats.kv_entries_dense).unwrap_or(1.0),
+            draft_kv_entries_read: stats.draft_kv_entries_read,
+            draft_kv_entries_dense: stats.draft_kv_entries_dense,
+            draft_kv_kept_fraction: ratio(
+                stats.draft_kv_entries_read,
+                stats.draft_kv_entries_dense,
+            ),
+            system_kv_bytes_read: system_read,
+            system_kv_bytes_dense: system_dense,
+            system_kv_kept_fraction: ratio(system_read, system_dense),
             mask_bytes: stats.mask_bytes,
             mask_rounds: stats.mask_rounds,
             ttft_seconds: finished.ttft_seconds,
@@ -135,7 +163,8 @@ impl Report {
         self.finish_reason == reason_name(v1::FinishReason::Cancelled)
     }
 
-    /// The closing line: speed, tokens per target forward, acceptance, KV kept, mask bytes per round.
+    /// The closing line: speed, tokens per target forward, acceptance, KV kept by the target, by the draft and by both
+    /// in bytes, mask bytes per round.
     pub fn summary(&self) -> String {
         let stats = &self.stats;
         let number = |value: Option<f64>, digits: usize| match value {
@@ -147,13 +176,16 @@ impl Report {
             None => "-".to_owned(),
         };
         format!(
-            "{} tokens ({}): {} tokens/s, {} tokens per target forward, acceptance {}, KV kept {}, mask {} bytes/round",
+            "{} tokens ({}): {} tokens/s, {} tokens per target forward, acceptance {}, KV kept {} (draft {}, both {}), \
+             mask {} bytes/round",
             self.usage.completion_tokens,
             self.finish_reason,
             number(stats.tokens_per_second, 1),
             number(stats.tokens_per_forward, 2),
             percent(stats.acceptance),
             percent(Some(stats.kv_kept_fraction)),
+            percent(stats.draft_kv_kept_fraction),
+            percent(stats.system_kv_kept_fraction),
             number(stats.mask_bytes_per_round, 0),
         )
     }
@@ -203,6 +235,12 @@ mod tests {
             rollbacks: 2,
             kv_entries_read: 25,
             kv_entries_dense: 100,
+            kv_bytes_read: 50,
+            kv_bytes_dense: 200,
+            draft_kv_entries_read: 30,
+            draft_kv_entries_dense: 40,
+            draft_kv_bytes_read: 90,
+            draft_kv_bytes_dense: 120,
             mask_bytes: 60,
             mask_rounds: 2,
             completion_tokens: 3,
@@ -228,6 +266,11 @@ mod tests {
             "kv_entries_read",
             "kv_entries_dense",
             "kv_kept_fraction",
+            "draft_kv_entries_read",
+            "draft_kv_entries_dense",
+            "draft_kv_kept_fraction",
+            "system_kv_bytes_read",
+            "system_kv_bytes_dense",
             "mask_bytes",
             "ttft_seconds",
             "elapsed_seconds",
@@ -235,12 +278,13 @@ mod tests {
         object(&json["stats"], &names);
         assert_eq!(json["finish_reason"], "length");
         assert_eq!(json["stats"]["kv_kept_fraction"], 0.25);
+        assert_eq!(json["stats"]["system_kv_kept_fraction"], 0.4375);
         assert_eq!(json["stats"]["tokens_per_second"], 4.0);
         assert_eq!(json["stop"], serde_json::Value::Null);
         assert_eq!(
             report.summary(),
-            "3 tokens (length): 4.0 tokens/s, 1.50 tokens per target forward, acceptance 12.5 %, KV kept 25.0 %, \
-             mask 30 bytes/round"
+            "3 tokens (length): 4.0 tokens/s, 1.50 tokens per target forward, acceptance 12.5 %, KV kept 25.0 % \
+             (draft 75.0 %, both 43.8 %), mask 30 bytes/round"
         );
     }
 

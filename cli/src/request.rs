@@ -44,6 +44,8 @@ pub fn build(args: &GenerateArgs) -> Result<v1::GenerateRequest, CliError> {
         mode: mode.into(),
         draft: Some(v1::DraftPolicy {
             draft_length: draft_length(speculation),
+            capture_every: speculation.capture_every,
+            own_p: speculation.own_p,
         }),
         mask: Some(v1::MaskPolicy {
             mask_p: speculation.mask_p,
@@ -66,9 +68,7 @@ fn check_ranges(request: &v1::GenerateRequest) -> Result<(), CliError> {
         validate::session_limits(request.limits.as_ref(), ANY_VOCABULARY)?;
         validate::mask_policy(request.mask.as_ref(), CheckedMaskPolicy::default())?;
         validate::stop_strings(&request.stop)?;
-        if let Some(length) = request.draft.and_then(|draft| draft.draft_length) {
-            validate::draft_length(length)?;
-        }
+        validate::draft_policy(request.draft.as_ref())?;
         Ok(())
     };
     check().map_err(|invalid: Invalid| CliError::Usage(invalid.to_string()))

@@ -7,6 +7,8 @@ use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
 use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
+use crate::own_reads::OwnPolicy;
+
 /// SpecAttn draft worker: runs the draft model, proposes tokens and selects what the target attends to
 #[derive(Debug, Clone, Parser)]
 #[command(name = "specattn-draft", version)]
@@ -39,6 +41,24 @@ pub struct DraftingArgs {
     /// of a round; at most 1,024
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_q_entries: usize,
+
+    /// Capture attention at least every so many draft steps: those steps read all of the draft's KV cache and renew masks,
+    /// the others read what the draft itself last found heavy; 1 captures every step
+    #[arg(long, value_name = "STEPS", default_value_t = OwnPolicy::default().capture_every)]
+    pub capture_every: usize,
+
+    /// Attention mass that the draft's own reads must keep between captured steps, in (0, 1]
+    #[arg(long, value_name = "P", default_value_t = OwnPolicy::default().p)]
+    pub own_p: f32,
+}
+
+/// How proposals are made, checked.
+#[derive(Debug, Clone, Copy)]
+pub struct Drafting {
+    /// Most entries of a draft token's distribution.
+    pub max_q_entries: usize,
+    /// What the draft reads of its own KV cache.
+    pub own: OwnPolicy,
 }
 
 /// A draft worker's configuration.
@@ -46,12 +66,35 @@ pub struct DraftingArgs {
 pub struct Config {
     /// The draft model.
     pub model: ModelConfig,
-    /// Most entries of a draft token's distribution.
-    pub max_q_entries: usize,
+    /// How proposals are made.
+    pub drafting: Drafting,
     /// The server.
     pub server: ServerConfig,
     /// The gateway to register with.
     pub gateway: Option<String>,
+}
+
+impl DraftingArgs {
+    fn check(&self) -> Result<Drafting, ServiceError> {
+        let refuse = |argument, reason: String| Err(ServiceError::Argument { argument, reason });
+        if !(1..=MAX_DRAFT_ENTRIES).contains(&self.max_q_entries) {
+            let reason = format!("must be from 1 to {MAX_DRAFT_ENTRIES}");
+            return refuse("--max-q-entries", reason);
+        }
+        if self.capture_every == 0 {
+            return refuse("--capture-every", "must be at least 1".to_owned());
+        }
+        if !(self.own_p > 0.0 && self.own_p <= 1.0) {
+            return refuse("--own-p", "must be in (0, 1]".to_owned());
+        }
+        Ok(Drafting {
+            max_q_entries: self.max_q_entries,
+            own: OwnPolicy {
+                capture_every: self.capture_every,
+                p: self.own_p,
+            },
+        })
+    }
 }
 
 impl Args {
@@ -60,16 +103,9 @@ impl Args {
     /// # Errors
     /// [`ServiceError::Argument`] names the one that is out of range.
     pub fn config(&self) -> Result<Config, ServiceError> {
-        let max_q_entries = self.drafting.max_q_entries;
-        if !(1..=MAX_DRAFT_ENTRIES).contains(&max_q_entries) {
-            return Err(ServiceError::Argument {
-                argument: "--max-q-entries",
-                reason: format!("must be from 1 to {MAX_DRAFT_ENTRIES}"),
-            });
-        }
         Ok(Config {
             model: self.model.config()?,
-            max_q_entries,
+            drafting: self.drafting.check()?,
             server: self.server.config()?,
             gateway: self.registration.config()?,
         })
@@ -85,16 +121,22 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         command::<Args>(Service::Draft).debug_assert();
-        let parse = |entries| -> Args {
-            parse_from(
-                Service::Draft,
-                ["x", "--model", "m", "--max-q-entries", entries],
-            )
-            .unwrap()
+        let parse = |flag, value| -> Args {
+            parse_from(Service::Draft, ["x", "--model", "m", flag, value]).unwrap()
         };
-        assert_eq!(parse("7").config().unwrap().max_q_entries, 7);
-        for bad in ["0", "1025"] {
-            assert_eq!(parse(bad).config().unwrap_err().label(), "argument");
+        let good = parse("--max-q-entries", "7").config().unwrap();
+        assert_eq!(good.drafting.max_q_entries, 7);
+        let bad = [
+            ("--max-q-entries", "0"),
+            ("--max-q-entries", "1025"),
+            ("--capture-every", "0"),
+            ("--own-p", "0"),
+            ("--own-p", "1.5"),
+            ("--own-p", "NaN"),
+        ];
+        for (flag, value) in bad {
+            let error = parse(flag, value).config().unwrap_err();
+            assert_eq!(error.label(), "argument", "{flag} {value}");
         }
     }
 }

@@ -11,7 +11,7 @@ use specattn_proto::Fault;
 use specattn_worker::{Inbox, LoadGauge, Received};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::session::{Plan, Proposal, Session, SessionSpec, Verdict, Welcome};
+use crate::session::{DraftShape, Plan, Proposal, Session, SessionSpec, Verdict, Welcome};
 
 /// Messages that may wait for the engine.
 pub(crate) const INBOX_CAPACITY: usize = 256;
@@ -146,10 +146,10 @@ impl EngineLoop {
                 EngineError::KvExhausted { .. } => Fault::exhausted(error.to_string()),
                 other => Fault::InvalidArgument(other.to_string()),
             })?;
-        let vocab_size = self.model.config().vocab_size;
+        let shape = DraftShape::from(self.model.config());
         self.slots.push(Slot {
             key: new.key,
-            session: Session::new(new.spec, vocab_size, new.proposals),
+            session: Session::new(new.spec, shape, new.proposals),
             sequence,
             failed: new.failed,
             abandoned: new.abandoned,
@@ -185,7 +185,7 @@ impl EngineLoop {
         } = &mut self.slots[at];
         let step = Step {
             tokens: session.input(),
-            lists: None,
+            lists: session.lists(),
             logits: session.logit_rows(),
             capture: session.capture(),
             masses: false,

@@ -9,12 +9,15 @@ pub mod args;
 mod channels;
 mod engine_loop;
 mod link;
-mod rows;
+pub mod own_reads;
+pub mod rows;
 mod service;
 mod session;
 mod wire;
 mod worker;
 
 pub use args::{Args, Config};
+pub use own_reads::{OwnPolicy, OwnReads};
+pub use rows::RowSelector;
 pub use specattn_worker::WorkerError;
 pub use worker::Worker;

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use specattn_engine::ModelConfig;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
 use specattn_proto::{Fault, SessionId, limits};
+use specattn_worker::ServedModel;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -52,20 +52,20 @@ impl Link {
     pub(crate) async fn join(
         channel: Channel,
         (session, known): (SessionId, usize),
-        model: &ModelConfig,
+        model: &ServedModel,
         engine: EngineSession,
         proposals: mpsc::Receiver<Proposal>,
         failed: oneshot::Receiver<Fault>,
     ) -> Result<Self, Fault> {
         let joined = async {
-            let first = tokio_stream::once(wire::join(session, model, known));
+            let first = tokio_stream::once(wire::join(session, model.info.clone(), known));
             let later = ReceiverStream::new(proposals).map(wire::propose);
             let mut answers = speculate(channel, first.chain(later)).await?;
             let welcome = answers
                 .message()
                 .await
                 .map_err(|s| Fault::from_status(&s))?;
-            Ok::<_, Fault>((wire::welcome(welcome, model, known)?, answers))
+            Ok::<_, Fault>((wire::welcome(welcome, &model.config, known)?, answers))
         };
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await

@@ -1,47 +1,57 @@
-//! [`RowSelector`]: from the attention rows of a round's draft steps to the round's encoded mask.
+//! [`RowSelector`]: from the attention rows of a round's captured steps to the round's encoded mask.
 
 use specattn_engine::AttentionRows;
 use specattn_mask::source::layers_in_use;
-use specattn_mask::{Encoder, MaskError, MaskPolicy, RoundSelector, Source};
+use specattn_mask::{Encoder, MaskError, MaskPolicy, RoundMask, RoundSelector, Source};
 
 /// Mixes, selects, unites and encodes for one session.
 #[derive(Debug)]
-pub(crate) struct RowSelector {
+pub struct RowSelector {
     sources: Vec<Source>,
-    layers: Vec<usize>,
     selector: RoundSelector,
     encoder: Encoder,
+    context_len: usize,
+    /// Whether the round has a captured step.
+    has_rows: bool,
+    /// The mask before: a round without a captured step says the same again.
+    last: RoundMask,
     /// A source's row: kept between steps.
     mixed: Vec<f32>,
 }
 
 impl RowSelector {
     /// A selector for sources that are valid for the draft model.
-    pub(crate) fn new(policy: MaskPolicy, sources: Vec<Source>) -> Self {
+    pub fn new(policy: MaskPolicy, sources: Vec<Source>) -> Self {
         Self {
-            layers: layers_in_use(&sources),
             selector: RoundSelector::new(policy, sources.len()),
             sources,
             encoder: Encoder::new(),
+            context_len: 0,
+            has_rows: false,
+            last: RoundMask::default(),
             mixed: Vec::new(),
         }
     }
 
-    /// The draft layers to capture, increasing.
-    pub(crate) fn layers(&self) -> &[usize] {
-        &self.layers
+    /// The draft layers that the sources mix, increasing.
+    pub fn layers(&self) -> Vec<usize> {
+        layers_in_use(&self.sources)
     }
 
     /// Starts a round over `context_len` cached positions of the target.
-    pub(crate) fn begin(&mut self, context_len: usize) {
-        self.selector.begin(context_len);
+    pub fn begin(&mut self, context_len: usize) {
+        self.context_len = context_len;
+        self.has_rows = false;
     }
 
-    /// Adds one draft step's rows.
+    /// Adds one captured step's rows.
     ///
     /// # Errors
     /// [`MaskError`] when a row is missing.
-    pub(crate) fn add_step(&mut self, rows: &AttentionRows) -> Result<(), MaskError> {
+    pub fn add_step(&mut self, rows: &AttentionRows) -> Result<(), MaskError> {
+        if !std::mem::replace(&mut self.has_rows, true) {
+            self.selector.begin(self.context_len);
+        }
         for (index, source) in self.sources.iter().enumerate() {
             let row = |layer: u32, head: u32| rows.row(layer as usize, head as usize);
             source.mix(row, &mut self.mixed)?;
@@ -51,12 +61,73 @@ impl RowSelector {
     }
 
     /// Ends the round: its mask, encoded against the one before.
-    pub(crate) fn finish(&mut self) -> Vec<u8> {
-        self.encoder.encode(&self.selector.finish())
+    pub fn finish(&mut self) -> Vec<u8> {
+        if self.has_rows {
+            self.last = self.selector.finish();
+        } else {
+            self.carry_over();
+        }
+        self.encoder.encode(&self.last)
+    }
+
+    /// Brings the mask before to this round's context: whatever was appended since is kept.
+    fn carry_over(&mut self) {
+        let seen = self.last.context_len;
+        for set in &mut self.last.sources {
+            set.resize(self.context_len);
+            set.insert_range(seen, self.context_len);
+            set.fill_groups(self.last.granularity as usize);
+        }
+        self.last.context_len = self.context_len;
     }
 
     /// The next mask is a full one: the verify worker lacks the base.
-    pub(crate) fn forget_base(&mut self) {
+    pub fn forget_base(&mut self) {
         self.encoder.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use specattn_mask::{Decoder, Limits};
+
+    use super::*;
+
+    /// A row of `kv_len` positions of the only head, all of it on `heavy`.
+    fn row(kv_len: usize, heavy: usize) -> AttentionRows {
+        let mut probs = vec![0.0; kv_len];
+        probs[heavy] = 1.0;
+        AttentionRows {
+            layers: vec![0],
+            num_heads: 1,
+            kv_len,
+            probs,
+        }
+    }
+
+    #[test]
+    fn a_round_without_rows_repeats_its_mask_and_adds_what_is_new() {
+        let mut rows = RowSelector::new(MaskPolicy::default(), vec![Source::layer_mean(0, 1)]);
+        let mut decoder = Decoder::new(Limits {
+            max_context: 100,
+            max_sources: 1,
+        });
+        let mut kept = |rows: &mut RowSelector| -> (usize, Vec<usize>) {
+            let bytes = rows.finish();
+            let mask = decoder.decode(&bytes).unwrap();
+            (mask.context_len, mask.sources[0].iter().collect())
+        };
+        rows.begin(10);
+        rows.add_step(&row(11, 3)).unwrap();
+        rows.add_step(&row(12, 7)).unwrap();
+        assert_eq!(kept(&mut rows), (10, vec![3, 7]));
+        rows.begin(12);
+        assert_eq!(kept(&mut rows), (12, vec![3, 7, 10, 11]));
+        // A rollback, then a captured round: nothing of the old selection is left.
+        rows.begin(5);
+        assert_eq!(kept(&mut rows), (5, vec![3]));
+        rows.begin(6);
+        rows.add_step(&row(7, 2)).unwrap();
+        assert_eq!(kept(&mut rows), (6, vec![2]));
     }
 }

@@ -3,16 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use specattn_engine::ModelConfig;
 use specattn_proto::Fault;
 use specattn_proto::v1::draft_service_server::DraftService;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftStatusRequest, DraftStatusResponse};
-use specattn_worker::{LoadGauge, convert};
+use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::args::Drafting;
 use crate::channels::Channels;
 use crate::engine_loop::{Command, NewSession, SessionKey};
 use crate::link::{EngineSession, Link};
@@ -28,8 +28,8 @@ const ATTACH_EVENTS: usize = 2;
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) commands: mpsc::Sender<Command>,
-    pub(crate) model: ModelConfig,
-    pub(crate) max_q_entries: usize,
+    pub(crate) model: ServedModel,
+    pub(crate) drafting: Drafting,
     pub(crate) channels: Channels,
     pub(crate) load: Arc<LoadGauge>,
     pub(crate) draining: CancellationToken,
@@ -78,7 +78,7 @@ impl DraftService for Service {
         if self.draining.is_cancelled() {
             return Err(Fault::Unavailable("the worker is draining".to_owned()).into());
         }
-        let attach = wire::attach(request.into_inner(), &self.model, self.max_q_entries)?;
+        let attach = wire::attach(request.into_inner(), &self.model.config, self.drafting)?;
         let link = self.take_up(attach).await?;
         let (events, stream) = mpsc::channel(ATTACH_EVENTS);
         events
@@ -93,7 +93,7 @@ impl DraftService for Service {
         _request: Request<DraftStatusRequest>,
     ) -> Result<Response<DraftStatusResponse>, Status> {
         Ok(Response::new(DraftStatusResponse {
-            model: Some(convert::model_info(&self.model)),
+            model: Some(self.model.info.clone()),
             load: Some(self.load.report(self.draining.is_cancelled())),
         }))
     }

@@ -11,11 +11,13 @@
 use specattn_engine::sampling::{
     CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
 };
-use specattn_engine::{EngineError, LogitRows, StepOutput};
+use specattn_engine::{EngineError, HeadLists, KvReads, LogitRows, ModelConfig, StepOutput};
 use specattn_mask::{MaskPolicy, Source};
 use specattn_proto::Fault;
 use tokio::sync::mpsc;
 
+use crate::args::Drafting;
+use crate::own_reads::OwnReads;
 use crate::rows::RowSelector;
 
 /// Tokens of a catch-up processed in one forward.
@@ -35,8 +37,25 @@ pub(crate) struct SessionSpec {
     pub(crate) capacity: usize,
     /// Most draft tokens per round, at least 1.
     pub(crate) draft_length: usize,
-    /// Most entries of a distribution q.
-    pub(crate) max_q_entries: usize,
+    pub(crate) drafting: Drafting,
+}
+
+/// What a session must know of the draft model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DraftShape {
+    pub(crate) vocab_size: usize,
+    pub(crate) num_layers: usize,
+    pub(crate) num_kv_heads: usize,
+}
+
+impl From<&ModelConfig> for DraftShape {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            vocab_size: config.vocab_size,
+            num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+        }
+    }
 }
 
 /// What the verify worker says of the session, checked.
@@ -78,6 +97,8 @@ pub(crate) struct Proposal {
     pub(crate) mask: Vec<u8>,
     /// No more of the round follows.
     pub(crate) last: bool,
+    /// What the draft read since its message before.
+    pub(crate) kv: KvReads,
 }
 
 /// What to do now.
@@ -93,7 +114,10 @@ pub(crate) enum Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pass {
     CatchUp,
-    Step,
+    /// A draft step that reads everything.
+    Dense,
+    /// A draft step that reads what [`OwnReads`] lists.
+    Sparse,
 }
 
 /// What follows from the verify worker's welcome.
@@ -105,6 +129,11 @@ struct Joined {
     sampler: Sampler,
     rng: CounterRng,
     rows: Option<RowSelector>,
+    own: OwnReads,
+    /// Draft layers to capture on dense steps, increasing.
+    capture: Vec<usize>,
+    /// Tokens there were at the welcome: to catch up with them is the draft's prefill.
+    prefill: usize,
     /// Messages sent.
     sequence: u64,
     /// Draft tokens of this round sent already.
@@ -120,12 +149,14 @@ struct Joined {
 #[derive(Debug)]
 pub(crate) struct Session {
     spec: SessionSpec,
-    vocab_size: usize,
+    shape: DraftShape,
     /// Committed tokens c[0..n), as far as told.
     tokens: Vec<u32>,
     /// This round's d1..dk.
     draft: Vec<DraftToken>,
     cached: usize,
+    /// What was read since the last proposal.
+    kv: KvReads,
     joined: Option<Joined>,
     proposals: mpsc::Sender<Proposal>,
     pass: Pass,
@@ -133,19 +164,20 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A session over a model of `vocab_size` tokens that sends its proposals to `proposals`. It catches up with the
-    /// tokens it knows before it has joined.
+    /// A session over a model of this shape that sends its proposals to `proposals`. It catches up with the tokens it
+    /// knows before it has joined.
     pub(crate) fn new(
         mut spec: SessionSpec,
-        vocab_size: usize,
+        shape: DraftShape,
         proposals: mpsc::Sender<Proposal>,
     ) -> Self {
         Self {
             tokens: std::mem::take(&mut spec.tokens),
             spec,
-            vocab_size,
+            shape,
             draft: Vec::new(),
             cached: 0,
+            kv: KvReads::default(),
             joined: None,
             proposals,
             pass: Pass::CatchUp,
@@ -167,15 +199,22 @@ impl Session {
     pub(crate) fn logit_rows(&self) -> LogitRows {
         match self.pass {
             Pass::CatchUp => LogitRows::None,
-            Pass::Step => LogitRows::Last,
+            Pass::Dense | Pass::Sparse => LogitRows::Last,
+        }
+    }
+
+    /// Index lists of that forward.
+    pub(crate) fn lists(&self) -> Option<&HeadLists> {
+        match (self.pass, &self.joined) {
+            (Pass::Sparse, Some(joined)) => Some(joined.own.lists()),
+            _ => None,
         }
     }
 
     /// Layers whose attention rows that forward must hand out.
     pub(crate) fn capture(&self) -> &[usize] {
-        let rows = self.joined.as_ref().and_then(|joined| joined.rows.as_ref());
-        match (self.pass, rows) {
-            (Pass::Step, Some(rows)) => rows.layers(),
+        match (self.pass, &self.joined) {
+            (Pass::Dense, Some(joined)) => &joined.capture,
             _ => &[],
         }
     }
@@ -191,16 +230,30 @@ impl Session {
         }
         self.learn(&welcome.tokens)?;
         let rng = CounterRng::for_draft(welcome.sampling.seed);
+        let own = OwnReads::new(
+            self.spec.drafting.own,
+            &welcome.policy,
+            self.shape.num_kv_heads,
+        );
         let rows = (!welcome.sources.is_empty())
             .then(|| RowSelector::new(welcome.policy, welcome.sources));
+        // The draft's own selection wants every layer, a mask the layers of its sources.
+        let capture = match &rows {
+            _ if own.is_sparse() => (0..self.shape.num_layers).collect(),
+            Some(rows) => rows.layers(),
+            None => Vec::new(),
+        };
         self.joined = Some(Joined {
             epoch: welcome.epoch,
             prompt_tokens: welcome.prompt_tokens,
             draft_length: welcome.draft_length.min(self.spec.draft_length),
-            sampler: Sampler::new(welcome.sampling, self.vocab_size)
+            sampler: Sampler::new(welcome.sampling, self.shape.vocab_size)
                 .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
             rng,
             rows,
+            own,
+            capture,
+            prefill: self.tokens.len(),
             sequence: 0,
             sent: 0,
             waiting: false,
@@ -246,7 +299,10 @@ impl Session {
 
     /// Appends committed tokens and ends the round. KV entries stay for draft tokens that turned out right.
     fn learn(&mut self, new: &[u32]) -> Result<(), Fault> {
-        if new.iter().any(|&token| token as usize >= self.vocab_size) {
+        if new
+            .iter()
+            .any(|&token| token as usize >= self.shape.vocab_size)
+        {
             return Err(broken("token"));
         }
         let right = self
@@ -290,7 +346,14 @@ impl Session {
         }
         let fed = self.cached.saturating_sub(n);
         self.input.extend(self.draft[fed..].iter().map(|d| d.token));
-        self.pass = Pass::Step;
+        let (step, round_length) = (self.draft.len(), self.round_length());
+        self.pass = match &mut self.joined {
+            Some(joined) if !joined.own.captures(step, round_length) => {
+                joined.own.fit(self.cached);
+                Pass::Sparse
+            }
+            _ => Pass::Dense,
+        };
         Plan::Run
     }
 
@@ -308,6 +371,10 @@ impl Session {
     /// # Errors
     /// A [`Fault`] when the model failed or the proposal cannot be sent: the draft must leave.
     pub(crate) fn settle(&mut self, output: &StepOutput) -> Result<(), Fault> {
+        let prefill = self.joined.as_ref().map_or(usize::MAX, |j| j.prefill);
+        if self.pass != Pass::CatchUp || self.cached >= prefill {
+            self.kv += output.kv;
+        }
         self.cached += self.input.len();
         if self.pass == Pass::CatchUp {
             return Ok(());
@@ -337,16 +404,24 @@ impl Session {
             }
         } else {
             let position = (n + self.draft.len()) as u64;
-            let entries = self.spec.max_q_entries;
+            let entries = self.spec.drafting.max_q_entries;
             let (token, q) = draft_token(&distribution, entries, &joined.rng, position);
             DraftToken { token, q: Some(q) }
         };
-        if let (Some(rows), Some(attention)) = (&mut joined.rows, &output.attention) {
-            if self.draft.is_empty() {
-                rows.begin(n - 1);
+        if self.draft.is_empty()
+            && let Some(rows) = &mut joined.rows
+        {
+            rows.begin(n - 1);
+        }
+        match &output.attention {
+            Some(attention) => {
+                joined.own.captured(attention);
+                if let Some(rows) = &mut joined.rows {
+                    rows.add_step(attention)
+                        .map_err(|error| Fault::Internal(error.to_string()))?;
+                }
             }
-            rows.add_step(attention)
-                .map_err(|error| Fault::Internal(error.to_string()))?;
+            None => joined.own.passed(),
         }
         self.draft.push(next);
         let last = self.draft.len() >= round_length;
@@ -369,6 +444,7 @@ impl Session {
             draft: self.draft[offset..].to_vec(),
             mask,
             last,
+            kv: std::mem::take(&mut self.kv),
         };
         self.proposals
             .try_send(proposal)

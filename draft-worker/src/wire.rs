@@ -3,11 +3,12 @@
 use specattn_engine::ModelConfig;
 use specattn_engine::sampling::DraftToken;
 use specattn_mask::{Source, Term};
-use specattn_proto::v1::{self, speculate_request, speculate_response};
+use specattn_proto::v1::{self, ModelInfo, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
 use specattn_proto::{Fault, SessionId, limits};
 use specattn_worker::convert;
 
+use crate::args::Drafting;
 use crate::session::{Proposal, SessionSpec, Verdict, Welcome};
 
 /// A checked `AttachRequest`.
@@ -23,13 +24,13 @@ pub(crate) struct Attach {
 pub(crate) fn attach(
     request: v1::AttachRequest,
     model: &ModelConfig,
-    max_q_entries: usize,
+    drafting: Drafting,
 ) -> Result<Attach, Invalid> {
     let session = request.session_id.parse()?;
     validate::endpoint("verify_endpoint", &request.verify_endpoint)?;
     validate::session_tokens(&request.token_ids, model.vocab_size, model.max_context)?;
-    let draft_length = request.policy.and_then(|policy| policy.draft_length);
-    let draft_length = validate::draft_length(draft_length.unwrap_or(0))? as usize;
+    let policy = validate::draft_policy(request.policy.as_ref())?;
+    let draft_length = policy.draft_length.unwrap_or(0) as usize;
     if draft_length == 0 {
         return Err(Invalid::new("draft_length", "must be at least 1"));
     }
@@ -41,6 +42,13 @@ pub(crate) fn attach(
             "is less than the tokens so far",
         ));
     }
+    let mut drafting = drafting;
+    if let Some(steps) = policy.capture_every {
+        drafting.own.capture_every = steps as usize;
+    }
+    if let Some(p) = policy.own_p {
+        drafting.own.p = p;
+    }
     Ok(Attach {
         session,
         endpoint: request.verify_endpoint,
@@ -49,16 +57,16 @@ pub(crate) fn attach(
             tokens: request.token_ids,
             limit,
             draft_length,
-            max_q_entries,
+            drafting,
         },
     })
 }
 
 /// The first message of a `Speculate` stream.
-pub(crate) fn join(session: SessionId, model: &ModelConfig, known: usize) -> v1::SpeculateRequest {
+pub(crate) fn join(session: SessionId, model: ModelInfo, known: usize) -> v1::SpeculateRequest {
     request(speculate_request::Message::Join(v1::Join {
         session_id: session.to_string(),
-        draft_model: Some(convert::model_info(model)),
+        draft_model: Some(model),
         known_tokens: known as u64,
     }))
 }
@@ -75,6 +83,8 @@ pub(crate) fn propose(proposal: Proposal) -> v1::SpeculateRequest {
         mask: proposal.mask,
         last: proposal.last,
         pending_token: proposal.pending_token,
+        kv_entries_read: proposal.kv.read,
+        kv_entries_dense: proposal.kv.dense,
     };
     for DraftToken { token, q } in proposal.draft {
         raw.token_ids.push(token);

@@ -9,7 +9,7 @@ use specattn_proto::v1::draft_service_server::DraftServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
-use specattn_worker::{EngineThread, LoadGauge, WorkerError, convert, inbox};
+use specattn_worker::{EngineThread, LoadGauge, ServedModel, WorkerError, inbox};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -37,7 +37,7 @@ impl Worker {
 
     /// What the draft model is.
     pub fn model_info(&self) -> ModelInfo {
-        convert::model_info(self.model.config())
+        specattn_worker::model_info(&self.model)
     }
 
     /// Serves on `listener` until `shutdown` is cancelled and running sessions have ended or the grace period has.
@@ -52,23 +52,23 @@ impl Worker {
         let Self { config, model } = self;
         let load = LoadGauge::new(model.block_pool(), config.model.max_sessions);
         let load = Arc::new(load);
+        let served = ServedModel::from(&model);
         let (commands, inbox) = inbox::channel(INBOX_CAPACITY);
         let service = Service {
             commands,
-            model: model.config().clone(),
-            max_q_entries: config.max_q_entries,
+            model: served.clone(),
+            drafting: config.drafting,
             channels: Channels::default(),
             load: Arc::clone(&load),
             draining: shutdown.clone(),
             sessions: AtomicU64::new(0),
         };
-        let info = convert::model_info(model.config());
         let engine_loop = EngineLoop::new(model, inbox, Arc::clone(&load));
         let host = Host {
             role: WorkerRole::Draft,
             server: config.server,
             gateway: config.gateway,
-            model: info,
+            model: served.info,
             load,
             engine: EngineThread::start(move || engine_loop.run())?,
         };

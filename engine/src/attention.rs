@@ -1,5 +1,7 @@
 //! What attention reads and what it hands out: index lists, captured rows, counters.
 
+use std::ops::AddAssign;
+
 /// Which cached positions each KV head reads in a masked step.
 ///
 /// The step's own tokens (positions from the sequence's length on) are always read, causally, and are not listed.
@@ -18,6 +20,13 @@ pub struct KvReads {
     pub read: u64,
     /// Entries a dense pass would have read.
     pub dense: u64,
+}
+
+impl AddAssign for KvReads {
+    fn add_assign(&mut self, other: Self) {
+        self.read += other.read;
+        self.dense += other.dense;
+    }
 }
 
 /// Attention probabilities of a step's last token, per captured layer and query head.

@@ -81,6 +81,7 @@ pub struct StepOutput {
 pub struct Model {
     transformer: Transformer<CpuBackend>,
     blocks: Arc<BlockPool>,
+    kv_dtype: DType,
 }
 
 impl std::fmt::Debug for Model {
@@ -127,12 +128,18 @@ impl Model {
         Ok(Self {
             transformer,
             blocks: BlockPool::new(shape.num_blocks),
+            kv_dtype: shape.dtype,
         })
     }
 
     /// The model's shape and identity.
     pub fn config(&self) -> &ModelConfig {
         self.transformer.config()
+    }
+
+    /// Bytes of one KV entry: K and V of one position and one KV head.
+    pub fn kv_entry_bytes(&self) -> usize {
+        2 * self.config().head_dim * self.kv_dtype.bytes()
     }
 
     /// Opens an empty sequence that may grow to `max_tokens`; their KV blocks are reserved now.

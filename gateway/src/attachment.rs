@@ -37,8 +37,8 @@ pub(crate) struct Attachment {
     pub(crate) entry: Arc<SessionEntry>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) verify: Worker,
-    /// At least 1.
-    pub(crate) draft_length: u32,
+    /// Its draft_length is at least 1.
+    pub(crate) policy: DraftPolicy,
     pub(crate) max_tokens_total: u64,
 }
 
@@ -124,9 +124,7 @@ impl Attachment {
             session_id: self.entry.id.to_string(),
             verify_endpoint: self.verify.endpoint.clone(),
             token_ids: self.entry.tokens(),
-            policy: Some(DraftPolicy {
-                draft_length: Some(self.draft_length),
-            }),
+            policy: Some(self.policy),
             max_tokens_total: self.max_tokens_total,
         };
         let mut events = client.attach(request).await.map_err(status)?.into_inner();

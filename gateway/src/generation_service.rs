@@ -96,15 +96,16 @@ impl Gateway {
             mode = plan.mode.as_str_name(),
             prompt_tokens = started.prompt_tokens,
             verify_worker = %open.worker.id,
-            draft_length = plan.draft_length,
+            draft_length = plan.draft_length(),
             "session opened"
         );
+        let drafts = plan.draft_length() > 0;
         slot.entry.opened(plan.mode, open.worker.id, plan.prompt);
-        let drafting = (plan.draft_length > 0).then(|| Attachment {
+        let drafting = drafts.then(|| Attachment {
             entry: Arc::clone(&slot.entry),
             registry: Arc::clone(&self.registry),
             verify: open.worker.clone(),
-            draft_length: plan.draft_length,
+            policy: plan.draft,
             max_tokens_total: max_tokens_total as u64,
         });
         let (client, stream) = Delivery::new(started, self.config.client_stall_timeout);

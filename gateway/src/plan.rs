@@ -19,7 +19,8 @@ pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) limits: CheckedLimits,
     pub(crate) mode: v1::Mode,
-    pub(crate) draft_length: u32,
+    /// How the draft side works; its draft_length is present.
+    pub(crate) draft: v1::DraftPolicy,
     pub(crate) mask: CheckedMaskPolicy,
     pub(crate) stops: Vec<String>,
     /// From arrival.
@@ -42,13 +43,14 @@ impl Plan {
         let mut sampling = validate::sampling(request.sampling.as_ref(), vocab_size)?;
         let seed = sampling.seed.unwrap_or_else(rand::random);
         sampling.seed = Some(seed);
-        let draft_length = request.draft.and_then(|draft| draft.draft_length);
+        let mut draft = validate::draft_policy(request.draft.as_ref())?;
+        draft.draft_length.get_or_insert(config.draft_length);
         Ok(Self {
             sampling,
             seed,
             limits: validate::session_limits(request.limits.as_ref(), vocab_size)?,
             mode,
-            draft_length: validate::draft_length(draft_length.unwrap_or(config.draft_length))?,
+            draft,
             mask: validate::mask_policy(request.mask.as_ref(), config.mask)?,
             stops: request.stop,
             deadline: request
@@ -56,6 +58,11 @@ impl Plan {
                 .map(|ms| Duration::from_millis(ms).min(limits::MAX_DEADLINE)),
             prompt: prompt_tokens(request.prompt, tokenizer)?,
         })
+    }
+
+    /// Most draft tokens per round.
+    pub(crate) fn draft_length(&self) -> u32 {
+        self.draft.draft_length.unwrap_or(0)
     }
 
     /// Whether a model of this shape can take the session.
@@ -96,7 +103,7 @@ impl Plan {
             limits: Some((&self.limits).into()),
             mode: self.mode.into(),
             mask: Some(self.mask.into()),
-            draft_length: self.draft_length,
+            draft_length: self.draft_length(),
         }
     }
 }

@@ -306,6 +306,26 @@ pub fn draft_length(raw: u32) -> Result<u32, Invalid> {
     Ok(raw)
 }
 
+/// Checks what is there of a draft policy; an absent one is empty.
+///
+/// # Errors
+/// Too many draft tokens, no step to capture, a mass outside `(0, 1]`.
+pub fn draft_policy(raw: Option<&v1::DraftPolicy>) -> Result<v1::DraftPolicy, Invalid> {
+    let policy = raw.copied().unwrap_or_default();
+    if let Some(length) = policy.draft_length {
+        draft_length(length)?;
+    }
+    check(policy.capture_every != Some(0), "capture_every", || {
+        "must be at least 1".to_owned()
+    })?;
+    if let Some(p) = policy.own_p {
+        check(p > 0.0 && p <= 1.0, "own_p", || {
+            format!("must be in (0, 1], not {p}")
+        })?;
+    }
+    Ok(policy)
+}
+
 /// Checks one token id against a vocabulary.
 ///
 /// # Errors

@@ -37,6 +37,7 @@ impl Request {
     pub fn draft_length(mut self, tokens: u32) -> Self {
         self.0.draft = Some(DraftPolicy {
             draft_length: Some(tokens),
+            ..DraftPolicy::default()
         });
         self
     }

@@ -82,6 +82,7 @@ impl Session {
             token_ids: self.request.token_ids.clone(),
             policy: Some(DraftPolicy {
                 draft_length: Some(self.request.draft_length),
+                ..DraftPolicy::default()
             }),
             max_tokens_total: self.limit() as u64,
         };

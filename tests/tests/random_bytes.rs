@@ -106,6 +106,7 @@ async fn every_handler_withstands_any_bytes() {
         token_ids: open.token_ids.clone(),
         policy: Some(DraftPolicy {
             draft_length: Some(4),
+            ..DraftPolicy::default()
         }),
         max_tokens_total: 60,
     };

@@ -13,6 +13,7 @@ use specattn_engine::sampling::{DraftToken, SparseDistribution};
 use specattn_proto::Fault;
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::draft_reads::DraftReads;
 use crate::events::Ending;
 use crate::masks::MaskReader;
 use crate::trust::Trust;
@@ -77,6 +78,8 @@ pub(crate) struct ProposalPart {
     pub(crate) q: Vec<SparseDistribution>,
     pub(crate) mask: Vec<u8>,
     pub(crate) last: bool,
+    /// What the draft says it read, as far as it counts.
+    pub(crate) reads: DraftReads,
 }
 
 /// A proposal, put together.
@@ -157,22 +160,22 @@ impl DraftLink {
         self.told == committed
     }
 
-    /// Takes a proposal message.
+    /// Takes a proposal message; gives what it adds to the draft's reads.
     ///
     /// # Errors
     /// [`Fault::InvalidArgument`] for a malformed one, [`Fault::ResourceExhausted`] for too many at a time: the link must
     /// be closed.
-    pub(crate) fn receive(&mut self, part: ProposalPart) -> Result<(), Fault> {
+    pub(crate) fn receive(&mut self, part: ProposalPart) -> Result<DraftReads, Fault> {
         if part.sequence <= self.sequence {
-            return Ok(());
+            return Ok(DraftReads::default());
         }
         self.sequence = part.sequence;
-        let last = part.last;
+        let (last, reads) = (part.last, part.reads);
         let proposal = self.assemble(part)?;
         self.trust.proposal_arrived();
         if !last {
             self.partial = Some(proposal);
-            return Ok(());
+            return Ok(reads);
         }
         if proposal.draft.is_empty() {
             return Err(invalid("a proposal without tokens"));
@@ -181,7 +184,7 @@ impl DraftLink {
             return Err(Fault::exhausted("too many proposals at a time"));
         }
         self.waiting.push_back(proposal);
-        Ok(())
+        Ok(reads)
     }
 
     /// Joins a message to the round it continues, or begins one.

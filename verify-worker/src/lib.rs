@@ -7,6 +7,7 @@
 
 pub mod args;
 mod draft_link;
+mod draft_reads;
 mod engine_loop;
 mod events;
 mod masks;

@@ -9,20 +9,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use specattn_engine::ModelConfig;
 use specattn_proto::v1::verify_service_server::VerifyService;
 use specattn_proto::v1::{
     CloseRequest, CloseResponse, OpenRequest, OpenResponse, SpeculateRequest, SpeculateResponse,
     VerifyStatusRequest, VerifyStatusResponse,
 };
-use specattn_proto::{Fault, SessionId, validate};
-use specattn_worker::{LoadGauge, convert};
+use specattn_proto::{Fault, SessionId, limits, validate};
+use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::draft_link::{LinkEvent, LinkId};
+use crate::draft_reads::ClaimBound;
 use crate::engine_loop::Command;
 use crate::events::{self, Events};
 use crate::masks::LayerMaps;
@@ -41,7 +41,7 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) commands: mpsc::Sender<Command>,
-    pub(crate) model: ModelConfig,
+    pub(crate) model: ServedModel,
     pub(crate) maps: LayerMaps,
     /// Least time between two messages of committed tokens of one session.
     pub(crate) commit_interval: Duration,
@@ -76,10 +76,11 @@ impl Service {
         let join = wire::join(first)?;
         let session = join.session_id.parse()?;
         let draft = validate::model_info(join.draft_model)?;
-        wire::check_vocabularies(&draft, &self.model)?;
+        wire::check_vocabularies(&draft, &self.model.config)?;
         let map = self.maps.for_draft(&draft)?;
         let link = Link {
             session,
+            bound: ClaimBound::new(&draft, limits::MAX_SESSION_TOKENS),
             id: LinkId(self.links.fetch_add(1, Ordering::Relaxed)),
             slots: Arc::new(Semaphore::new(LINK_MESSAGES)),
             commands: self.commands.clone(),
@@ -108,7 +109,7 @@ impl VerifyService for Service {
         if self.draining.is_cancelled() {
             return Err(Fault::Unavailable("the worker is draining".to_owned()).into());
         }
-        let spec = wire::session_spec(request.into_inner(), &self.model)?;
+        let spec = wire::session_spec(request.into_inner(), &self.model.config)?;
         let commands = self.commands.clone();
         // A full inbox means that the engine is about to look at its sessions anyway.
         let (outbox, events) =
@@ -121,7 +122,10 @@ impl VerifyService for Service {
             reply,
         })
         .await?;
-        Ok(Response::new(OpenEvents { events }))
+        Ok(Response::new(OpenEvents {
+            events,
+            kv_entry_bytes: self.model.info.kv_entry_bytes,
+        }))
     }
 
     async fn speculate(
@@ -155,7 +159,7 @@ impl VerifyService for Service {
         _request: Request<VerifyStatusRequest>,
     ) -> Result<Response<VerifyStatusResponse>, Status> {
         Ok(Response::new(VerifyStatusResponse {
-            model: Some(convert::model_info(&self.model)),
+            model: Some(self.model.info.clone()),
             load: Some(self.load.report(self.draining.is_cancelled())),
         }))
     }
@@ -164,6 +168,8 @@ impl VerifyService for Service {
 /// The reading side of a draft's stream.
 struct Link {
     session: SessionId,
+    /// On what the draft says it reads.
+    bound: ClaimBound,
     id: LinkId,
     slots: Arc<Semaphore>,
     commands: mpsc::Sender<Command>,
@@ -178,7 +184,7 @@ impl Link {
                 return;
             };
             let part = match inbound.message().await {
-                Ok(Some(request)) => wire::proposal_part(request),
+                Ok(Some(request)) => wire::proposal_part(request, &self.bound),
                 Ok(None) => break None,
                 Err(status) => Err(unreadable(&status)),
             };
@@ -217,6 +223,8 @@ fn unreadable(status: &Status) -> Fault {
 /// The `Open` stream.
 pub(crate) struct OpenEvents {
     events: Events,
+    /// Of the target.
+    kv_entry_bytes: u32,
 }
 
 impl Stream for OpenEvents {
@@ -224,7 +232,9 @@ impl Stream for OpenEvents {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let event = std::task::ready!(Pin::new(&mut self.events).poll_next(context));
-        Poll::Ready(event.map(|event| wire::open_response(event).map_err(Status::from)))
+        let response =
+            |event| wire::open_response(event, self.kv_entry_bytes).map_err(Status::from);
+        Poll::Ready(event.map(response))
     }
 }
 

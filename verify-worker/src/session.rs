@@ -224,10 +224,11 @@ impl Session {
 
     /// Takes a proposal message of link `id`; one of an earlier link is dropped.
     pub(crate) fn receive(&mut self, id: LinkId, part: ProposalPart) {
-        if let Some(link) = self.link.as_mut().filter(|link| link.id() == id)
-            && let Err(fault) = link.receive(part)
-        {
-            self.drop_link(fault);
+        if let Some(link) = self.link.as_mut().filter(|link| link.id() == id) {
+            match link.receive(part) {
+                Ok(reads) => self.stats.draft.add(reads),
+                Err(fault) => self.drop_link(fault),
+            }
         }
     }
 

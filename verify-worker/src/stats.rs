@@ -3,6 +3,8 @@
 use specattn_engine::KvReads;
 use specattn_proto::v1::SessionStats;
 
+use crate::draft_reads::DraftReads;
+
 /// Counters of one session, named as in the .proto file, where their meaning is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Stats {
@@ -11,6 +13,7 @@ pub(crate) struct Stats {
     pub(crate) accepted_tokens: u64,
     pub(crate) rollbacks: u64,
     pub(crate) kv: KvReads,
+    pub(crate) draft: DraftReads,
     pub(crate) mask_bytes: u64,
     pub(crate) mask_rounds: u64,
     pub(crate) completion_tokens: u64,
@@ -23,26 +26,31 @@ impl Stats {
     /// Counts one target forward after the prompt.
     pub(crate) fn add_forward(&mut self, kv: KvReads) {
         self.target_forwards += 1;
-        self.kv.read += kv.read;
-        self.kv.dense += kv.dense;
+        self.kv += kv;
     }
-}
 
-impl From<&Stats> for SessionStats {
-    fn from(stats: &Stats) -> Self {
-        Self {
-            target_forwards: stats.target_forwards,
-            proposed_tokens: stats.proposed_tokens,
-            accepted_tokens: stats.accepted_tokens,
-            rollbacks: stats.rollbacks,
-            kv_entries_read: stats.kv.read,
-            kv_entries_dense: stats.kv.dense,
-            mask_bytes: stats.mask_bytes,
-            mask_rounds: stats.mask_rounds,
-            completion_tokens: stats.completion_tokens,
-            prompt_tokens: stats.prompt_tokens,
-            solo_forwards: stats.solo_forwards,
-            stale_proposals: stats.stale_proposals,
+    /// The counters as they travel, when an entry of the target's KV cache has `kv_entry_bytes` bytes.
+    pub(crate) fn report(&self, kv_entry_bytes: u32) -> SessionStats {
+        let entry = u64::from(kv_entry_bytes);
+        SessionStats {
+            target_forwards: self.target_forwards,
+            proposed_tokens: self.proposed_tokens,
+            accepted_tokens: self.accepted_tokens,
+            rollbacks: self.rollbacks,
+            kv_entries_read: self.kv.read,
+            kv_entries_dense: self.kv.dense,
+            mask_bytes: self.mask_bytes,
+            mask_rounds: self.mask_rounds,
+            completion_tokens: self.completion_tokens,
+            prompt_tokens: self.prompt_tokens,
+            solo_forwards: self.solo_forwards,
+            stale_proposals: self.stale_proposals,
+            kv_bytes_read: self.kv.read * entry,
+            kv_bytes_dense: self.kv.dense * entry,
+            draft_kv_entries_read: self.draft.entries.read,
+            draft_kv_entries_dense: self.draft.entries.dense,
+            draft_kv_bytes_read: self.draft.bytes.read,
+            draft_kv_bytes_dense: self.draft.bytes.dense,
         }
     }
 }

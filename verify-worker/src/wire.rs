@@ -1,7 +1,7 @@
 //! Raw messages to checked values, and events to raw messages. Generated types end here.
 
-use specattn_engine::ModelConfig;
 use specattn_engine::sampling::{SparseDistribution, TokenLogprobs};
+use specattn_engine::{KvReads, ModelConfig};
 use specattn_mask::Source;
 use specattn_proto::v1::{self, open_response, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
@@ -9,6 +9,7 @@ use specattn_proto::{Fault, limits};
 use specattn_worker::convert;
 
 use crate::draft_link::{LinkEvent, ProposalPart, Verdict, Welcome};
+use crate::draft_reads::ClaimBound;
 use crate::events::{Ending, Event};
 use crate::session::SessionSpec;
 
@@ -101,8 +102,11 @@ pub(crate) fn check_vocabularies(draft: &v1::ModelInfo, target: &ModelConfig) ->
     Ok(())
 }
 
-/// Checks a later message of a `Speculate` stream against the wire's limits.
-pub(crate) fn proposal_part(request: v1::SpeculateRequest) -> Result<ProposalPart, Fault> {
+/// Checks a later message of a `Speculate` stream against the wire's limits; what it claims is cut to `bound`.
+pub(crate) fn proposal_part(
+    request: v1::SpeculateRequest,
+    bound: &ClaimBound,
+) -> Result<ProposalPart, Fault> {
     let propose = match request.message {
         Some(speculate_request::Message::Propose(propose)) => propose,
         Some(speculate_request::Message::Join(_)) => {
@@ -153,14 +157,18 @@ pub(crate) fn proposal_part(request: v1::SpeculateRequest) -> Result<ProposalPar
             .collect(),
         mask: propose.mask,
         last: propose.last,
+        reads: bound.credit(KvReads {
+            read: propose.kv_entries_read,
+            dense: propose.kv_entries_dense,
+        }),
     })
 }
 
-/// An event of the `Open` stream.
+/// An event of the `Open` stream of a target whose KV entries have `kv_entry_bytes` bytes.
 ///
 /// # Errors
 /// The status that ends the stream, for [`Event::Failed`].
-pub(crate) fn open_response(event: Event) -> Result<v1::OpenResponse, Fault> {
+pub(crate) fn open_response(event: Event, kv_entry_bytes: u32) -> Result<v1::OpenResponse, Fault> {
     let event = match event {
         Event::Opened => open_response::Event::Opened(v1::Opened {}),
         Event::Committed {
@@ -174,7 +182,7 @@ pub(crate) fn open_response(event: Event) -> Result<v1::OpenResponse, Fault> {
         }),
         Event::Finished { ending, stats } => open_response::Event::Finished(v1::SessionFinished {
             reason: v1::FinishReason::from(ending).into(),
-            stats: Some((&stats).into()),
+            stats: Some(stats.report(kv_entry_bytes)),
         }),
         Event::Failed(fault) => return Err(fault),
     };

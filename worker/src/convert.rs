@@ -1,27 +1,8 @@
 //! Engine and mask types to and from the wire's, where both workers need them.
 
-use specattn_engine::ModelConfig;
 use specattn_engine::sampling::SamplingParams;
 use specattn_mask::MaskPolicy;
-use specattn_proto::v1::ModelInfo;
 use specattn_proto::validate::{CheckedMaskPolicy, CheckedSampling};
-
-/// What a model is, as far as its partner must know.
-pub fn model_info(config: &ModelConfig) -> ModelInfo {
-    let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    ModelInfo {
-        name: config.name.clone(),
-        vocab_size: size(config.vocab_size),
-        max_context: size(config.max_context),
-        num_layers: size(config.num_layers),
-        num_heads: size(config.num_heads),
-        num_kv_heads: size(config.num_kv_heads),
-        head_dim: size(config.head_dim),
-        tokenizer_hash: config.tokenizer_hash.clone(),
-        checkpoint_hash: config.checkpoint_hash.clone(),
-        eos_token_ids: config.eos_token_ids.clone(),
-    }
-}
 
 /// The engine's sampling rule; an absent seed, which only greedy sessions may have, is 0.
 pub fn sampling_params(checked: CheckedSampling) -> SamplingParams {

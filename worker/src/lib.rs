@@ -11,8 +11,10 @@ mod error;
 pub mod host;
 pub mod inbox;
 mod load;
+pub mod served_model;
 
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
+pub use served_model::{ServedModel, model_info};

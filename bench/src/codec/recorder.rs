@@ -6,12 +6,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use specattn_engine::{LogitRows, Model, Sequence, Step};
 use specattn_mask::{MaskPolicy, RoundSelector, Source};
-use tokenizers::Tokenizer;
 
 use super::recording::Recording;
+use crate::book;
 
 /// Draft steps per round.
 pub const STEPS: usize = 4;
@@ -21,9 +21,6 @@ const PROMPT: usize = 1_024;
 
 /// Prompt tokens per forward.
 const CHUNK: usize = 512;
-
-/// Where in the book to start: past title pages and contents.
-const SKIPPED_SHARE: usize = 5;
 
 /// Adds the masks of one session over the book at `text` to `recording`, once for each p.
 ///
@@ -38,7 +35,7 @@ pub fn record(
     recording: &mut Recording,
 ) -> Result<()> {
     let config = model.config().clone();
-    let tokens = tokens(tokenizer, text, config.max_context)?;
+    let tokens = book::tokens(tokenizer, text, config.max_context)?;
     let layers: Vec<usize> = (0..config.num_layers).collect();
     let sources: Vec<Source> = (0..config.num_layers)
         .map(|l| Source::layer_mean(l as u32, config.num_heads as u32))
@@ -98,21 +95,4 @@ fn forward(
     };
     let mut outputs = model.forward(&mut [step])?;
     outputs.pop().context("a step has an output")
-}
-
-/// `context` tokens from the inside of the book.
-fn tokens(tokenizer: &Path, text: &Path, context: usize) -> Result<Vec<u32>> {
-    let tokenizer = Tokenizer::from_file(tokenizer).map_err(|error| anyhow::anyhow!("{error}"))?;
-    let book = std::fs::read_to_string(text).with_context(|| text.display().to_string())?;
-    let start = book.floor_char_boundary(book.len() / SKIPPED_SHARE);
-    let end = book.floor_char_boundary(start + 16 * context);
-    let encoding = tokenizer
-        .encode(&book[start..end], true)
-        .map_err(|error| anyhow::anyhow!("{error}"))?;
-    ensure!(
-        encoding.len() >= context,
-        "{} is shorter than {context} tokens",
-        text.display()
-    );
-    Ok(encoding.get_ids()[..context].to_vec())
 }

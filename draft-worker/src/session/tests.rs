@@ -5,9 +5,11 @@ use specattn_engine::sampling::check_draft;
 use specattn_mask::{Decoder, Limits, Term};
 
 use super::*;
+use crate::own_reads::OwnPolicy;
 
 const VOCAB: usize = 16;
 const HEADS: usize = 2;
+const LAYERS: usize = 3;
 
 /// The scripted draft: after token t at position p comes (t + p) mod 16.
 fn next(token: u32, position: usize) -> u32 {
@@ -20,7 +22,13 @@ fn spec(limit: usize) -> SessionSpec {
         limit,
         capacity: limit + 4,
         draft_length: 4,
-        max_q_entries: 8,
+        drafting: Drafting {
+            max_q_entries: 8,
+            own: OwnPolicy {
+                capture_every: 1,
+                p: 0.9,
+            },
+        },
     }
 }
 
@@ -40,15 +48,26 @@ struct Bench {
     session: Session,
     proposals: mpsc::Receiver<Proposal>,
     cache: Vec<u32>,
+    /// KV entries that each forward read, of those a dense one would.
+    reads: Vec<KvReads>,
 }
 
 impl Bench {
     fn new(spec: SessionSpec) -> Self {
         let (sender, proposals) = mpsc::channel(4);
         Self {
-            session: Session::new(spec, VOCAB, sender),
+            session: Session::new(
+                spec,
+                DraftShape {
+                    vocab_size: VOCAB,
+                    num_layers: LAYERS,
+                    num_kv_heads: 1,
+                },
+                sender,
+            ),
             proposals,
             cache: Vec::new(),
+            reads: Vec::new(),
         }
     }
 
@@ -64,7 +83,11 @@ impl Bench {
             let input = self.session.input().to_vec();
             self.cache.extend(&input);
             let (kv_len, layers) = (self.cache.len(), self.session.capture().to_vec());
-            let mut output = StepOutput::default();
+            let mut output = StepOutput {
+                kv: self.count(&input),
+                ..StepOutput::default()
+            };
+            self.reads.push(output.kv);
             if self.session.logit_rows() == LogitRows::Last {
                 output.logits = vec![0.0; VOCAB];
                 output.logits[next(self.cache[kv_len - 1], kv_len - 1) as usize] = 2.0;
@@ -86,6 +109,22 @@ impl Bench {
         fed
     }
 
+    /// What the planned forward over `input`, which is in the cache already, reads.
+    fn count(&self, input: &[u32]) -> KvReads {
+        let past = self.cache.len() - input.len();
+        let dense = (LAYERS * self.cache.len()) as u64;
+        let read = self.session.lists().map_or(dense, |lists| {
+            assert_eq!(lists.of_head.len(), LAYERS);
+            let lists = lists.of_head.iter().map(|&i| &lists.lists[i as usize]);
+            let read = lists.map(|list| {
+                assert!(list.iter().all(|&position| (position as usize) < past));
+                (list.len() + input.len()) as u64
+            });
+            read.sum()
+        });
+        KvReads { read, dense }
+    }
+
     /// The next whole proposal, put together from its messages.
     fn proposal(&mut self) -> Proposal {
         let mut whole = self.proposals.try_recv().unwrap();
@@ -94,7 +133,9 @@ impl Bench {
             assert!(next.sequence > whole.sequence);
             let continues = next.offset == whole.draft.len();
             let draft = std::mem::take(&mut whole.draft);
+            let read = whole.kv;
             whole = next;
+            whole.kv += read;
             if continues {
                 whole.draft.splice(0..0, draft);
             }
@@ -373,5 +414,57 @@ fn masks_cover_the_targets_cache_and_can_start_over() {
             need_full_mask: lost,
             ..judged(proposal.base, 0, 5, round)
         });
+    }
+}
+
+#[test]
+fn steps_between_captured_ones_read_the_drafts_own_selection() {
+    let spec = SessionSpec {
+        tokens: vec![1; 200],
+        drafting: Drafting {
+            own: OwnPolicy {
+                capture_every: 4,
+                p: 0.9,
+            },
+            ..spec(300).drafting
+        },
+        ..spec(300)
+    };
+    let mut bench = Bench::new(spec);
+    bench
+        .session
+        .join(Welcome {
+            prompt_tokens: 200,
+            policy: MaskPolicy {
+                sink_tokens: 1,
+                window_tokens: 8,
+                ..MaskPolicy::default()
+            },
+            sources: vec![Source::layer_mean(1, 2)],
+            ..welcome()
+        })
+        .unwrap();
+    let mut decoder = Decoder::new(Limits::default());
+    for (base, accepted) in [(200, 1), (202, 4), (207, 0), (208, 3)] {
+        bench.reads.clear();
+        bench.run();
+        // The prompt's catch-up is the first round's first forward, and no draft step.
+        let steps = bench.reads.split_off(bench.reads.len() - 4);
+        assert_eq!(steps[0].read, steps[0].dense, "the first step is dense");
+        for step in &steps[1..] {
+            // Of each layer at most: position 1, the sink, the window, four steps.
+            assert!(step.read <= (LAYERS * (1 + 1 + 8 + 4)) as u64, "{step:?}");
+        }
+        let proposal = bench.proposal();
+        assert_eq!(proposal.base, base);
+        let mask = decoder.decode(&proposal.mask).unwrap();
+        assert!(mask.sources[0].iter().eq([1]));
+        // What it says it read is what it read, the prompt left out.
+        let mut read = KvReads::default();
+        for step in steps {
+            read += step;
+        }
+        assert_eq!(proposal.kv, read);
+        bench.judge(judged(base, accepted, 5, 0));
     }
 }

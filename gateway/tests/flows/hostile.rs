@@ -145,6 +145,7 @@ async fn bad_requests_are_invalid_arguments() {
             GenerateRequest {
                 draft: Some(DraftPolicy {
                     draft_length: Some(u32::MAX),
+                    ..DraftPolicy::default()
                 }),
                 ..request(3)
             },

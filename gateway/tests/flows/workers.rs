@@ -210,6 +210,7 @@ async fn drafts_that_do_not_fit_or_have_no_room_are_left_alone() {
     let mut alone = request(5);
     alone.draft = Some(DraftPolicy {
         draft_length: Some(0),
+        ..DraftPolicy::default()
     });
     read(client.generate(alone).await.unwrap()).await;
     assert_eq!(full.attached().len(), asked);

@@ -54,11 +54,19 @@ pub struct Limits {
     pub ignore_eos: bool,
 }
 /// How the draft side works for one session.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct DraftPolicy {
     /// Tokens proposed per round, 0 to 16; 0 means no draft worker is used. Absent: the gateway's default.
     #[prost(uint32, optional, tag = "1")]
     pub draft_length: ::core::option::Option<u32>,
+    /// At most so many draft steps go by from one that captures attention to the next, at least 1. Captured steps read all of
+    /// the draft's KV cache and renew masks; the others read what the draft itself last found heavy. 1 captures every step.
+    /// Absent: the draft worker's default.
+    #[prost(uint32, optional, tag = "2")]
+    pub capture_every: ::core::option::Option<u32>,
+    /// Share of attention mass that the draft's own selections must reach, in (0, 1\]. Absent: the draft worker's default.
+    #[prost(float, optional, tag = "3")]
+    pub own_p: ::core::option::Option<f32>,
 }
 /// How masks are made (DESIGN section 4). Absent fields take the gateway's defaults.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
@@ -129,6 +137,22 @@ pub struct SessionStats {
     /// Proposals dropped because their epoch or base was stale.
     #[prost(uint64, tag = "12")]
     pub stale_proposals: u64,
+    /// Bytes of kv_entries_read and of kv_entries_dense.
+    #[prost(uint64, tag = "13")]
+    pub kv_bytes_read: u64,
+    #[prost(uint64, tag = "14")]
+    pub kv_bytes_dense: u64,
+    /// KV entries read by draft models in draft steps, and what dense attention would have read in the same steps; prompt
+    /// processing left out, as above. As told by the draft workers: bounded, but nothing the verify worker can check.
+    #[prost(uint64, tag = "15")]
+    pub draft_kv_entries_read: u64,
+    #[prost(uint64, tag = "16")]
+    pub draft_kv_entries_dense: u64,
+    /// Their bytes, by the entry size that each draft worker stated when it joined.
+    #[prost(uint64, tag = "17")]
+    pub draft_kv_bytes_read: u64,
+    #[prost(uint64, tag = "18")]
+    pub draft_kv_bytes_dense: u64,
 }
 /// What a model is, as far as its partner must know.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -159,6 +183,9 @@ pub struct ModelInfo {
     /// Tokens that end a text by the checkpoint's own configuration.
     #[prost(uint32, repeated, tag = "10")]
     pub eos_token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Bytes of one KV entry, K and V of one position and one KV head, as this worker stores it.
+    #[prost(uint32, tag = "11")]
+    pub kv_entry_bytes: u32,
 }
 /// What a worker is doing now.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -255,7 +282,7 @@ impl FinishReason {
         }
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AttachRequest {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
@@ -1798,6 +1825,12 @@ pub struct Propose {
     /// The draft's belief of c\[base-1\]: must match, or the proposal is stale.
     #[prost(uint32, tag = "9")]
     pub pending_token: u32,
+    /// KV entries that the draft model read since the message before, and what dense attention would have read in the same
+    /// forwards; the prompt's left out. For statistics only: nothing depends on them.
+    #[prost(uint64, tag = "10")]
+    pub kv_entries_read: u64,
+    #[prost(uint64, tag = "11")]
+    pub kv_entries_dense: u64,
 }
 /// The truncated, renormalised distribution a draft token was drawn from.
 #[derive(Clone, PartialEq, ::prost::Message)]

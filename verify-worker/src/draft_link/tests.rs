@@ -26,6 +26,7 @@ fn part(sequence: u64, offset: usize, tokens: &[u32], last: bool) -> ProposalPar
         q: Vec::new(),
         mask: Vec::new(),
         last,
+        reads: DraftReads::default(),
     }
 }
 

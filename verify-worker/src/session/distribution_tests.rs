@@ -14,6 +14,7 @@ use specattn_engine::{LoadOptions, Model, Step};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::*;
+use crate::draft_reads::DraftReads;
 use crate::events;
 
 const VOCAB: usize = 10;
@@ -186,6 +187,7 @@ fn draw(params: &SamplingParams, target: &mut Oracle, draft: &mut Oracle) -> [u3
                     q,
                     mask: Vec::new(),
                     last: true,
+                    reads: DraftReads::default(),
                 },
             );
         }

@@ -11,6 +11,7 @@ use tokio_stream::Stream;
 
 use super::*;
 use crate::draft_link::Verdict;
+use crate::draft_reads::DraftReads;
 use crate::events::{self, Event, Events};
 
 const VOCAB: usize = 16;
@@ -163,6 +164,7 @@ impl Draft {
             q: Vec::new(),
             mask: Vec::new(),
             last: true,
+            reads: DraftReads::default(),
         }
     }
 

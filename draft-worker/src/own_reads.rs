@@ -1,0 +1,222 @@
+//! [`OwnReads`]: which KV entries the draft itself reads: all on some steps, its own last selection on the others.
+//!
+//! A *captured* step is dense and hands out attention rows: for the target's masks, and for the draft's own selection,
+//! which holds for each of its KV heads the positions that carry a share p of the head's mass. Steps up to the next
+//! captured one read that selection, the sinks, the window as it stood then, and everything since. What the draft reads
+//! changes how good its proposals and masks are, never what is committed.
+
+use specattn_engine::{AttentionRows, HeadLists};
+use specattn_mask::{MaskPolicy, PositionSet, read_list, select_top_p};
+
+/// How often the draft reads everything, and how much it reads in between.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OwnPolicy {
+    /// At most so many draft steps go by from one captured step to the next, at least 1; 1 captures every step.
+    pub capture_every: usize,
+    /// Share of a head's attention mass that its selection must reach, in `(0, 1]`.
+    pub p: f32,
+}
+
+impl Default for OwnPolicy {
+    fn default() -> Self {
+        Self {
+            capture_every: 4,
+            p: 0.8,
+        }
+    }
+}
+
+/// The schedule of captured steps and the selection in force, of one session.
+#[derive(Debug)]
+pub struct OwnReads {
+    capture_every: usize,
+    num_kv_heads: usize,
+    /// Of the draft's own selections; p is the draft's.
+    policy: MaskPolicy,
+    /// Steps since the last captured one, itself included; `None` before the first.
+    age: Option<usize>,
+    /// A list for each KV head of each layer. Invariant: of the positions `seen` and above none is in it.
+    lists: HeadLists,
+    seen: usize,
+    /// A KV head's row and the set selected from it: kept between captured steps.
+    row: Vec<f32>,
+    selection: PositionSet,
+}
+
+impl OwnReads {
+    /// A schedule for a draft with `num_kv_heads` KV heads per layer, in a session whose masks are made by `masks`: sinks,
+    /// window and granularity are the same here.
+    pub fn new(policy: OwnPolicy, masks: &MaskPolicy, num_kv_heads: usize) -> Self {
+        Self {
+            capture_every: policy.capture_every,
+            num_kv_heads,
+            policy: MaskPolicy {
+                p: policy.p,
+                ..*masks
+            },
+            age: None,
+            lists: HeadLists::default(),
+            seen: 0,
+            row: Vec::new(),
+            selection: PositionSet::default(),
+        }
+    }
+
+    /// Whether the draft ever reads less than everything.
+    pub fn is_sparse(&self) -> bool {
+        self.capture_every > 1
+    }
+
+    /// Whether step `step` of a round of `round_length` is to be captured. A captured step that falls due within a round
+    /// is its first: the rest of the round then gains by it, and every mask has a row as fresh as can be.
+    pub fn captures(&self, step: usize, round_length: usize) -> bool {
+        let ahead = if step == 0 { round_length } else { 1 };
+        self.age.is_none_or(|age| age + ahead > self.capture_every)
+    }
+
+    /// Takes the rows of a captured step, of all layers.
+    pub fn captured(&mut self, rows: &AttentionRows) {
+        self.age = Some(1);
+        if !self.is_sparse() {
+            return;
+        }
+        self.seen = rows.kv_len;
+        let heads = rows.layers.len() * self.num_kv_heads;
+        let group = rows.num_heads / self.num_kv_heads;
+        self.lists.lists.clear();
+        self.lists.of_head.clear();
+        self.lists.of_head.extend(0..heads as u32);
+        // Rows lie as [layers, num_kv_heads, group, kv_len].
+        for head in rows.probs.chunks_exact(group * rows.kv_len) {
+            self.row.clear();
+            self.row.resize(rows.kv_len, 0.0);
+            for row in head.chunks_exact(rows.kv_len) {
+                for (sum, &x) in self.row.iter_mut().zip(row) {
+                    *sum += x;
+                }
+            }
+            self.selection.clear();
+            self.selection.resize(rows.kv_len);
+            select_top_p(&self.row, self.policy.p, &mut self.selection);
+            self.selection.fill_groups(self.policy.granularity as usize);
+            let list = read_list(&self.selection, &self.policy, rows.kv_len + 1);
+            self.lists.lists.push(list);
+        }
+    }
+
+    /// A step went by that was not captured.
+    pub fn passed(&mut self) {
+        self.age = self.age.map(|age| age + 1);
+    }
+
+    /// Fits the lists to a cache of `past` positions, after which [`OwnReads::lists`] is what a step reads.
+    pub fn fit(&mut self, past: usize) {
+        for list in &mut self.lists.lists {
+            let kept = list.partition_point(|&position| (position as usize) < past);
+            list.truncate(kept);
+            list.extend((self.seen..past).map(|position| position as u32));
+        }
+        self.seen = past;
+    }
+
+    /// What each KV head reads of the cache that [`OwnReads::fit`] was told of.
+    pub fn lists(&self) -> &HeadLists {
+        &self.lists
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MASKS: MaskPolicy = MaskPolicy {
+        p: 0.5,
+        sink_tokens: 1,
+        window_tokens: 3,
+        granularity: 1,
+    };
+
+    fn own(capture_every: usize) -> OwnReads {
+        OwnReads::new(
+            OwnPolicy {
+                capture_every,
+                p: 0.9,
+            },
+            &MASKS,
+            2,
+        )
+    }
+
+    /// Rows of one layer of four query heads; head h puts its mass on `heavy[h]`.
+    fn rows(kv_len: usize, heavy: [usize; 4]) -> AttentionRows {
+        let mut probs = vec![0.0; 4 * kv_len];
+        for (head, position) in heavy.into_iter().enumerate() {
+            probs[head * kv_len + position] = 1.0;
+        }
+        AttentionRows {
+            layers: vec![0],
+            num_heads: 4,
+            kv_len,
+            probs,
+        }
+    }
+
+    /// Which of `rounds` rounds' steps are captured.
+    fn schedule(capture_every: usize, round_length: usize, rounds: usize) -> Vec<Vec<usize>> {
+        let mut own = own(capture_every);
+        let mut captured = |step: &usize| {
+            let now = own.captures(*step, round_length);
+            if now {
+                own.captured(&rows(9, [1; 4]));
+            } else {
+                own.passed();
+            }
+            now
+        };
+        (0..rounds)
+            .map(|_| (0..round_length).filter(&mut captured).collect())
+            .collect()
+    }
+
+    #[test]
+    fn what_falls_due_within_a_round_is_captured_at_its_start() {
+        assert_eq!(schedule(1, 2, 2), [[0, 1], [0, 1]]);
+        assert_eq!(schedule(2, 4, 2), [[0, 2], [0, 2]]);
+        assert_eq!(schedule(4, 4, 3), [[0], [0], [0]]);
+        assert_eq!(schedule(7, 4, 3), [[0], [0], [0]]);
+        assert_eq!(schedule(8, 4, 4), [vec![0], vec![], vec![0], vec![]]);
+        assert_eq!(
+            schedule(4, 1, 5),
+            [vec![0], vec![], vec![], vec![], vec![0]]
+        );
+    }
+
+    #[test]
+    fn lists_hold_selection_sinks_window_and_all_since() {
+        let mut own = own(4);
+        own.captured(&rows(20, [5, 7, 9, 9]));
+        own.fit(20);
+        assert_eq!(own.lists().of_head, [0, 1]);
+        assert_eq!(
+            own.lists().lists,
+            [vec![0, 5, 7, 18, 19], vec![0, 9, 18, 19]]
+        );
+        own.fit(22);
+        assert_eq!(own.lists().lists[1], [0, 9, 18, 19, 20, 21]);
+    }
+
+    #[test]
+    fn a_rollback_forgets_and_what_comes_after_is_read() {
+        let mut own = own(4);
+        own.captured(&rows(20, [5, 7, 9, 9]));
+        own.fit(23);
+        own.fit(19);
+        assert_eq!(own.lists().lists[1], [0, 9, 18]);
+        own.fit(21);
+        assert_eq!(own.lists().lists[1], [0, 9, 18, 19, 20]);
+        own.fit(6);
+        assert_eq!(own.lists().lists[0], [0, 5]);
+        own.fit(8);
+        assert_eq!(own.lists().lists[0], [0, 5, 6, 7]);
+    }
+}
