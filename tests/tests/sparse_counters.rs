@@ -69,6 +69,8 @@ fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &Layer
     for event in crossed {
         match event {
             Crossed::Welcome(welcome) => alone(&mut count, &mut n, welcome.token_ids.len()),
+            // The first part of a round that comes in two.
+            Crossed::Propose(propose) if !propose.last => {}
             Crossed::Propose(propose) => {
                 let mask = decoder.decode(&propose.mask).ok().cloned();
                 last = Some((propose, mask));
@@ -81,7 +83,7 @@ fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &Layer
                 }
                 let (propose, mask) = last.take().expect("a judged proposal was sent");
                 assert_eq!(propose.base, verdict.base);
-                let gamma = propose.token_ids.len();
+                let gamma = propose.offset as usize + propose.token_ids.len();
                 count.forward(n - 1, gamma + 1, mask.as_ref(), map);
                 count.proposed += gamma as u64;
                 count.accepted += u64::from(verdict.accepted);
@@ -95,7 +97,8 @@ fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &Layer
                     .filter(|(propose, _)| propose.base as usize == n)
                 {
                     Some((propose, mask)) if left > 1 => {
-                        let gamma = propose.token_ids.len().min(left - 1);
+                        let gamma = propose.offset as usize + propose.token_ids.len();
+                        let gamma = gamma.min(left - 1);
                         count.forward(n - 1, gamma + 1, mask.as_ref(), map);
                         count.proposed += gamma as u64;
                         count.accepted += left as u64 - 1;
@@ -110,6 +113,44 @@ fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &Layer
     count
 }
 
+/// KV entries of the bundled draft per position, and bytes of one.
+const DRAFT_HEADS: u64 = 3;
+const ENTRY_BYTES: u64 = 2 * 64 * 4;
+
+/// What the session says of the draft's reads is what crossed with the proposals, and that is what dense steps over the
+/// proposed tokens would have read. Gives the share that was read.
+fn check_draft(crossed: &[Crossed], stats: &SessionStats) -> f64 {
+    let (mut read, mut dense, mut least) = (0, 0, 0);
+    let mut solo = false;
+    for event in crossed {
+        match event {
+            Crossed::Propose(propose) => {
+                read += propose.kv_entries_read;
+                dense += propose.kv_entries_dense;
+                let steps = u64::from(propose.offset)..;
+                let steps = steps.take(propose.token_ids.len());
+                // A step's input is cached behind the base and the round's tokens before.
+                least += DRAFT_HEADS * steps.map(|step| propose.base + step).sum::<u64>();
+            }
+            Crossed::Verdict(verdict) => solo |= !verdict.judged,
+            _ => {}
+        }
+    }
+    let told = (stats.draft_kv_entries_read, stats.draft_kv_entries_dense);
+    assert_eq!(told, (read, dense));
+    let bytes = (stats.draft_kv_bytes_read, stats.draft_kv_bytes_dense);
+    assert_eq!(bytes, (read * ENTRY_BYTES, dense * ENTRY_BYTES));
+    // Rounds that were given up while the verify worker went on alone cost steps that nobody was sent.
+    assert!(
+        dense == least || (solo && dense > least),
+        "{dense}, {least}"
+    );
+    let target = (stats.kv_bytes_read, stats.kv_bytes_dense);
+    let entries = (stats.kv_entries_read, stats.kv_entries_dense);
+    assert_eq!(target, (entries.0 * ENTRY_BYTES, entries.1 * ENTRY_BYTES));
+    read as f64 / dense as f64
+}
+
 /// The map the verify worker serves the bundled draft with.
 fn layer_map() -> LayerMap {
     let path = process::target().join("alignment.json");
@@ -120,9 +161,15 @@ fn layer_map() -> LayerMap {
     }
 }
 
-async fn run(request: OpenRequest, tokens: u32) -> (Count, SessionStats, String) {
+/// Runs a session with a draft worker started with `drafting` arguments; gives the target's count, the stats, the share of
+/// its KV entries that the draft read, and the text.
+async fn run(
+    request: OpenRequest,
+    tokens: u32,
+    drafting: &[&str],
+) -> (Count, SessionStats, f64, String) {
     let verify = Process::worker(VERIFY, &[]).await;
-    let draft = Process::worker(DRAFT, &[]).await;
+    let draft = Process::worker(DRAFT, drafting).await;
     let proxy = Proxy::start(verify.channel().await).await;
     let limit = request.token_ids.len() + tokens as usize;
     let mut session = Session::open(verify.channel().await, request.clone())
@@ -152,7 +199,8 @@ async fn run(request: OpenRequest, tokens: u32) -> (Count, SessionStats, String)
     verify.is_idle().await;
     draft.is_idle().await;
     let text = texts::tokenizer().decode(&session.tokens, true).unwrap();
-    (count, stats, text)
+    let draft_kept = check_draft(&crossed, &stats);
+    (count, stats, draft_kept, text)
 }
 
 fn check(count: &Count, stats: &SessionStats) -> f64 {
@@ -176,7 +224,8 @@ async fn a_long_prompt_is_read_sparsely_and_counted_right() {
         request.mode = Mode::Sparse.into();
         let sampling = request.sampling.as_mut().unwrap();
         (sampling.temperature, sampling.seed) = (temperature, Some(5));
-        let (count, stats, text) = run(request, 250).await;
+        let (count, stats, draft_kept, text) = run(request, 250, &[]).await;
+        assert!(draft_kept < 0.5, "{name}: the draft reads {draft_kept}");
         let kept = check(&count, &stats);
         let bytes = stats.mask_bytes as f64 / stats.mask_rounds as f64;
         println!("{name}: kept {kept:.3}, {bytes:.0} mask bytes a round, {count:?}\n{text}\n");
@@ -187,7 +236,10 @@ async fn a_long_prompt_is_read_sparsely_and_counted_right() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn dense_rounds_read_everything() {
-    let (count, stats, _) = run(open_request(&texts::book(500), 120), 120).await;
+    let every_step = ["--capture-every", "1"];
+    let request = open_request(&texts::book(500), 120);
+    let (count, stats, draft_kept, _) = run(request, 120, &every_step).await;
+    assert_eq!(draft_kept, 1.0);
     assert_eq!(check(&count, &stats), 1.0);
     assert_eq!((stats.mask_bytes, stats.mask_rounds), (0, 0));
 }

@@ -175,6 +175,7 @@ impl<'a> Pair<'a> {
                 lists,
                 logits: LogitRows::Last,
                 capture,
+                masses: false,
             };
             let output = self
                 .draft
@@ -279,6 +280,7 @@ fn forward(
         lists,
         logits,
         capture: &[],
+        masses: false,
     };
     model.forward(&mut [step])?.pop().context("an output")
 }
