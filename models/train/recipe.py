@@ -69,7 +69,7 @@ def _bundled():
 
 def _tiny():
     shared = dict(vocab_size=384, head_dim=16, max_context=128)
-    schedule = dict(warmup_steps=4, batch_tokens=1024, micro_batch_tokens=512, short_sequence=64, long_sequence=128)
+    schedule = dict(warmup_steps=4, batch_tokens=512, micro_batch_tokens=256, short_sequence=64, long_sequence=128)
     return Profile(
         target=ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, **shared),
         draft=ModelShape(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, **shared),
