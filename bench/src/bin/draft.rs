@@ -39,7 +39,7 @@ struct Args {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "1,2:0.95,4:0.8,4:0.9,4:0.95,4:0.98,8:0.95,16:0.95"
+        default_value = "1,2:0.8,4:0.8,4:0.95,8:0.8"
     )]
     settings: Vec<String>,
     /// Masses of the target's masks.
