@@ -71,8 +71,9 @@ pub struct GenerateArgs {
     pub max_tokens: u32,
 
     /// How the target attends: sparse reads only the KV entries that the draft's masks select, which is approximate;
-    /// dense reads all of them and gives exactly the target's distribution
-    #[arg(long, value_enum, default_value_t = Mode::Sparse)]
+    /// dense reads all of them and gives exactly the target's distribution; exact reads sparsely and confirms many tokens
+    /// at a time by a dense pass, which gives exactly the target's distribution too
+    #[arg(long, value_enum, default_value_t = Mode::Exact)]
     pub mode: Mode,
 
     /// How tokens are sampled.
@@ -116,6 +117,8 @@ pub enum Mode {
     Dense,
     /// Attention masked by the draft's selections: approximate
     Sparse,
+    /// Masked attention, confirmed by dense passes: exactly the target's distribution
+    Exact,
 }
 
 impl Mode {
@@ -124,6 +127,7 @@ impl Mode {
         match self {
             Self::Dense => "dense",
             Self::Sparse => "sparse",
+            Self::Exact => "exact",
         }
     }
 }
@@ -217,7 +221,8 @@ pub struct SpeculationArgs {
     #[arg(long, value_name = "P")]
     pub own_p: Option<f32>,
 
-    /// Attention mass that the masks must keep, in (0, 1] [default: the gateway's, usually 0.95]
+    /// Attention mass that the masks must keep, in (0, 1] [default: the gateway's, usually 0.95; chosen online in exact
+    /// mode]
     #[arg(long, value_name = "P")]
     pub mask_p: Option<f32>,
 
@@ -232,6 +237,18 @@ pub struct SpeculationArgs {
     /// Keep whole groups of this many positions [default: the gateway's, usually 1]
     #[arg(long, value_name = "G")]
     pub granularity: Option<u32>,
+
+    /// Exact mode: confirm this many tokens at a time, 1 to 64 [default: chosen online]
+    #[arg(long, value_name = "N")]
+    pub confirm_length: Option<u32>,
+
+    /// Sparse mode: refresh KV entries by a dense pass every N tokens, 1 to 64 [default: never; 64 with --max-kl]
+    #[arg(long, value_name = "N")]
+    pub refresh_every: Option<u32>,
+
+    /// Sparse mode: keep the mean divergence from dense under X nats per token by adapting --mask-p
+    #[arg(long, value_name = "X")]
+    pub max_kl: Option<f32>,
 }
 
 /// What the services of this process run.
@@ -337,13 +354,13 @@ mod tests {
     fn generate_has_the_documented_flags_and_defaults() {
         let args = generate(&["generate", "Once"]);
         assert_eq!(args.prompt.as_deref(), Some("Once"));
-        assert_eq!(args.mode, Mode::Sparse);
+        assert_eq!(args.mode, Mode::Exact);
         assert_eq!(args.sampling.temperature, 0.0);
         assert_eq!(args.telemetry.log_level, "warn");
         let line = "generate --prompt-file - --max-tokens 7 --mode dense --temperature 0.8 --top-k 40 --top-p 0.9 \
             --seed 3 --draft-length 8 --mask-p 0.9 --target t --draft d --json --stop a --stop b --stop-token 5 \
             --min-p 0.1 --presence-penalty -1 --frequency-penalty 0.5 --repetition-penalty 1.1 --sink 1 --window 2 \
-            --granularity 4 --ignore-eos --threads 2 --kv-cache-mib 64 --deadline-ms 100 --quiet";
+            --granularity 4 --confirm-length 16 --refresh-every 32 --max-kl 0.01 --ignore-eos --threads 2 --kv-cache-mib 64 --deadline-ms 100 --quiet";
         let args = generate(&line.split_whitespace().collect::<Vec<_>>());
         assert_eq!(args.stop.stop, ["a", "b"]);
         assert_eq!(args.sampling.presence_penalty, -1.0);
@@ -357,7 +374,7 @@ mod tests {
             &["generate", "a", "--prompt-file", "b"],
             &["generate", "a", "--no-draft", "--draft-length", "4"],
             &["generate", "a", "--gateway", "http://x:1", "--target", "t"],
-            &["generate", "a", "--mode", "exact"],
+            &["generate", "a", "--mode", "both"],
             &["generate", "a", "--temperature", "hot"],
             &["serve", "--listen", "nowhere"],
             &[],

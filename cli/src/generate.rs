@@ -154,6 +154,8 @@ impl Session {
                 Some(Event::Started(started)) => self.started = Some(started),
                 Some(Event::Delta(delta)) => self.take(delta)?,
                 Some(Event::Finished(finished)) => return Ok(finished),
+                // Not asked for.
+                Some(Event::Provisional(_) | Event::Withdrawn(_)) => {}
                 None => return Err(CliError::Protocol("an event of an unknown kind came")),
             }
         }

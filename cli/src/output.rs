@@ -16,7 +16,7 @@ pub struct Report {
     pub finish_reason: &'static str,
     /// The stop string that ended it, if one did.
     pub stop: Option<String>,
-    /// `dense` or `sparse`.
+    /// `dense`, `sparse` or `exact`.
     pub mode: &'static str,
     /// The seed in force.
     pub seed: u64,
@@ -72,6 +72,22 @@ pub struct Stats {
     pub mask_bytes: u64,
     /// Rounds that carried a mask.
     pub mask_rounds: u64,
+    /// Dense passes that confirmed or refreshed what masked ones did.
+    pub check_forwards: u64,
+    /// KV entries that those passes read.
+    pub kv_entries_checking: u64,
+    /// Provisional tokens that confirming passes judged.
+    pub provisional_tokens: u64,
+    /// Those of them that were committed.
+    pub confirmed_tokens: u64,
+    /// Mean KL(dense ‖ sparse) in nats per token, where it was measured.
+    pub kl_mean: Option<f64>,
+    /// Tokens it was measured on.
+    pub kl_samples: u64,
+    /// Attention mass that masks had to keep at the end; `null` without masks.
+    pub mask_p: Option<f32>,
+    /// Tokens confirmed at a time at the end; `null` outside exact mode.
+    pub confirm_length: Option<u32>,
     /// Seconds from arrival at the gateway to the first token; 0 when there was none.
     pub ttft_seconds: f64,
     /// Seconds from arrival at the gateway to the end.
@@ -87,7 +103,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    fn new(finished: &v1::Finished) -> Self {
+    fn new(mode: Mode, finished: &v1::Finished) -> Self {
         let stats = finished.stats.unwrap_or_default();
         let after_first = stats.completion_tokens.saturating_sub(1);
         let seconds = finished.elapsed_seconds - finished.ttft_seconds;
@@ -119,6 +135,14 @@ impl Stats {
             system_kv_kept_fraction: ratio(system_read, system_dense),
             mask_bytes: stats.mask_bytes,
             mask_rounds: stats.mask_rounds,
+            check_forwards: stats.check_forwards,
+            kv_entries_checking: stats.kv_entries_checking,
+            provisional_tokens: stats.provisional_tokens,
+            confirmed_tokens: stats.confirmed_tokens,
+            kl_mean: (stats.kl_samples > 0).then_some(stats.kl_mean),
+            kl_samples: stats.kl_samples,
+            mask_p: (stats.mask_p > 0.0).then_some(stats.mask_p),
+            confirm_length: (mode == Mode::Exact).then_some(stats.confirm_length),
             ttft_seconds: finished.ttft_seconds,
             elapsed_seconds: finished.elapsed_seconds,
             tokens_per_second: (after_first > 0 && seconds > 0.0)
@@ -142,7 +166,7 @@ impl Report {
         (text, token_ids): (String, Vec<u32>),
         finished: v1::Finished,
     ) -> Self {
-        let stats = Stats::new(&finished);
+        let stats = Stats::new(mode, &finished);
         Self {
             text,
             usage: Usage {
@@ -175,7 +199,7 @@ impl Report {
             Some(value) => format!("{:.1} %", 100.0 * value),
             None => "-".to_owned(),
         };
-        format!(
+        let mut line = format!(
             "{} tokens ({}): {} tokens/s, {} tokens per target forward, acceptance {}, KV kept {} (draft {}, both {}), \
              mask {} bytes/round",
             self.usage.completion_tokens,
@@ -187,7 +211,14 @@ impl Report {
             percent(stats.draft_kv_kept_fraction),
             percent(stats.system_kv_kept_fraction),
             number(stats.mask_bytes_per_round, 0),
-        )
+        );
+        if let Some(confirmed) = ratio(stats.confirmed_tokens, stats.provisional_tokens) {
+            line += &format!(", confirmed {}", percent(Some(confirmed)));
+        }
+        if let Some(kl) = stats.kl_mean {
+            line += &format!(", KL to dense {kl:.4}");
+        }
+        line
     }
 }
 
@@ -285,6 +316,22 @@ mod tests {
             report.summary(),
             "3 tokens (length): 4.0 tokens/s, 1.50 tokens per target forward, acceptance 12.5 %, KV kept 25.0 % \
              (draft 75.0 %, both 43.8 %), mask 30 bytes/round"
+        );
+    }
+
+    #[test]
+    fn checks_show_in_the_closing_line() {
+        let report = report(v1::SessionStats {
+            provisional_tokens: 40,
+            confirmed_tokens: 38,
+            kl_mean: 0.00412,
+            kl_samples: 64,
+            ..v1::SessionStats::default()
+        });
+        let line = report.summary();
+        assert!(
+            line.ends_with(", confirmed 95.0 %, KL to dense 0.0041"),
+            "{line}"
         );
     }
 

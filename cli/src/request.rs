@@ -31,6 +31,7 @@ pub fn build(args: &GenerateArgs) -> Result<v1::GenerateRequest, CliError> {
     let mode = match args.mode {
         Mode::Dense => v1::Mode::Dense,
         Mode::Sparse => v1::Mode::Sparse,
+        Mode::Exact => v1::Mode::Exact,
     };
     let speculation = &args.speculation;
     let request = v1::GenerateRequest {
@@ -55,6 +56,12 @@ pub fn build(args: &GenerateArgs) -> Result<v1::GenerateRequest, CliError> {
         }),
         stop: args.stop.stop.clone(),
         deadline_ms: args.stop.deadline_ms,
+        check: Some(v1::CheckPolicy {
+            confirm_length: speculation.confirm_length,
+            refresh_every: speculation.refresh_every,
+            max_kl: speculation.max_kl,
+        }),
+        provisional: false,
     };
     check_ranges(&request)?;
     Ok(request)
@@ -67,6 +74,7 @@ fn check_ranges(request: &v1::GenerateRequest) -> Result<(), CliError> {
         validate::sampling(request.sampling.as_ref(), ANY_VOCABULARY)?;
         validate::session_limits(request.limits.as_ref(), ANY_VOCABULARY)?;
         validate::mask_policy(request.mask.as_ref(), CheckedMaskPolicy::default())?;
+        validate::check_policy(request.check.as_ref())?;
         validate::stop_strings(&request.stop)?;
         validate::draft_policy(request.draft.as_ref())?;
         Ok(())
@@ -196,6 +204,9 @@ mod tests {
             ("--draft-length", "17", "draft_length"),
             ("--mask-p", "1.5", "mask_p"),
             ("--granularity", "0", "granularity"),
+            ("--confirm-length", "65", "confirm_length"),
+            ("--refresh-every", "0", "refresh_every"),
+            ("--max-kl", "0", "max_kl"),
             ("--stop", "", "stop"),
         ] {
             let error = request(&["Once", flag, value]).unwrap_err();

@@ -104,6 +104,7 @@ impl From<v1::SessionStatus> for Session {
         let mode = match session.mode() {
             v1::Mode::Dense => "dense",
             v1::Mode::Sparse => "sparse",
+            v1::Mode::Exact => "exact",
             v1::Mode::Unspecified => "unknown",
         };
         Self {

@@ -46,7 +46,11 @@ fn help_tells_all() {
         "--mode",
         "dense",
         "sparse",
+        "exact",
         "approximate",
+        "--confirm-length",
+        "--refresh-every",
+        "--max-kl",
         "--temperature",
         "--top-k",
         "--top-p",
@@ -91,7 +95,7 @@ fn bad_usage_exits_with_64() {
     let nowhere = "/nowhere/at/all";
     for line in [
         &["generate"][..],
-        &["generate", "x", "--mode", "exact"],
+        &["generate", "x", "--mode", "both"],
         &["generate", ""],
         &["generate", "x", "--mask-p", "2"],
         &["generate", "x", "--target", nowhere],

@@ -81,6 +81,11 @@ impl RowSelector {
         self.last.context_len = self.context_len;
     }
 
+    /// Selections must reach this share of a row's mass from the next step on.
+    pub(crate) fn set_mass(&mut self, p: f32) {
+        self.selector.set_mass(p);
+    }
+
     /// The next mask is a full one: the verify worker lacks the base.
     pub fn forget_base(&mut self) {
         self.encoder.reset();

@@ -3,7 +3,8 @@
 //! A state machine without a model, like the verify worker's: [`Session::plan`] asks for a forward over
 //! [`Session::input`], [`Session::settle`] takes its output, [`Session::judge`] takes verdicts.
 //!
-//! The text is the committed tokens c[0..n), as far as told, then this round's draft tokens d1..dk. Invariants: the KV
+//! The text is the session's tokens c[0..n), as far as told, then this round's draft tokens d1..dk. In exact mode the last
+//! of c may be provisional: a verdict can withdraw them. Invariants: the KV
 //! cache holds positions `0..cached` of the text; `cached < n + k`; a draft step feeds all that is missing and draws the
 //! next draft token. The last draft token of a round is never fed before its verdict: nobody would use its logits. So
 //! after a round that was accepted whole, the next round's first step feeds two tokens.
@@ -82,6 +83,8 @@ pub(crate) struct Verdict {
     pub(crate) next_tokens: Vec<u32>,
     pub(crate) judged: bool,
     pub(crate) need_full_mask: bool,
+    /// The mass that masks must reach from now on.
+    pub(crate) mask_p: Option<f32>,
 }
 
 /// A message of a round's proposal: most rounds are one message.
@@ -150,7 +153,7 @@ struct Joined {
 pub(crate) struct Session {
     spec: SessionSpec,
     shape: DraftShape,
-    /// Committed tokens c[0..n), as far as told.
+    /// The session's tokens c[0..n), as far as told.
     tokens: Vec<u32>,
     /// This round's d1..dk.
     draft: Vec<DraftToken>,
@@ -269,10 +272,13 @@ impl Session {
     pub(crate) fn judge(&mut self, verdict: Verdict) -> Result<(), Fault> {
         let n = self.tokens.len();
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
-        if verdict.need_full_mask
-            && let Some(rows) = &mut joined.rows
-        {
-            rows.forget_base();
+        if let Some(rows) = &mut joined.rows {
+            if verdict.need_full_mask {
+                rows.forget_base();
+            }
+            if let Some(p) = verdict.mask_p {
+                rows.set_mass(p);
+            }
         }
         let base = usize::try_from(verdict.base).unwrap_or(usize::MAX);
         let new = if verdict.judged {
@@ -282,13 +288,29 @@ impl Session {
             let accepted = self.draft[..verdict.accepted].iter().map(|d| d.token);
             accepted.chain(verdict.next_tokens).collect()
         } else {
-            let known = n.checked_sub(base).ok_or_else(|| broken("verdict"))?;
-            let new = verdict.next_tokens.get(known..).unwrap_or(&[]).to_vec();
-            if new.is_empty() && verdict.epoch == joined.epoch {
+            let held = self.tokens.get(base..).ok_or_else(|| broken("verdict"))?;
+            let same = held
+                .iter()
+                .zip(&verdict.next_tokens)
+                .take_while(|(held, told)| held == told)
+                .count();
+            if base + same < joined.prompt_tokens {
+                return Err(broken("verdict"));
+            }
+            if base + same == n
+                && verdict.next_tokens.len() == same
+                && verdict.epoch == joined.epoch
+            {
                 // An answer to a proposal that was given up already.
                 return Ok(());
             }
-            new
+            if base + same < n {
+                // Provisional tokens were withdrawn, and the drafts behind them mean nothing.
+                self.tokens.truncate(base + same);
+                self.cached = self.cached.min(base + same);
+                self.draft.clear();
+            }
+            verdict.next_tokens[same..].to_vec()
         };
         joined.epoch = verdict.epoch;
         joined.sent = 0;
@@ -297,7 +319,7 @@ impl Session {
         self.learn(&new)
     }
 
-    /// Appends committed tokens and ends the round. KV entries stay for draft tokens that turned out right.
+    /// Appends tokens of the session and ends the round. KV entries stay for draft tokens that turned out right.
     fn learn(&mut self, new: &[u32]) -> Result<(), Fault> {
         if new
             .iter()
@@ -405,7 +427,8 @@ impl Session {
         } else {
             let position = (n + self.draft.len()) as u64;
             let entries = self.spec.drafting.max_q_entries;
-            let (token, q) = draft_token(&distribution, entries, &joined.rng, position);
+            let rng = joined.rng.attempt(joined.epoch);
+            let (token, q) = draft_token(&distribution, entries, &rng, position);
             DraftToken { token, q: Some(q) }
         };
         if self.draft.is_empty()

@@ -176,6 +176,7 @@ pub(crate) fn answer(response: v1::SpeculateResponse) -> Result<Answer, Fault> {
             next_tokens: verdict.next_tokens,
             judged: verdict.judged,
             need_full_mask: verdict.need_full_mask,
+            mask_p: verdict.mask_p.map(validate::mask_p).transpose()?,
         })),
         Some(speculate_response::Message::Closed(closed)) => Ok(Answer::Closed(closed.reason())),
         Some(speculate_response::Message::Welcome(_)) => {

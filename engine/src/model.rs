@@ -45,6 +45,9 @@ pub enum LogitRows {
     Last,
     /// Every token's.
     All,
+    /// Every token's, with the bits that one step per token would give, however many tokens there are: long dense steps
+    /// do without the kernels for many rows.
+    Verify,
 }
 
 /// One sequence's part in a ragged batch: append `tokens`, attend, give logits and attention rows.

@@ -204,7 +204,7 @@ impl<B: Backend> Transformer<B> {
     pub(crate) fn forward(&mut self, steps: &mut [Step<'_>]) -> Vec<StepOutput> {
         let is_bulk = |s: &Step<'_>| {
             let plain = s.lists.is_none() && s.capture.is_empty() && !s.masses;
-            plain && s.tokens.len() >= BULK_TOKENS
+            plain && s.logits != LogitRows::Verify && s.tokens.len() >= BULK_TOKENS
         };
         let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
@@ -326,7 +326,7 @@ impl<B: Backend> Transformer<B> {
                 let count = match step.logits {
                     LogitRows::None => 0,
                     LogitRows::Last => 1,
-                    LogitRows::All => step.tokens.len(),
+                    LogitRows::All | LogitRows::Verify => step.tokens.len(),
                 };
                 let (own, others) = rest.split_at(count * vocab);
                 output.logits = own.to_vec();
@@ -405,7 +405,7 @@ fn logit_rows(steps: &[&mut Step<'_>], pass: &Pass<'_>) -> Vec<usize> {
         .flat_map(|(step, span)| match step.logits {
             LogitRows::None => span.rows.end..span.rows.end,
             LogitRows::Last => span.rows.end - 1..span.rows.end,
-            LogitRows::All => span.rows.clone(),
+            LogitRows::All | LogitRows::Verify => span.rows.clone(),
         })
         .collect()
 }

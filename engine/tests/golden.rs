@@ -285,6 +285,37 @@ fn prefill_in_chunks_equals_one_pass() {
     }
 }
 
+/// What a confirming pass relies on: however long the run, every row has the bits of a step of its own.
+#[test]
+fn verified_rows_equal_single_steps_bit_for_bit() {
+    const ROWS: usize = 81;
+    for isa in CpuIsa::available() {
+        for fixture in Fixture::all() {
+            let mut model = fixture.model_on(isa);
+            let tokens = fixture.ids("long_tokens");
+            let (cached, run) = tokens.split_at(tokens.len() - ROWS);
+            let mut sequence = model.new_sequence(tokens.len() + 1).expect("room");
+            dense(&mut model, &mut sequence, cached);
+            let alone: Vec<f32> = run
+                .iter()
+                .flat_map(|&token| dense(&mut model, &mut sequence, &[token]))
+                .collect();
+            sequence.truncate(cached.len());
+            let rows = LogitRows::Verify;
+            let together = step(&mut model, &mut sequence, run, None, rows, &[]);
+            assert_same_bits(fixture.name, &together.logits, &alone);
+            // Its KV entries are those of single steps as well.
+            let next = dense(&mut model, &mut sequence, &tokens[..1]);
+            sequence.truncate(cached.len());
+            for &token in run {
+                dense(&mut model, &mut sequence, &[token]);
+            }
+            let again = dense(&mut model, &mut sequence, &tokens[..1]);
+            assert_same_bits(fixture.name, &next, &again);
+        }
+    }
+}
+
 #[test]
 fn truncation_forgets_exactly_what_came_after() {
     for fixture in Fixture::all() {

@@ -43,7 +43,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub draft_length: u32,
 
-    /// Probability mass that mask selections reach where the request does not say, in (0, 1]
+    /// Probability mass that mask selections reach in sparse mode where the request does not say, in (0, 1]; exact mode
+    /// chooses its own
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     pub mask_p: f32,
 

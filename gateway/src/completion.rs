@@ -44,6 +44,18 @@ impl Completion {
         Ok(self.stops.push(&text))
     }
 
+    /// The text that `tokens` would add if they were committed, as far as it is certain. Stop strings are not looked for.
+    pub(crate) fn preview(&self, tokens: &[u32]) -> Result<String, Fault> {
+        let mut detokenizer = self.detokenizer.clone();
+        let mut text = String::new();
+        for token in tokens {
+            if self.stop_tokens.binary_search(token).is_err() {
+                text.push_str(&detokenizer.push(*token)?);
+            }
+        }
+        Ok(text)
+    }
+
     /// No more tokens come: the text still held back.
     pub(crate) fn finish(mut self) -> Result<Scan, Fault> {
         let text = self.detokenizer.finish()?;

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use specattn_proto::Fault;
 use specattn_proto::v1::generate_response::Event;
-use specattn_proto::v1::{Delta, Finished, GenerateResponse, Started};
+use specattn_proto::v1::{Delta, Finished, GenerateResponse, ProvisionalDelta, Started};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::Status;
+
+use crate::preview::Preview;
 
 /// Messages that may wait for the client's connection.
 const BUFFERED_MESSAGES: usize = 16;
@@ -27,6 +29,7 @@ pub(crate) struct Delivery {
     /// A place kept for the stream's last message, so that even a client that reads late learns how it ended.
     last: mpsc::OwnedPermit<Message>,
     pending: Option<Delta>,
+    preview: Preview,
     /// When something was last taken, or nothing was pending.
     progress: Instant,
     stall_timeout: Duration,
@@ -47,6 +50,7 @@ impl Delivery {
             sender,
             last,
             pending: None,
+            preview: Preview::default(),
             progress: Instant::now(),
             stall_timeout,
         };
@@ -55,28 +59,60 @@ impl Delivery {
 
     /// Adds to what the client is to take next. `delta` follows on what was added before.
     pub(crate) fn add(&mut self, delta: Delta) {
+        self.begin_progress();
+        self.preview.clear();
         match &mut self.pending {
             Some(pending) => {
                 pending.token_ids.extend(delta.token_ids);
                 pending.text.push_str(&delta.text);
                 pending.logprobs.extend(delta.logprobs);
             }
-            None => {
-                self.pending = Some(delta);
-                self.progress = Instant::now();
-            }
+            None => self.pending = Some(delta),
         }
+    }
+
+    /// Shows the client what is provisional now.
+    pub(crate) fn look_ahead(&mut self, delta: ProvisionalDelta) {
+        self.begin_progress();
+        self.preview.set(delta);
+    }
+
+    /// Withdraws what the client was shown from completion token `to` on.
+    pub(crate) fn withdraw(&mut self, to: u64) {
+        self.begin_progress();
+        self.preview.withdraw(to);
+    }
+
+    fn begin_progress(&mut self) {
+        if !self.is_pending() {
+            self.progress = Instant::now();
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        self.pending.is_some() || self.preview.is_pending()
+    }
+
+    fn next(&mut self) -> Option<Event> {
+        if let Some(withdrawn) = self.preview.take_withdrawn() {
+            return Some(withdrawn);
+        }
+        if let Some(delta) = self.pending.take() {
+            self.preview.committed(&delta);
+            return Some(Event::Delta(delta));
+        }
+        self.preview.take()
     }
 
     /// Hands over what is pending as soon as there is room; never ends while nothing is. Safe to drop at any time.
     pub(crate) async fn flush(&mut self) {
-        if self.pending.is_none() {
+        if !self.is_pending() {
             return std::future::pending().await;
         }
-        match self.sender.reserve().await {
+        match self.sender.clone().reserve().await {
             Ok(permit) => {
-                if let Some(delta) = self.pending.take() {
-                    permit.send(Ok(response(Event::Delta(delta))));
+                if let Some(event) = self.next() {
+                    permit.send(Ok(response(event)));
                 }
                 self.progress = Instant::now();
             }
@@ -87,9 +123,8 @@ impl Delivery {
 
     /// When the client is to be given up; `None` while nothing is pending.
     pub(crate) fn stall_deadline(&self) -> Option<Instant> {
-        self.pending
-            .as_ref()
-            .map(|_| self.progress + self.stall_timeout)
+        self.is_pending()
+            .then(|| self.progress + self.stall_timeout)
     }
 
     /// A handle that tells when the client is gone.
@@ -115,9 +150,11 @@ impl Delivery {
     }
 
     async fn end(mut self, end: Message) {
-        if let Some(delta) = self.pending.take() {
-            let delta = self.sender.send(Ok(response(Event::Delta(delta))));
-            match tokio::time::timeout(self.stall_timeout, delta).await {
+        // What is still provisional ends with the session.
+        self.preview.clear();
+        while let Some(event) = self.next() {
+            let sent = self.sender.send(Ok(response(event)));
+            match tokio::time::timeout(self.stall_timeout, sent).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => return tracing::info!("the client left before the end"),
                 Err(_) => return self.give_up(),

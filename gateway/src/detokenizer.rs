@@ -29,6 +29,7 @@ const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 const UNFINISHED: usize = 3;
 
 /// The text of a growing list of tokens.
+#[derive(Clone)]
 pub(crate) struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     /// The last tokens, special ones left out.

@@ -16,6 +16,7 @@ mod generation_service;
 mod known_workers;
 mod opening;
 mod plan;
+mod preview;
 mod registry;
 mod registry_service;
 mod session;

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use specattn_proto::v1::{self, generate_request::Prompt};
-use specattn_proto::validate::{self, CheckedLimits, CheckedMaskPolicy, CheckedSampling, Invalid};
+use specattn_proto::validate::{
+    self, CheckedCheckPolicy, CheckedLimits, CheckedMaskPolicy, CheckedSampling, Invalid,
+};
 use specattn_proto::{Fault, SessionId, limits};
 
 use crate::args::Config;
@@ -22,6 +24,11 @@ pub(crate) struct Plan {
     /// How the draft side works; its draft_length is present.
     pub(crate) draft: v1::DraftPolicy,
     pub(crate) mask: CheckedMaskPolicy,
+    /// The verify worker is to choose the mass of masks itself.
+    pub(crate) chooses_mask_p: bool,
+    pub(crate) check: CheckedCheckPolicy,
+    /// The client wants to see provisional tokens.
+    pub(crate) provisional: bool,
     pub(crate) stops: Vec<String>,
     /// From arrival.
     pub(crate) deadline: Option<Duration>,
@@ -52,6 +59,10 @@ impl Plan {
             mode,
             draft,
             mask: validate::mask_policy(request.mask.as_ref(), config.mask)?,
+            chooses_mask_p: mode == v1::Mode::Exact
+                && request.mask.is_none_or(|mask| mask.mask_p.is_none()),
+            check: validate::check_policy(request.check.as_ref())?,
+            provisional: request.provisional,
             stops: request.stop,
             deadline: request
                 .deadline_ms
@@ -94,6 +105,10 @@ impl Plan {
 
     /// What to ask of a verify worker.
     pub(crate) fn open_request(&self, id: SessionId) -> v1::OpenRequest {
+        let mut mask = v1::MaskPolicy::from(self.mask);
+        if self.chooses_mask_p {
+            mask.mask_p = None;
+        }
         v1::OpenRequest {
             session_id: id.to_string(),
             token_ids: self.prompt.clone(),
@@ -102,8 +117,10 @@ impl Plan {
             sampling: Some((&self.sampling).into()),
             limits: Some((&self.limits).into()),
             mode: self.mode.into(),
-            mask: Some(self.mask.into()),
+            mask: Some(mask),
             draft_length: self.draft_length(),
+            check: Some(self.check.into()),
+            provisional: self.provisional,
         }
     }
 }

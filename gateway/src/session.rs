@@ -10,8 +10,8 @@ use std::time::Duration;
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{
-    CloseRequest, Committed, Delta, FinishReason, Finished, OpenResponse, SessionFinished,
-    SessionStats,
+    CloseRequest, Committed, Delta, FinishReason, Finished, OpenResponse, Provisional,
+    ProvisionalDelta, SessionFinished, SessionStats,
 };
 use specattn_proto::{Fault, SessionId};
 use tokio::time::Instant;
@@ -162,7 +162,11 @@ impl Session {
         match response.event {
             Some(Event::Committed(committed)) => self.commit(committed).err().map(End::Failed),
             Some(Event::Finished(finished)) => Some(End::Finished(finished)),
-            Some(Event::RolledBack(back)) if back.to >= self.slot.entry.len() as u64 => None,
+            Some(Event::Provisional(ahead)) => self.look_ahead(ahead).err().map(End::Failed),
+            Some(Event::RolledBack(back)) if back.to >= self.slot.entry.len() as u64 => {
+                self.client.withdraw(back.to - self.prompt_tokens as u64);
+                None
+            }
             Some(Event::RolledBack(_)) => Some(self.broken("withdrew committed tokens")),
             Some(Event::Opened(_)) => Some(self.broken("opened the session twice")),
             // An event of a later version.
@@ -224,6 +228,28 @@ impl Session {
         if self.stop.is_some() {
             self.close(FinishReason::Stop);
         }
+        Ok(())
+    }
+
+    /// Shows the client what is provisional. The verify worker tells only of what the client asked for.
+    fn look_ahead(&mut self, ahead: Provisional) -> Result<(), Fault> {
+        if self.stop.is_some() {
+            return Ok(());
+        }
+        let len = self.slot.entry.len();
+        let count = ahead.token_ids.len();
+        if ahead.start != len as u64 || count > self.max_tokens_total.saturating_sub(len) {
+            return Err(Fault::Internal(format!(
+                "{} holds {count} provisional tokens at {}; the session holds {len} of {}",
+                self.verify.worker, ahead.start, self.max_tokens_total,
+            )));
+        }
+        let text = self.completion.preview(&ahead.token_ids)?;
+        self.client.look_ahead(ProvisionalDelta {
+            start: self.delivered,
+            token_ids: ahead.token_ids,
+            text,
+        });
         Ok(())
     }
 

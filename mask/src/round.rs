@@ -40,6 +40,11 @@ impl RoundSelector {
         }
     }
 
+    /// Selections must reach `p` of a row's mass from the next step on, in (0, 1].
+    pub fn set_mass(&mut self, p: f32) {
+        self.policy.p = p;
+    }
+
     /// Starts a round over `context_len` cached positions (the round's base - 1), forgetting an unfinished one.
     pub fn begin(&mut self, context_len: usize) {
         self.context_len = context_len;

@@ -23,6 +23,12 @@ pub const MAX_MASK_BYTES: usize = 1 << 20;
 /// Most draft tokens in a round.
 pub const MAX_DRAFT_LENGTH: u32 = 16;
 
+/// Most tokens between two dense passes that check masked ones: a session holds a distribution for each.
+pub const MAX_CHECK_LENGTH: u32 = 64;
+
+/// Highest bound on the divergence of sparse from dense, in nats per token.
+pub const MAX_KL: f32 = 10.0;
+
 /// Most entries of a draft token's distribution q.
 pub const MAX_Q_ENTRIES: usize = 1_024;
 

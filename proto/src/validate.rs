@@ -270,7 +270,7 @@ pub fn mask_policy(
         || format!("must be between 1 and {}", limits::MAX_MASK_GRANULARITY),
     )?;
     Ok(CheckedMaskPolicy {
-        mask_p: positive("mask_p", raw.mask_p.unwrap_or(default.mask_p), 1.0)?,
+        mask_p: mask_p(raw.mask_p.unwrap_or(default.mask_p))?,
         sink_tokens: edge(
             "sink_tokens",
             raw.sink_tokens.unwrap_or(default.sink_tokens),
@@ -281,6 +281,58 @@ pub fn mask_policy(
         )?,
         granularity,
     })
+}
+
+/// [`v1::CheckPolicy`], checked.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CheckedCheckPolicy {
+    /// In [1, [`limits::MAX_CHECK_LENGTH`]]; `None`: chosen online.
+    pub confirm_length: Option<u32>,
+    /// In [1, [`limits::MAX_CHECK_LENGTH`]]; `None`: no dense pass of its own.
+    pub refresh_every: Option<u32>,
+    /// In (0, [`limits::MAX_KL`]].
+    pub max_kl: Option<f32>,
+}
+
+impl From<CheckedCheckPolicy> for v1::CheckPolicy {
+    fn from(checked: CheckedCheckPolicy) -> Self {
+        Self {
+            confirm_length: checked.confirm_length,
+            refresh_every: checked.refresh_every,
+            max_kl: checked.max_kl,
+        }
+    }
+}
+
+/// Checks how dense passes check masked ones; an absent message leaves all to the server.
+///
+/// # Errors
+/// A field out of its range.
+pub fn check_policy(raw: Option<&v1::CheckPolicy>) -> Result<CheckedCheckPolicy, Invalid> {
+    let raw = raw.copied().unwrap_or_default();
+    let length = |field, value: Option<u32>| {
+        let fits = value.is_none_or(|n| (1..=limits::MAX_CHECK_LENGTH).contains(&n));
+        check(fits, field, || {
+            format!("must be between 1 and {}", limits::MAX_CHECK_LENGTH)
+        })
+        .map(|()| value)
+    };
+    Ok(CheckedCheckPolicy {
+        confirm_length: length("confirm_length", raw.confirm_length)?,
+        refresh_every: length("refresh_every", raw.refresh_every)?,
+        max_kl: raw
+            .max_kl
+            .map(|kl| positive("max_kl", kl, limits::MAX_KL))
+            .transpose()?,
+    })
+}
+
+/// Checks a mass that masks must reach.
+///
+/// # Errors
+/// A number outside (0, 1].
+pub fn mask_p(raw: f32) -> Result<f32, Invalid> {
+    positive("mask_p", raw, 1.0)
 }
 
 /// Checks a mode: any known one but `MODE_UNSPECIFIED`.

@@ -53,6 +53,13 @@ impl Request {
         self
     }
 
+    /// Asks for confirmed masked attention, with the session's own choice of mass and length.
+    #[must_use]
+    pub fn exact(mut self) -> Self {
+        self.0.mode = Mode::Exact.into();
+        self
+    }
+
     /// Sends it.
     pub async fn start(self, channel: Channel) -> Result<Stream, Status> {
         let mut client = GenerationServiceClient::new(channel);
@@ -78,6 +85,12 @@ pub struct Completion {
     pub tokens: Vec<u32>,
     /// Their text.
     pub text: String,
+    /// Tokens shown beyond them.
+    pub provisional: Vec<u32>,
+    /// How often such tokens were shown, and withdrawn.
+    pub looks_ahead: u64,
+    /// See above.
+    pub withdrawals: u64,
     /// Why it ended.
     pub reason: Option<FinishReason>,
     /// What it cost.
@@ -107,8 +120,29 @@ impl Stream {
                     completion.tokens.len() as u64,
                     "deltas continue each other"
                 );
+                // Shown tokens are withdrawn before others take their place.
+                let shown = completion.provisional.iter().zip(&delta.token_ids);
+                assert!(shown.clone().all(|(shown, committed)| shown == committed));
+                let settled = shown.count();
+                completion.provisional.drain(..settled);
                 completion.tokens.extend(delta.token_ids);
                 completion.text.push_str(&delta.text);
+            }
+            generate_response::Event::Provisional(ahead) => {
+                assert_eq!(
+                    ahead.start,
+                    completion.tokens.len() as u64,
+                    "a look ahead begins where the committed tokens end"
+                );
+                completion.provisional = ahead.token_ids;
+                completion.looks_ahead += 1;
+            }
+            generate_response::Event::Withdrawn(withdrawn) => {
+                let kept = withdrawn.to.checked_sub(completion.tokens.len() as u64);
+                let kept = kept.expect("committed tokens are never withdrawn") as usize;
+                assert!(kept < completion.provisional.len(), "only what was shown");
+                completion.provisional.truncate(kept);
+                completion.withdrawals += 1;
             }
             generate_response::Event::Finished(finished) => {
                 completion.reason = Some(finished.reason());

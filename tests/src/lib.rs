@@ -8,6 +8,7 @@
 pub mod binaries;
 pub mod client;
 pub mod cluster;
+pub mod count;
 pub mod process;
 pub mod proxy;
 pub mod raw;

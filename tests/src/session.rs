@@ -34,6 +34,8 @@ pub fn open_request(prompt: &[u32], max_tokens: u32) -> OpenRequest {
             granularity: Some(1),
         }),
         draft_length: 4,
+        check: None,
+        provisional: false,
     }
 }
 

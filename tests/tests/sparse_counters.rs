@@ -4,53 +4,14 @@
 
 use specattn_mask::{Decoder, LayerMap, Limits, RoundMask};
 use specattn_proto::v1::{FinishReason, Mode, OpenRequest, Propose, SessionStats};
-use specattn_tests::process::{self, DRAFT, VERIFY};
+use specattn_tests::count::{Count, layer_map};
+use specattn_tests::process::{DRAFT, VERIFY};
 use specattn_tests::proxy::{Crossed, Proxy};
 use specattn_tests::session::open_request;
 use specattn_tests::{Process, Session, texts};
 
-/// The bundled target's shape.
-const LAYERS: usize = 8;
-const KV_HEADS: usize = 2;
-
-const SINK: usize = 4;
-const WINDOW: usize = 64;
-
 /// Masks at p = 0.95 may keep this much of a 3,000-token prompt's KV cache.
 const KEPT_MOST: f64 = 0.35;
-
-/// The count from outside.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Count {
-    forwards: u64,
-    solo: u64,
-    proposed: u64,
-    accepted: u64,
-    read: u64,
-    dense: u64,
-}
-
-impl Count {
-    /// A forward over `inputs` tokens after `past` cached ones, masked or dense.
-    fn forward(&mut self, past: usize, inputs: usize, mask: Option<&RoundMask>, map: &LayerMap) {
-        self.forwards += 1;
-        for layer in 0..LAYERS {
-            for head in 0..KV_HEADS {
-                let all = past + inputs;
-                let read = match mask {
-                    None => all,
-                    Some(mask) => {
-                        let source = &mask.sources[map.of_head[layer][head] as usize];
-                        let kept = |&p: &usize| p < SINK || p + WINDOW > past || source.contains(p);
-                        (0..past).filter(kept).count() + inputs
-                    }
-                };
-                self.read += read as u64;
-                self.dense += all as u64;
-            }
-        }
-    }
-}
 
 /// Replays what crossed: every forward after the prompt.
 fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &LayerMap) -> Count {
@@ -151,16 +112,6 @@ fn check_draft(crossed: &[Crossed], stats: &SessionStats) -> f64 {
     read as f64 / dense as f64
 }
 
-/// The map the verify worker serves the bundled draft with.
-fn layer_map() -> LayerMap {
-    let path = process::target().join("alignment.json");
-    if path.exists() {
-        LayerMap::load(&path).unwrap()
-    } else {
-        LayerMap::proportional(LAYERS as u32, KV_HEADS as u32, 3, 3)
-    }
-}
-
 /// Runs a session with a draft worker started with `drafting` arguments; gives the target's count, the stats, the share of
 /// its KV entries that the draft read, and the text.
 async fn run(
@@ -204,14 +155,7 @@ async fn run(
 }
 
 fn check(count: &Count, stats: &SessionStats) -> f64 {
-    let told = Count {
-        forwards: stats.target_forwards,
-        solo: stats.solo_forwards,
-        proposed: stats.proposed_tokens,
-        accepted: stats.accepted_tokens,
-        read: stats.kv_entries_read,
-        dense: stats.kv_entries_dense,
-    };
+    let told = Count::told(stats);
     assert_eq!(&told, count);
     count.read as f64 / count.dense as f64
 }

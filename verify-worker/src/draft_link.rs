@@ -1,8 +1,8 @@
 //! [`DraftLink`]: one draft worker's link to one session, as the engine thread sees it.
 //!
 //! The link puts split proposals together, drops re-sends, keeps what is judged next in order, and knows how far the
-//! draft has been told. Invariant: `told` never exceeds the session's committed tokens, and every message to the draft
-//! continues where the last one ended. Proposals are a stranger's word: whether they fit the session's epoch, base and
+//! draft has been told. Invariant: `told` never exceeds the session's tokens, and every message to the draft
+//! continues where the last one ended, or below, where provisional tokens were withdrawn. Proposals are a stranger's word: whether they fit the session's epoch, base and
 //! pending token is for the session to say when it comes to judge them.
 
 use std::collections::VecDeque;
@@ -56,7 +56,7 @@ pub(crate) struct Welcome {
 }
 
 /// See the .proto file's `Verdict`.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Verdict {
     pub(crate) epoch: u64,
     pub(crate) base: usize,
@@ -64,6 +64,7 @@ pub(crate) struct Verdict {
     pub(crate) next_tokens: Vec<u32>,
     pub(crate) judged: bool,
     pub(crate) need_full_mask: bool,
+    pub(crate) mask_p: Option<f32>,
 }
 
 /// One proposal message, checked against the wire's limits only.
@@ -109,7 +110,7 @@ pub(crate) struct DraftLink {
     sender: mpsc::Sender<LinkEvent>,
     /// Room for messages under way; closed with the link, which ends its reader.
     slots: Arc<Semaphore>,
-    /// Committed tokens the draft has been told of.
+    /// Tokens of the session, committed or provisional, the draft has been told of.
     told: usize,
     /// The highest sequence number seen.
     sequence: u64,
@@ -121,6 +122,8 @@ pub(crate) struct DraftLink {
     pub(crate) masks: Option<MaskReader>,
     /// A mask could not be decoded since the last verdict.
     pub(crate) need_full_mask: bool,
+    /// The mass that masks are to reach, when the draft has yet to hear of it.
+    pub(crate) mask_p: Option<f32>,
 }
 
 /// What a link is made of.
@@ -133,7 +136,7 @@ pub(crate) struct NewLink {
 }
 
 impl DraftLink {
-    /// A link whose draft knows `told` committed tokens.
+    /// A link whose draft knows the session's first `told` tokens.
     pub(crate) fn new(new: NewLink, terms: Terms, masks: Option<MaskReader>, told: usize) -> Self {
         Self {
             id: new.id,
@@ -147,6 +150,7 @@ impl DraftLink {
             trust: Trust::new(new.timeout),
             masks,
             need_full_mask: false,
+            mask_p: None,
         }
     }
 
@@ -155,9 +159,9 @@ impl DraftLink {
         self.id
     }
 
-    /// Whether the draft has been told of all of `committed` tokens.
-    pub(crate) fn knows_all(&self, committed: usize) -> bool {
-        self.told == committed
+    /// Whether the draft has been told of all of the session's `tokens` tokens.
+    pub(crate) fn knows_all(&self, tokens: usize) -> bool {
+        self.told == tokens
     }
 
     /// Takes a proposal message; gives what it adds to the draft's reads.
@@ -235,7 +239,12 @@ impl DraftLink {
         self.waiting.pop_front()
     }
 
-    /// Answers a proposal that was judged, when `accepted` of its tokens and `next_token` were committed.
+    /// Tokens from index `to` on were withdrawn: the draft must hear what came in their place.
+    pub(crate) fn withdraw(&mut self, to: usize) {
+        self.told = self.told.min(to);
+    }
+
+    /// Answers a proposal that was judged, when `accepted` of its tokens and `next_token` were added.
     ///
     /// # Errors
     /// Gives the link up when the draft does not take the message.
@@ -252,32 +261,35 @@ impl DraftLink {
             next_tokens: vec![next_token],
             judged: true,
             need_full_mask: std::mem::take(&mut self.need_full_mask),
+            mask_p: self.mask_p.take(),
         };
         self.told += accepted + 1;
         self.trust.judged();
         self.send(LinkEvent::Verdict(verdict))
     }
 
-    /// Answers a stale proposal, or tells of progress made alone: every committed token the draft has not been told.
+    /// Answers a stale proposal, or tells of progress made alone or of a withdrawal: every one of the session's
+    /// `tokens` the draft has not been told.
     ///
     /// A draft that is busy gets the news with a later message.
     ///
     /// # Errors
     /// Gives the link up when the draft is gone.
-    pub(crate) fn catch_up(&mut self, epoch: u64, committed: &[u32]) -> Result<(), Fault> {
+    pub(crate) fn catch_up(&mut self, epoch: u64, tokens: &[u32]) -> Result<(), Fault> {
         match self.sender.try_reserve() {
             Ok(room) => room.send(LinkEvent::Verdict(Verdict {
                 epoch,
                 base: self.told,
                 accepted: 0,
-                next_tokens: committed[self.told..].to_vec(),
+                next_tokens: tokens[self.told..].to_vec(),
                 judged: false,
                 need_full_mask: std::mem::take(&mut self.need_full_mask),
+                mask_p: self.mask_p.take(),
             })),
             Err(mpsc::error::TrySendError::Full(())) => return Ok(()),
             Err(mpsc::error::TrySendError::Closed(())) => return Err(gone()),
         }
-        self.told = committed.len();
+        self.told = tokens.len();
         Ok(())
     }
 

@@ -257,6 +257,7 @@ impl EngineLoop {
     /// Runs the planned forward of the session in slot `at`.
     fn run_pass(&mut self, at: usize) {
         let Slot { session, sequence } = &mut self.slots[at];
+        sequence.truncate(session.cached());
         let step = Step {
             tokens: session.input(),
             lists: session.lists(),
@@ -273,7 +274,6 @@ impl EngineLoop {
                     [output] => session.settle(output),
                     _ => unreachable!("a batch of one step yields one output"),
                 });
-        sequence.truncate(session.cached());
         match settled {
             Ok(None) => {}
             Ok(Some(ending)) => self.end(at, ending, None),

@@ -2,6 +2,8 @@
 //!
 //! There is no queue between them but the committed tokens themselves: the engine appends, the stream takes all there
 //! is. So the engine never waits for a slow reader, nothing is lost, and memory is bounded by the session's length.
+//! Provisional tokens are a state, not a queue: a reader gets the latest, and hears of a withdrawal only when it had been
+//! told of something that was withdrawn.
 //!
 //! A small model commits a token in less time than a message takes through three processes. So tokens committed less
 //! than an interval after the last message wait for its end and travel together; the session's end waits for nothing.
@@ -59,6 +61,10 @@ pub(crate) enum Event {
         /// One per token when asked for, else empty.
         logprobs: Vec<TokenLogprobs>,
     },
+    /// All tokens that are provisional now, from index `start`, the number of committed ones.
+    Provisional { start: usize, tokens: Vec<u32> },
+    /// Provisional tokens from this index on, of which the reader was told, are withdrawn.
+    RolledBack { to: usize },
     /// The session is over.
     Finished { ending: Ending, stats: Stats },
     /// The stream's last word when the session failed.
@@ -72,6 +78,12 @@ struct State {
     start: usize,
     tokens: Vec<u32>,
     logprobs: Vec<TokenLogprobs>,
+    /// What is provisional, when the stream has yet to take it.
+    provisional: Option<Vec<u32>>,
+    /// Tokens, provisional ones included, that the stream has told of and that still stand.
+    told: usize,
+    /// Where to a withdrawal went that the stream has yet to tell of.
+    rolled_back: Option<usize>,
     /// How the session ended, until the stream has told.
     end: Option<(Ending, Stats)>,
     failure: Option<Fault>,
@@ -124,6 +136,24 @@ impl Outbox {
         self.change(|state| {
             state.tokens.extend_from_slice(tokens);
             state.logprobs.extend(logprobs);
+            // What was provisional is committed now, or withdrawn.
+            state.provisional = None;
+        });
+    }
+
+    /// Tells of all tokens that are provisional now.
+    pub(crate) fn provisional(&self, tokens: &[u32]) {
+        self.change(|state| state.provisional = Some(tokens.to_vec()));
+    }
+
+    /// Tells that provisional tokens from index `to` on are withdrawn.
+    pub(crate) fn withdraw(&self, to: usize) {
+        self.change(|state| {
+            state.provisional = None;
+            if to < state.told {
+                state.told = to;
+                state.rolled_back = Some(to);
+            }
         });
     }
 
@@ -182,15 +212,24 @@ impl State {
             self.opened = true;
             return Some(Event::Opened);
         }
+        if let Some(to) = self.rolled_back.take() {
+            return Some(Event::RolledBack { to });
+        }
         if !self.tokens.is_empty() {
             let tokens = std::mem::take(&mut self.tokens);
             let start = self.start;
             self.start += tokens.len();
+            self.told = self.told.max(self.start);
             return Some(Event::Committed {
                 start,
                 tokens,
                 logprobs: std::mem::take(&mut self.logprobs),
             });
+        }
+        if let Some(tokens) = self.provisional.take() {
+            let start = self.start;
+            self.told = self.told.max(start + tokens.len());
+            return Some(Event::Provisional { start, tokens });
         }
         if let Some((ending, stats)) = self.end.take() {
             return Some(Event::Finished { ending, stats });
@@ -217,7 +256,8 @@ impl Stream for Events {
         state.paced = false;
         match state.next() {
             Some(event) => {
-                if matches!(event, Event::Committed { .. }) && !events.interval.is_zero() {
+                let paced = matches!(event, Event::Committed { .. } | Event::Provisional { .. });
+                if paced && !events.interval.is_zero() {
                     events.pause = Some(Box::pin(sleep(events.interval)));
                 }
                 Poll::Ready(Some(event))
@@ -269,6 +309,40 @@ mod tests {
         };
         assert_eq!(events.next().await, Some(end));
         assert_eq!(events.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn provisional_tokens_are_told_as_they_stand() {
+        let (outbox, mut events) = channel(3, Duration::ZERO, || {});
+        events.next().await;
+        let provisional = |start, tokens: &[u32]| {
+            let tokens = tokens.to_vec();
+            Some(Event::Provisional { start, tokens })
+        };
+        outbox.provisional(&[7]);
+        outbox.provisional(&[7, 8]);
+        assert_eq!(events.next().await, provisional(3, &[7, 8]));
+        // The second is withdrawn and replaced.
+        outbox.withdraw(4);
+        outbox.commit(&[7, 9], Vec::new());
+        outbox.provisional(&[1]);
+        assert_eq!(events.next().await, Some(Event::RolledBack { to: 4 }));
+        let committed = Event::Committed {
+            start: 3,
+            tokens: vec![7, 9],
+            logprobs: Vec::new(),
+        };
+        assert_eq!(events.next().await, Some(committed));
+        assert_eq!(events.next().await, provisional(5, &[1]));
+        // What the reader never heard of is withdrawn in silence, and what became committed is not told again.
+        outbox.provisional(&[1, 2]);
+        outbox.withdraw(6);
+        outbox.commit(&[1, 3], Vec::new());
+        assert!(
+            matches!(events.next().await, Some(Event::Committed { tokens, .. }) if tokens == [1, 3])
+        );
+        outbox.finish(Ending::Stop, Stats::default(), None);
+        assert!(matches!(events.next().await, Some(Event::Finished { .. })));
     }
 
     #[tokio::test]

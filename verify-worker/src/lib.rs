@@ -2,15 +2,19 @@
 //!
 //! `service` is the gRPC edge; it talks to `engine_loop`, the one thread that owns the model and every `session`.
 //! A session's `draft_link` holds what a draft worker sent and was told, its `events` what the gateway is told. Draft
-//! workers are untrusted: whatever they send, a dense session's tokens are the target's own.
+//! workers are untrusted: whatever they send, the tokens of a `dense` or `exact` session are the target's own.
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod controller;
 mod draft_link;
 mod draft_reads;
 mod engine_loop;
 mod events;
+mod leash;
 mod masks;
+mod oversight;
+mod run;
 mod service;
 mod session;
 mod stats;

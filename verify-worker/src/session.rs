@@ -1,29 +1,35 @@
-//! [`Session`]: what is committed, and what to run next.
+//! [`Session`]: what is committed, what is provisional, and what to run next.
 //!
 //! A session is a state machine without a model. [`Session::plan`] says what to do: wait, or run a forward over
-//! [`Session::input`]; [`Session::settle`] takes the forward's output, commits tokens and tells draft and gateway. The
+//! [`Session::input`]; [`Session::settle`] takes the forward's output, adds tokens and tells draft and gateway. The
 //! engine loop runs the forwards in between, one at a time or, one day, many at once.
 //!
-//! Invariants, between settle and plan: the KV cache holds positions `0..cached` of the committed tokens c[0..n);
-//! `cached < n`; once the prompt is processed `cached = n - 1`, and c[n-1] is the pending input.
+//! The *view* is all tokens: the committed c[0..n), then in exact mode the provisional ones. Its last tokens that no
+//! dense pass has seen are the [`Run`]. A masked pass lengthens the run; a dense pass begins again at the run's first
+//! token, so that it checks the run, rewrites its KV entries and judges a draft's tokens behind it in one.
+//!
+//! Invariants, between settle and plan: the KV cache holds positions `0..cached` of the view v[0..m); `cached < m`; once
+//! the prompt is processed `cached = m - 1`, and v[m-1] is the pending input. In exact mode the committed tokens' entries
+//! are a dense pass's own.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use specattn_engine::sampling::{
-    CounterRng, Distribution, DraftToken, History, Sampler, SamplingParams, TokenLogprobs,
-    check_draft, token_logprobs, verify_round,
+    Candidate, CounterRng, Distribution, DraftToken, History, Sampler, SamplingParams,
+    TokenLogprobs, token_logprobs, verify_round,
 };
 use specattn_engine::{EngineError, HeadLists, LogitRows, StepOutput};
-use specattn_mask::{LayerMap, MaskPolicy};
+use specattn_mask::MaskPolicy;
+use specattn_proto::validate::CheckedCheckPolicy;
 use specattn_proto::{Fault, SessionId};
 
-use crate::draft_link::{
-    DraftLink, LinkEvent, LinkId, NewLink, Proposal, ProposalPart, Terms, Welcome,
-};
+use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
-use crate::masks::{MaskReader, Masking};
+use crate::oversight::{Mode, Oversight};
+use crate::run::Run;
 use crate::stats::Stats;
+
+mod conversation;
 
 /// Tokens of the prompt processed in one forward.
 const PREFILL_CHUNK: usize = 512;
@@ -41,9 +47,14 @@ pub(crate) struct SessionSpec {
     pub(crate) sampling: SamplingParams,
     /// Ascending.
     pub(crate) stop_tokens: Vec<u32>,
+    /// How masks are made; where the session chooses p itself, that of the first ones.
     pub(crate) policy: MaskPolicy,
-    /// Rounds attend by the draft's masks.
-    pub(crate) sparse: bool,
+    /// The mass that was asked for; `None` leaves the choice to the session.
+    pub(crate) mask_p: Option<f32>,
+    pub(crate) mode: Mode,
+    pub(crate) check: CheckedCheckPolicy,
+    /// The gateway wants to hear of provisional tokens.
+    pub(crate) provisional: bool,
     /// Most draft tokens per round.
     pub(crate) draft_length: usize,
 }
@@ -61,21 +72,21 @@ pub(crate) enum Plan {
 #[derive(Debug)]
 enum Pass {
     Prefill,
-    /// One token, alone.
-    Solo,
-    /// The pending input and these draft tokens.
-    Round {
-        draft: Vec<DraftToken>,
-        masked: bool,
-    },
+    /// The pending input and these draft tokens, by the draft's masks.
+    Masked(Vec<DraftToken>),
+    /// The token before the run, the run, and these draft tokens; dense.
+    Dense(Vec<DraftToken>),
 }
 
 /// The state of one session.
 #[derive(Debug)]
 pub(crate) struct Session {
     spec: SessionSpec,
-    /// Committed tokens c[0..n).
+    /// The view: committed tokens, then provisional ones.
     tokens: Vec<u32>,
+    /// The view's last tokens, which no dense pass has seen. Without oversight nothing is kept of them.
+    run: Run,
+    oversight: Oversight,
     cached: usize,
     epoch: u64,
     vocab_size: usize,
@@ -86,7 +97,6 @@ pub(crate) struct Session {
     stats: Stats,
     pass: Pass,
     input: Vec<u32>,
-    distributions: Vec<Distribution>,
 }
 
 impl Session {
@@ -100,7 +110,11 @@ impl Session {
         outbox: Outbox,
     ) -> Result<Self, EngineError> {
         let tokens = std::mem::take(&mut spec.tokens);
+        let oversight = Oversight::new(spec.mode, &spec.check, spec.mask_p);
+        spec.policy.p = oversight.mask_p().unwrap_or(spec.policy.p);
         Ok(Self {
+            run: Run::default(),
+            oversight,
             cached: 0,
             epoch: 0,
             vocab_size,
@@ -115,7 +129,6 @@ impl Session {
             },
             pass: Pass::Prefill,
             input: Vec::new(),
-            distributions: Vec::new(),
             tokens,
             spec,
         })
@@ -128,7 +141,21 @@ impl Session {
 
     /// Committed tokens, prompt included.
     pub(crate) fn len(&self) -> usize {
-        self.tokens.len()
+        self.committed()
+    }
+
+    /// Committed tokens n.
+    fn committed(&self) -> usize {
+        if self.oversight.is_provisional() {
+            self.dense_until()
+        } else {
+            self.tokens.len()
+        }
+    }
+
+    /// Index of the run's first token: where a dense pass has something to add.
+    fn dense_until(&self) -> usize {
+        self.tokens.len() - self.run.len()
     }
 
     /// Whether it is over already: it was opened with all the tokens it may have.
@@ -141,7 +168,7 @@ impl Session {
         self.outbox.is_abandoned()
     }
 
-    /// Positions the KV cache must hold now; more are to be forgotten.
+    /// Positions the KV cache must hold before the planned forward; more are to be forgotten.
     pub(crate) fn cached(&self) -> usize {
         self.cached
     }
@@ -154,8 +181,8 @@ impl Session {
     /// Index lists of that forward.
     pub(crate) fn lists(&self) -> Option<&HeadLists> {
         match self.pass {
-            Pass::Round { masked: true, .. } => Some(self.link.as_ref()?.masks.as_ref()?.lists()),
-            _ => None,
+            Pass::Masked(_) => Some(self.link.as_ref()?.masks.as_ref()?.lists()),
+            Pass::Prefill | Pass::Dense(_) => None,
         }
     }
 
@@ -163,100 +190,25 @@ impl Session {
     pub(crate) fn logit_rows(&self) -> LogitRows {
         match self.pass {
             Pass::Prefill => LogitRows::None,
-            Pass::Solo | Pass::Round { .. } => LogitRows::All,
-        }
-    }
-
-    /// Takes up a draft worker; an earlier one is let go.
-    ///
-    /// # Errors
-    /// The session takes no drafts, or the draft claims to know tokens that do not exist.
-    pub(crate) fn join(
-        &mut self,
-        new: NewLink,
-        known_tokens: u64,
-        map: Arc<LayerMap>,
-    ) -> Result<(), Fault> {
-        if self.spec.draft_length == 0 {
-            return Err(Fault::FailedPrecondition(
-                "the session takes no drafts".to_owned(),
-            ));
-        }
-        let known = usize::try_from(known_tokens)
-            .ok()
-            .filter(|&n| n <= self.tokens.len());
-        let Some(known) = known else {
-            return Err(Fault::InvalidArgument(format!(
-                "known_tokens is {known_tokens} of {}",
-                self.tokens.len()
-            )));
-        };
-        let replaced = Fault::FailedPrecondition("another draft joined".to_owned());
-        self.drop_link(replaced);
-        let masks = self
-            .spec
-            .sparse
-            .then(|| MaskReader::new(map, self.spec.policy, self.spec.limit));
-        let terms = Terms {
-            draft_length: self.spec.draft_length,
-            greedy: self.spec.sampling.is_greedy(),
-        };
-        let welcome = Welcome {
-            epoch: self.epoch,
-            start: known,
-            tokens: self.tokens[known..].to_vec(),
-            sources: masks
-                .as_ref()
-                .map_or_else(Vec::new, |m| m.map().sources.clone()),
-            draft_length: self.spec.draft_length,
-            policy: self.spec.policy,
-            sampling: SamplingParams {
-                seed: self.rng.draft_seed(),
-                ..self.spec.sampling.clone()
-            },
-            prompt_tokens: self.spec.prompt_tokens,
-        };
-        let link = DraftLink::new(new, terms, masks, self.tokens.len());
-        link.send(LinkEvent::Welcome(Box::new(welcome)))?;
-        self.link = Some(link);
-        Ok(())
-    }
-
-    /// Takes a proposal message of link `id`; one of an earlier link is dropped.
-    pub(crate) fn receive(&mut self, id: LinkId, part: ProposalPart) {
-        if let Some(link) = self.link.as_mut().filter(|link| link.id() == id) {
-            match link.receive(part) {
-                Ok(reads) => self.stats.draft.add(reads),
-                Err(fault) => self.drop_link(fault),
-            }
-        }
-    }
-
-    /// Link `id` is gone, or closed for what it sent.
-    pub(crate) fn leave(&mut self, id: LinkId, fault: Option<Fault>) {
-        if self.link.as_ref().is_some_and(|link| link.id() == id) {
-            match fault {
-                Some(fault) => self.drop_link(fault),
-                None => self.link = None,
-            }
+            Pass::Masked(_) | Pass::Dense(_) => LogitRows::Verify,
         }
     }
 
     /// Says what to do now.
     pub(crate) fn plan(&mut self, now: Instant) -> Plan {
-        let pending = self.tokens.len() - 1;
         self.input.clear();
-        if self.cached < pending {
-            let end = pending.min(self.cached + PREFILL_CHUNK);
+        let first = self.dense_until() - 1;
+        if self.cached < first {
+            let end = first.min(self.cached + PREFILL_CHUNK);
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::Prefill;
             return Plan::Run;
         }
-        self.input.push(self.tokens[pending]);
-        // The last token needs no draft: a round could commit no more than a step alone.
-        if self.spec.limit - self.tokens.len() > 1 {
-            if let Some(round) = self.next_round() {
-                self.pass = round;
+        // The last token needs no draft: a round could add no more than a dense pass does. Behind a stop token nothing
+        // is worth a round before it stands.
+        if self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped() {
+            if let Some((draft, masked)) = self.next_round() {
+                self.begin(draft, masked);
                 return Plan::Run;
             }
             let trust = self.link.as_mut().map(|link| &mut link.trust);
@@ -264,61 +216,41 @@ impl Session {
                 return Plan::Wait(deadline);
             }
         }
-        self.pass = Pass::Solo;
+        self.begin(Vec::new(), false);
         Plan::Run
     }
 
-    /// The first waiting proposal that is not stale, put into the input.
-    fn next_round(&mut self) -> Option<Pass> {
-        loop {
-            let proposal = self.link.as_mut()?.next_proposal()?;
-            match self.round(proposal) {
-                Ok(None) => {
-                    self.stats.stale_proposals += 1;
-                    let link = self.link.as_mut()?;
-                    if let Err(fault) = link.catch_up(self.epoch, &self.tokens) {
-                        self.drop_link(fault);
-                    }
-                }
-                Ok(Some(round)) => return Some(round),
-                Err(fault) => self.drop_link(fault),
-            }
+    /// Makes a pass of a round, or of no draft tokens at all.
+    fn begin(&mut self, draft: Vec<DraftToken>, masked: bool) {
+        let due = self.oversight.is_due(self.run.len());
+        if masked && due && self.run.is_empty() {
+            // No masked pass at all: what it would have read is told all the same.
+            self.oversight.round(self.kept(), 0);
         }
+        let first = if masked && !due {
+            self.tokens.len() - 1
+        } else {
+            self.dense_until() - 1
+        };
+        self.cached = first;
+        self.input.extend_from_slice(&self.tokens[first..]);
+        self.input.extend(draft.iter().map(|d| d.token));
+        self.pass = if masked && !due {
+            Pass::Masked(draft)
+        } else {
+            Pass::Dense(draft)
+        };
     }
 
-    /// Makes a round of a proposal; `None` when it is stale.
-    fn round(&mut self, proposal: Proposal) -> Result<Option<Pass>, Fault> {
-        let Some(link) = self.link.as_mut() else {
-            return Ok(None);
+    /// Share of the cached positions that the last mask lets the heads read, on average.
+    fn kept(&self) -> f64 {
+        let masks = self.link.as_ref().and_then(|link| link.masks.as_ref());
+        let Some(lists) = masks.map(|masks| masks.lists()) else {
+            return 1.0;
         };
-        let n = self.tokens.len();
-        let base = usize::try_from(proposal.base).unwrap_or(usize::MAX);
-        // Masks of stale proposals are decoded as well: the next one builds on them.
-        let masked = match link.masks.as_mut() {
-            Some(masks) if !proposal.mask.is_empty() => {
-                self.stats.mask_bytes += proposal.mask.len() as u64;
-                self.stats.mask_rounds += 1;
-                let masking = masks.read(&proposal.mask, base)?;
-                link.need_full_mask |= masking == Masking::MissingBase;
-                masking == Masking::Ready
-            }
-            _ => false,
-        };
-        let fresh = proposal.epoch == self.epoch
-            && base == n
-            && proposal.pending_token == self.tokens[n - 1]
-            && link.knows_all(n);
-        if !fresh {
-            return Ok(None);
-        }
-        let mut draft = proposal.draft;
-        let (greedy, vocab) = (self.spec.sampling.is_greedy(), self.vocab_size);
-        check_draft(&draft, greedy, vocab, &self.rng, n as u64)
-            .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
-        // A round commits one token more than it verifies.
-        draft.truncate(self.spec.limit - n - 1);
-        self.input.extend(draft.iter().map(|d| d.token));
-        Ok(Some(Pass::Round { draft, masked }))
+        let listed = |&list: &u32| lists.lists[list as usize].len();
+        let read: usize = lists.of_head.iter().map(listed).sum();
+        read as f64 / (lists.of_head.len() * self.tokens.len()).max(1) as f64
     }
 
     /// Takes the output of the planned forward. Says how the session ended, if it did.
@@ -326,55 +258,145 @@ impl Session {
     /// # Errors
     /// [`EngineError`] when the output cannot be sampled from: the model failed, and so does the session.
     pub(crate) fn settle(&mut self, output: &StepOutput) -> Result<Option<Ending>, EngineError> {
-        let draft = match std::mem::replace(&mut self.pass, Pass::Prefill) {
+        let pass = std::mem::replace(&mut self.pass, Pass::Prefill);
+        match pass {
             Pass::Prefill => {
                 self.cached += self.input.len();
-                return Ok(None);
+                Ok(None)
             }
-            Pass::Solo => Vec::new(),
-            Pass::Round { draft, .. } => draft,
-        };
+            Pass::Masked(draft) => self.settle_masked(&draft, output),
+            Pass::Dense(draft) => self.settle_dense(&draft, output),
+        }
+    }
+
+    /// A masked round: what it lets through is provisional in exact mode, committed in sparse mode.
+    fn settle_masked(
+        &mut self,
+        draft: &[DraftToken],
+        output: &StepOutput,
+    ) -> Result<Option<Ending>, EngineError> {
         self.stats.add_forward(output.kv);
-        let n = self.tokens.len();
-        self.sample(&output.logits)?;
-        let outcome = verify_round(&self.distributions, &draft, &self.rng, n as u64);
+        let m = self.tokens.len();
+        let provisional = self.oversight.is_provisional();
+        let q = self.distributions(&output.logits, m, 0)?;
+        let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
+        let rng = if provisional {
+            self.rng.provisional(self.epoch)
+        } else {
+            self.rng
+        };
+        let outcome = verify_round(&q, &candidates, &rng, m as u64);
         let accepted = outcome.accepted;
         self.tokens.extend_from_slice(&self.input[1..=accepted]);
         self.tokens.push(outcome.next_token);
-        let ending = self.cut(n);
-        // The draft first: it works while the rest is settled.
-        if draft.is_empty() {
-            self.stats.solo_forwards += 1;
-            self.tell_of_step(ending);
-        } else {
-            self.stats.proposed_tokens += draft.len() as u64;
-            self.stats.accepted_tokens += accepted as u64;
-            self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token, ending);
+        let ending = self.cut(m);
+        let rows = output.logits.chunks_exact(self.vocab_size);
+        for (drawn, row) in q.iter().zip(rows).take(self.tokens.len() - m) {
+            if let Some(record) = self.oversight.record(drawn, row) {
+                self.run.push(record);
+            }
+        }
+        let kept = output.kv.read as f64 / output.kv.dense.max(1) as f64;
+        self.oversight.round(kept, accepted + 1);
+        self.count_draft(draft.len(), accepted);
+        // A round that ended the text is answered by what becomes of the end.
+        if ending.is_none() {
+            self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
+        }
+        if !provisional {
+            self.commit(m, &output.logits)?;
+            return Ok(ending);
+        }
+        if ending == Some(Ending::Stop) {
+            self.run.stop();
         }
         self.cached = self.tokens.len() - 1;
-        self.stats.completion_tokens += (self.tokens.len() - n) as u64;
-        let logprobs = self.logprobs(n, &output.logits)?;
-        self.outbox.commit(&self.tokens[n..], logprobs);
+        if self.spec.provisional {
+            let tokens = &self.tokens[self.committed()..];
+            self.outbox.provisional(tokens);
+        }
+        Ok(None)
+    }
+
+    /// A dense pass: it checks the run, confirms or withdraws what is provisional, and judges the draft's tokens.
+    fn settle_dense(
+        &mut self,
+        draft: &[DraftToken],
+        output: &StepOutput,
+    ) -> Result<Option<Ending>, EngineError> {
+        self.stats.add_forward(output.kv);
+        let (first, n) = (self.dense_until(), self.committed());
+        let run = std::mem::take(&mut self.run);
+        // Rows before the first uncommitted token have nothing to decide.
+        let known = n - first;
+        let p = self.distributions(&output.logits, first, known)?;
+        let mut candidates: Vec<Candidate<'_>> = run.candidates(&self.tokens[n..]).collect();
+        let provisional = candidates.len();
+        candidates.extend(draft.iter().map(Candidate::from));
+        let outcome = verify_round(&p, &candidates, &self.rng, n as u64);
+        let accepted = outcome.accepted;
+        if !run.is_empty() {
+            self.oversight.checked(&run, &p, &output.logits)?;
+            self.stats.add_check(output.kv, provisional, accepted);
+        }
+        self.tokens.truncate(n);
+        let proposed = &self.input[1 + known..];
+        self.tokens.extend_from_slice(&proposed[..accepted]);
+        self.tokens.push(outcome.next_token);
+        let ending = self.cut(n);
+        self.choose_mask_p();
+        if accepted < provisional {
+            self.outbox.withdraw(n + accepted);
+            self.tell_withdrawn(n + accepted, !draft.is_empty(), ending);
+        } else if draft.is_empty() {
+            self.stats.solo_forwards += u64::from(run.is_empty());
+            self.tell_of_step(ending);
+        } else {
+            let accepted = accepted - provisional;
+            self.count_draft(draft.len(), accepted);
+            if ending.is_none() {
+                self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
+            }
+        }
+        self.commit(n, &output.logits[known * self.vocab_size..])?;
         Ok(ending)
     }
 
-    /// One distribution for each row of logits.
-    fn sample(&mut self, logits: &[f32]) -> Result<(), EngineError> {
-        self.distributions.clear();
-        let (prompt, output) = self.tokens.split_at(self.spec.prompt_tokens);
-        for (row, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
+    /// The tokens from index `from` on are committed; `logits` are the rows they were drawn from.
+    fn commit(&mut self, from: usize, logits: &[f32]) -> Result<(), EngineError> {
+        self.cached = self.tokens.len() - 1;
+        self.stats.completion_tokens += (self.tokens.len() - from) as u64;
+        let logprobs = self.logprobs(from, logits)?;
+        self.outbox.commit(&self.tokens[from..], logprobs);
+        Ok(())
+    }
+
+    /// One distribution for each row of logits from row `skip` on. Row 0 follows the view's first `history` tokens.
+    fn distributions(
+        &mut self,
+        logits: &[f32],
+        history: usize,
+        skip: usize,
+    ) -> Result<Vec<Distribution>, EngineError> {
+        let (prompt, output) = self.tokens[..history].split_at(self.spec.prompt_tokens);
+        let rows = logits.chunks_exact(self.vocab_size).enumerate().skip(skip);
+        rows.map(|(row, logits)| {
             let history = History {
                 prompt,
                 output,
                 pending: &self.input[1..=row],
             };
-            self.distributions
-                .push(self.sampler.distribution(logits, history)?);
-        }
-        Ok(())
+            self.sampler.distribution(logits, history)
+        })
+        .collect()
     }
 
-    /// Cuts what was committed from index `from` on at a stop token or at the limit.
+    fn count_draft(&mut self, proposed: usize, accepted: usize) {
+        self.stats.proposed_tokens += proposed as u64;
+        self.stats.accepted_tokens += accepted as u64;
+    }
+
+    /// Cuts what was added from index `from` on at a stop token or at the limit; says whether the text ends there.
     fn cut(&mut self, from: usize) -> Option<Ending> {
         let stops = &self.spec.stop_tokens;
         let is_stop = |token: &u32| stops.binary_search(token).is_ok();
@@ -393,38 +415,6 @@ impl Session {
         ending
     }
 
-    /// Answers the round's proposal, unless the session ended: then its end is the answer.
-    fn tell_verdict(
-        &mut self,
-        accepted: usize,
-        rejected: bool,
-        next_token: u32,
-        ending: Option<Ending>,
-    ) {
-        if rejected {
-            self.epoch += 1;
-            self.stats.rollbacks += 1;
-        }
-        if ending.is_none()
-            && let Some(link) = &mut self.link
-            && let Err(fault) = link.judge(self.epoch, accepted, next_token)
-        {
-            self.drop_link(fault);
-        }
-    }
-
-    /// Tells of a token committed alone.
-    fn tell_of_step(&mut self, ending: Option<Ending>) {
-        let Some(link) = &mut self.link else { return };
-        self.epoch += 1;
-        link.trust.stepped_alone();
-        if ending.is_none()
-            && let Err(fault) = link.catch_up(self.epoch, &self.tokens)
-        {
-            self.drop_link(fault);
-        }
-    }
-
     /// Log-probabilities of the tokens committed from index `from` on, when the session reports them.
     fn logprobs(&self, from: usize, logits: &[f32]) -> Result<Vec<TokenLogprobs>, EngineError> {
         let Some(count) = self.spec.sampling.logprobs else {
@@ -438,20 +428,16 @@ impl Session {
             .collect()
     }
 
-    /// Lets the draft go; the session goes on without it.
-    fn drop_link(&mut self, fault: Fault) {
-        if let Some(link) = self.link.take() {
-            tracing::debug!(session_id = %self.spec.id, %fault, "draft let go");
-            // A draft that is gone, or does not read, cannot be told why.
-            let _ = link.send(LinkEvent::Failed(fault));
-        }
-    }
-
     /// Ends the session and tells everybody. Its KV blocks must be free by now: who hears of the end may rely on it.
     pub(crate) fn finish(mut self, ending: Ending, failure: Option<Fault>) {
         if let Some(link) = self.link.take() {
-            // As above.
+            // A draft that is gone needs no word.
             let _ = link.send(LinkEvent::Closed(ending));
+        }
+        self.stats.divergence = self.oversight.divergence();
+        self.stats.confirm_length = self.oversight.confirm_length().unwrap_or(0);
+        if self.spec.mode != Mode::Dense {
+            self.stats.mask_p = self.spec.policy.p;
         }
         self.outbox.finish(ending, self.stats, failure);
     }

@@ -6,7 +6,7 @@ use specattn_proto::v1::SessionStats;
 use crate::draft_reads::DraftReads;
 
 /// Counters of one session, named as in the .proto file, where their meaning is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Stats {
     pub(crate) target_forwards: u64,
     pub(crate) proposed_tokens: u64,
@@ -20,6 +20,14 @@ pub(crate) struct Stats {
     pub(crate) prompt_tokens: u64,
     pub(crate) solo_forwards: u64,
     pub(crate) stale_proposals: u64,
+    pub(crate) check_forwards: u64,
+    pub(crate) kv_entries_checking: u64,
+    pub(crate) provisional_tokens: u64,
+    pub(crate) confirmed_tokens: u64,
+    /// Mean and samples.
+    pub(crate) divergence: (f64, u64),
+    pub(crate) mask_p: f32,
+    pub(crate) confirm_length: usize,
 }
 
 impl Stats {
@@ -27,6 +35,15 @@ impl Stats {
     pub(crate) fn add_forward(&mut self, kv: KvReads) {
         self.target_forwards += 1;
         self.kv += kv;
+    }
+
+    /// Says of a counted forward that it checked a run, `provisional` tokens long where it is provisional, of which the
+    /// first `accepted` at most were confirmed.
+    pub(crate) fn add_check(&mut self, kv: KvReads, provisional: usize, accepted: usize) {
+        self.check_forwards += 1;
+        self.kv_entries_checking += kv.read;
+        self.provisional_tokens += provisional as u64;
+        self.confirmed_tokens += accepted.min(provisional) as u64;
     }
 
     /// The counters as they travel, when an entry of the target's KV cache has `kv_entry_bytes` bytes.
@@ -51,6 +68,14 @@ impl Stats {
             draft_kv_entries_dense: self.draft.entries.dense,
             draft_kv_bytes_read: self.draft.bytes.read,
             draft_kv_bytes_dense: self.draft.bytes.dense,
+            check_forwards: self.check_forwards,
+            kv_entries_checking: self.kv_entries_checking,
+            provisional_tokens: self.provisional_tokens,
+            confirmed_tokens: self.confirmed_tokens,
+            kl_mean: self.divergence.0,
+            kl_samples: self.divergence.1,
+            mask_p: self.mask_p,
+            confirm_length: self.confirm_length as u32,
         }
     }
 }

@@ -11,6 +11,7 @@ use specattn_worker::convert;
 use crate::draft_link::{LinkEvent, ProposalPart, Verdict, Welcome};
 use crate::draft_reads::ClaimBound;
 use crate::events::{Ending, Event};
+use crate::oversight::Mode;
 use crate::session::SessionSpec;
 
 /// Checks an `OpenRequest` against the model.
@@ -37,6 +38,8 @@ pub(crate) fn session_spec(
     }
     let stops = validate::session_limits(request.limits.as_ref(), model.vocab_size)?;
     let policy = validate::mask_policy(request.mask.as_ref(), CheckedMaskPolicy::default())?;
+    let asked_p = request.mask.and_then(|mask| mask.mask_p);
+    let check = validate::check_policy(request.check.as_ref())?;
     let draft_length = validate::draft_length(request.draft_length)? as usize;
     let most = model.max_context.min(limits::MAX_SESSION_TOKENS);
     let limit = match stops.max_tokens {
@@ -57,7 +60,14 @@ pub(crate) fn session_spec(
         sampling: convert::sampling_params(sampling),
         stop_tokens,
         policy: convert::mask_policy(policy),
-        sparse: mode == v1::Mode::Sparse,
+        mask_p: asked_p,
+        mode: match mode {
+            v1::Mode::Dense | v1::Mode::Unspecified => Mode::Dense,
+            v1::Mode::Sparse => Mode::Sparse,
+            v1::Mode::Exact => Mode::Exact,
+        },
+        check,
+        provisional: request.provisional,
         draft_length,
     })
 }
@@ -180,6 +190,15 @@ pub(crate) fn open_response(event: Event, kv_entry_bytes: u32) -> Result<v1::Ope
             token_ids: tokens,
             logprobs: logprobs.into_iter().map(token_logprobs).collect(),
         }),
+        Event::Provisional { start, tokens } => {
+            open_response::Event::Provisional(v1::Provisional {
+                start: start as u64,
+                token_ids: tokens,
+            })
+        }
+        Event::RolledBack { to } => {
+            open_response::Event::RolledBack(v1::RolledBack { to: to as u64 })
+        }
         Event::Finished { ending, stats } => open_response::Event::Finished(v1::SessionFinished {
             reason: v1::FinishReason::from(ending).into(),
             stats: Some(stats.report(kv_entry_bytes)),
@@ -251,5 +270,6 @@ fn raw_verdict(verdict: Verdict) -> v1::Verdict {
         next_tokens: verdict.next_tokens,
         judged: verdict.judged,
         need_full_mask: verdict.need_full_mask,
+        mask_p: verdict.mask_p,
     }
 }

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
 use specattn_engine::sampling::{
-    CounterRng, Distribution, DraftToken, History, Sampler, SamplingParams, draft_token,
+    Candidate, CounterRng, Distribution, DraftToken, History, Sampler, SamplingParams, draft_token,
     verify_round,
 };
 use specattn_engine::{HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
@@ -114,7 +114,8 @@ impl<'a> Pair<'a> {
                 .collect::<Result<_, _>>()?;
             figures.rounds += 1;
             figures.expected_tokens += expected_tokens(&p, &draft);
-            let outcome = verify_round(&p, &draft, &rng, n as u64);
+            let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
+            let outcome = verify_round(&p, &candidates, &rng, n as u64);
             let used = (outcome.accepted + 1) * vocab_size;
             for (logits, figures) in masked.iter().zip(&mut figures.masks) {
                 figures.compare(&dense.logits[..used], &logits[..used], vocab_size);

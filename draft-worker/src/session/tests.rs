@@ -168,6 +168,7 @@ fn judged(base: usize, accepted: usize, next_token: u32, epoch: u64) -> Verdict 
         next_tokens: vec![next_token],
         judged: true,
         need_full_mask: false,
+        mask_p: None,
     }
 }
 
@@ -179,6 +180,7 @@ fn told(base: usize, tokens: &[u32], epoch: u64) -> Verdict {
         next_tokens: tokens.to_vec(),
         judged: false,
         need_full_mask: false,
+        mask_p: None,
     }
 }
 
@@ -412,6 +414,7 @@ fn masks_cover_the_targets_cache_and_can_start_over() {
         }
         bench.judge(Verdict {
             need_full_mask: lost,
+            mask_p: None,
             ..judged(proposal.base, 0, 5, round)
         });
     }
@@ -467,4 +470,58 @@ fn steps_between_captured_ones_read_the_drafts_own_selection() {
         assert_eq!(proposal.kv, read);
         bench.judge(judged(base, accepted, 5, 0));
     }
+}
+
+#[test]
+fn withdrawn_tokens_are_replaced_and_forgotten() {
+    let mut bench = Bench::new(spec(40));
+    bench.session.join(welcome()).unwrap();
+    bench.run();
+    bench.proposal();
+    bench.judge(judged(3, 4, 11, 0));
+    bench.run();
+    assert_eq!(bench.proposal().base, 8);
+    // What stands at 5 and later was provisional: another token comes in its place.
+    bench.judge(told(5, &[9, 1], 1));
+    assert_eq!(bench.session.tokens, [3, 1, 4, 6, 9, 9, 1]);
+    assert_eq!(bench.session.cached(), 5);
+    assert_eq!(bench.run()[0], [9, 1]);
+    let proposal = bench.proposal();
+    assert_eq!(
+        (proposal.base, proposal.epoch, proposal.pending_token),
+        (7, 1, 1)
+    );
+    // A verdict may repeat what stands before the first difference.
+    bench.judge(told(4, &[9, 9, 2], 2));
+    assert_eq!(bench.session.tokens, [3, 1, 4, 6, 9, 9, 2]);
+    bench.run();
+    assert_eq!(bench.proposal().pending_token, 2);
+    // The prompt cannot be withdrawn.
+    assert!(bench.session.judge(told(2, &[1], 3)).is_err());
+    assert!(bench.session.judge(told(8, &[1], 3)).is_err());
+}
+
+#[test]
+fn a_verdict_changes_the_mass_of_masks() {
+    let source = Source {
+        terms: vec![Term {
+            layer: 0,
+            head: 0,
+            weight: 1.0,
+        }],
+    };
+    let mut bench = Bench::new(spec(30));
+    let welcome = Welcome {
+        sources: vec![source],
+        ..welcome()
+    };
+    bench.session.join(welcome).unwrap();
+    bench.run();
+    bench.proposal();
+    let verdict = Verdict {
+        mask_p: Some(0.5),
+        ..judged(3, 4, 11, 0)
+    };
+    bench.judge(verdict);
+    assert!(format!("{:?}", bench.session.joined).contains("p: 0.5"));
 }

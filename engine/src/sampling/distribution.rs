@@ -102,10 +102,11 @@ impl Distribution {
         }
     }
 
-    /// The token at quantile `u` of norm(max(0, self − q)): what replaces a rejected token.
+    /// The token at quantile `u` of norm(max(0, self − q)): what replaces a rejected token. `q` gives the probabilities of
+    /// ids asked for in increasing order.
     ///
     /// Where nothing remains, which takes rounding in a near-certain acceptance, it is drawn from the distribution itself.
-    pub(super) fn sample_residual(&self, q: &SparseDistribution, u: f64) -> u32 {
+    pub(super) fn sample_residual(&self, q: impl FnMut(u32) -> f64 + Clone, u: f64) -> u32 {
         let recovered = match &self.form {
             Form::Single(token) => Some(*token),
             Form::Dense(probs) => {
@@ -118,6 +119,26 @@ impl Distribution {
             }
         };
         recovered.unwrap_or_else(|| self.sample(u))
+    }
+
+    /// Σ min(self, other): the probability that the rule of speculative sampling accepts a token drawn from one of the
+    /// two as the other's; one minus their total variation distance.
+    pub fn overlap(&self, other: &Self) -> f64 {
+        let shared = |id: u32, prob: f32| f64::from(prob.min(other.prob(id)));
+        match &self.form {
+            Form::Single(token) => shared(*token, 1.0),
+            Form::Dense(probs) => match &other.form {
+                Form::Dense(others) => {
+                    let pairs = probs.iter().zip(others);
+                    pairs.map(|(&a, &b)| f64::from(a.min(b))).sum()
+                }
+                _ => other.overlap(self),
+            },
+            Form::Sparse { ids, probs } => {
+                let entries = ids.iter().zip(probs);
+                entries.map(|(&id, &prob)| shared(id, prob)).sum()
+            }
+        }
     }
 
     /// The entries that `choose` keeps of the probabilities, in order of id, renormalised in f32.
@@ -183,19 +204,13 @@ fn quantile(probs: &[f32], u: f64) -> usize {
 
 fn draw_residual(
     entries: impl Iterator<Item = (u32, f32)> + Clone,
-    q: &SparseDistribution,
+    q: impl FnMut(u32) -> f64 + Clone,
     u: f64,
 ) -> Option<u32> {
-    let q_total = q.total();
     let excess = || {
-        let mut rest = q.ids.iter().zip(&q.probs).peekable();
-        entries.clone().map(move |(id, p)| {
-            while rest.next_if(|&(&q_id, _)| q_id < id).is_some() {}
-            let q_prob = rest
-                .next_if(|&(&q_id, _)| q_id == id)
-                .map_or(0.0, |(_, &prob)| f64::from(prob) / q_total);
-            (id, (f64::from(p) - q_prob).max(0.0))
-        })
+        let mut q = q.clone();
+        let entries = entries.clone();
+        entries.map(move |(id, p)| (id, (f64::from(p) - q(id)).max(0.0)))
     };
     let goal = u * excess().map(|(_, mass)| mass).sum::<f64>();
     let mut mass = 0.0;
@@ -254,17 +269,36 @@ mod tests {
             ids: vec![0, 3],
             probs: vec![0.75, 0.25],
         };
-        assert_eq!(p.sample_residual(&q, 0.0), 1);
-        assert_eq!(p.sample_residual(&q, 0.49), 1);
-        assert_eq!(p.sample_residual(&q, 0.51), 2);
-        assert_eq!(p.sample_residual(&q, 0.999), 2);
+        assert_eq!(p.sample_residual(q.walk(), 0.0), 1);
+        assert_eq!(p.sample_residual(q.walk(), 0.49), 1);
+        assert_eq!(p.sample_residual(q.walk(), 0.51), 2);
+        assert_eq!(p.sample_residual(q.walk(), 0.999), 2);
         // q above p everywhere it matters: nothing remains, so p itself.
         let p = Distribution::from_weights(vec![1.0, 0.0]).unwrap();
         let q = SparseDistribution {
             ids: vec![0],
             probs: vec![1.0],
         };
-        assert_eq!(p.sample_residual(&q, 0.5), 0);
+        assert_eq!(p.sample_residual(q.walk(), 0.5), 0);
+    }
+
+    #[test]
+    fn overlap_is_the_shared_mass_in_every_form() {
+        let weights = [0.5, 0.0, 0.25, 0.25];
+        let dense = Distribution::from_weights(weights.to_vec()).unwrap();
+        let sparse = Distribution::sparse(vec![0, 2, 3], vec![0.5, 0.25, 0.25]);
+        let other = Distribution::from_weights(vec![0.25, 0.5, 0.25, 0.0]).unwrap();
+        for one in [&dense, &sparse] {
+            assert!((one.overlap(&other) - 0.5).abs() < 1e-7);
+            assert!((other.overlap(one) - 0.5).abs() < 1e-7);
+            assert!((one.overlap(&dense) - 1.0).abs() < 1e-7);
+            assert_eq!(one.overlap(&Distribution::single(2)), 0.25);
+            assert_eq!(Distribution::single(1).overlap(one), 0.0);
+        }
+        assert_eq!(
+            Distribution::single(1).overlap(&Distribution::single(1)),
+            1.0
+        );
     }
 
     #[test]

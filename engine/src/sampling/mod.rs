@@ -5,10 +5,11 @@
 //! of (seed, position, purpose), see [`CounterRng`], so that any worker can replay any decision.
 //!
 //! All arithmetic here is plain IEEE f32 and f64 without fused operations, library functions or run-time dispatch (but
-//! for one logarithm in [`token_logprobs`]): equal inputs give equal bits on every machine.
+//! for the logarithms in [`token_logprobs`] and [`kl_divergence`]): equal inputs give equal bits on every machine.
 
 mod cutoff;
 mod distribution;
+mod divergence;
 mod logprobs;
 mod params;
 mod rng;
@@ -18,6 +19,7 @@ mod sparse;
 mod speculative;
 
 pub use distribution::Distribution;
+pub use divergence::kl_divergence;
 pub use logprobs::{TokenLogprobs, token_logprobs};
 pub use params::{
     MAX_ADDITIVE_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS,
@@ -26,4 +28,6 @@ pub use params::{
 pub use rng::{CounterRng, Purpose};
 pub use sampler::{History, Sampler};
 pub use sparse::{MAX_DRAFT_ENTRIES, SparseDistribution};
-pub use speculative::{DraftToken, RoundOutcome, check_draft, draft_token, verify_round};
+pub use speculative::{
+    Candidate, DraftToken, Origin, RoundOutcome, check_draft, draft_token, verify_round,
+};

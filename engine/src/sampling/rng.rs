@@ -1,4 +1,4 @@
-//! [`CounterRng`]: random numbers as a pure function of (seed, position, purpose).
+//! [`CounterRng`]: random numbers as a pure function of (seed, position, purpose, attempt).
 //!
 //! Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a keyed bijection of a 128-bit
 //! counter that passes BigCrush, in thirty lines. Chosen over chained SplitMix finalisers because position and purpose sit
@@ -8,10 +8,14 @@
 //! A draft worker needs the numbers for its own draws but must not foresee the target's: who knows the acceptance draw
 //! can propose what will pass. The draft's key is therefore a hash (SHA-256) of the seed, from which the seed cannot be
 //! computed; a seed from a small set can still be guessed, so secrecy needs a seed drawn at random.
+//!
+//! Decisions that commit a token are taken once per position. Draft tokens and provisional ones can be withdrawn and
+//! drawn again at the same position, perhaps from a distribution that what was withdrawn has shaped: they take the
+//! numbers of another *attempt* then, so that a draw never depends on an earlier one. Attempts are counted by the epoch.
 
 use sha2::{Digest, Sha256};
 
-/// What a random number is for. One number exists per (seed, position, purpose).
+/// What a random number is for. One number exists per (seed, position, purpose), level and attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Drawing a draft token from q.
@@ -41,6 +45,15 @@ impl Purpose {
 pub struct CounterRng {
     target_key: u64,
     draft_key: u64,
+    level: Level,
+    attempt: u32,
+}
+
+/// Who decides by a number: part of the replayable format, never to be renumbered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Committing = 0,
+    Provisional = 4,
 }
 
 impl CounterRng {
@@ -49,6 +62,8 @@ impl CounterRng {
         Self {
             target_key: seed,
             draft_key: derive_draft_key(seed),
+            level: Level::Committing,
+            attempt: 0,
         }
     }
 
@@ -58,6 +73,25 @@ impl CounterRng {
         Self {
             target_key: derive_draft_key(draft_seed),
             draft_key: draft_seed,
+            level: Level::Committing,
+            attempt: 0,
+        }
+    }
+
+    /// The numbers of another attempt, named by the `epoch` it is made in (its low 32 bits).
+    pub fn attempt(self, epoch: u64) -> Self {
+        Self {
+            attempt: epoch as u32,
+            ..self
+        }
+    }
+
+    /// The numbers that accept, recover and add tokens provisionally, in an attempt named by the `epoch`: none of them
+    /// agrees with one that commits.
+    pub fn provisional(self, epoch: u64) -> Self {
+        Self {
+            level: Level::Provisional,
+            ..self.attempt(epoch)
         }
     }
 
@@ -68,11 +102,16 @@ impl CounterRng {
 
     /// The number for `purpose` at token index `position` (prompt included): uniform over multiples of 2⁻⁵³ in [0, 1).
     pub fn uniform(&self, position: u64, purpose: Purpose) -> f64 {
-        let key = match purpose {
-            Purpose::Draft => self.draft_key,
-            Purpose::Accept | Purpose::Recover | Purpose::Bonus => self.target_key,
+        let (key, level) = match purpose {
+            Purpose::Draft => (self.draft_key, Level::Committing),
+            Purpose::Accept | Purpose::Recover | Purpose::Bonus => (self.target_key, self.level),
         };
-        let counter = [position as u32, (position >> 32) as u32, purpose.word(), 0];
+        let counter = [
+            position as u32,
+            (position >> 32) as u32,
+            purpose.word() + level as u32,
+            self.attempt,
+        ];
         let block = philox4x32_10(counter, [key as u32, (key >> 32) as u32]);
         let bits = u64::from(block[0]) << 32 | u64::from(block[1]);
         const UNIT: f64 = 1.0 / (1_u64 << 53) as f64;
@@ -172,10 +211,33 @@ mod tests {
                 target.uniform(position, Purpose::Accept)
             );
         }
+        // A draft's numbers are the same at both levels of the target, and others in another attempt.
+        assert_eq!(
+            draft.attempt(5).uniform(9, Purpose::Draft),
+            target.provisional(5).uniform(9, Purpose::Draft)
+        );
+        assert_ne!(
+            draft.attempt(5).uniform(9, Purpose::Draft),
+            draft.uniform(9, Purpose::Draft)
+        );
         // Positions beyond 32 bits are counted apart.
         assert_ne!(
             target.uniform(1, Purpose::Draft),
             target.uniform((1 << 32) + 1, Purpose::Draft)
         );
+    }
+
+    #[test]
+    fn levels_and_attempts_share_no_number() {
+        let rng = CounterRng::new(42);
+        let purposes = [Purpose::Accept, Purpose::Recover, Purpose::Bonus];
+        let rngs = [rng, rng.provisional(0), rng.provisional(1)];
+        let mut numbers: Vec<u64> = rngs
+            .iter()
+            .flat_map(|rng| purposes.map(|purpose| rng.uniform(3, purpose).to_bits()))
+            .collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        assert_eq!(numbers.len(), 9);
     }
 }

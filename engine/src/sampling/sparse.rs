@@ -87,6 +87,17 @@ impl SparseDistribution {
         self.ids.last().copied().unwrap_or(0)
     }
 
+    /// The probabilities, renormalised, of ids asked for in increasing order.
+    pub(super) fn walk(&self) -> impl FnMut(u32) -> f64 + Clone {
+        let total = self.total();
+        let mut rest = self.ids.iter().zip(&self.probs).peekable();
+        move |id| {
+            while rest.next_if(|&(&own, _)| own < id).is_some() {}
+            rest.next_if(|&(&own, _)| own == id)
+                .map_or(0.0, |(_, &prob)| f64::from(prob) / total)
+        }
+    }
+
     /// The sum of the probabilities in f64, in order: the same bits on every machine.
     pub(super) fn total(&self) -> f64 {
         self.probs.iter().map(|&prob| f64::from(prob)).sum()

@@ -21,6 +21,55 @@ pub struct DraftToken {
     pub q: Option<SparseDistribution>,
 }
 
+/// What a proposed token was drawn from.
+#[derive(Debug, Clone, Copy)]
+pub enum Origin<'a> {
+    /// The token was certain: a greedy draft's.
+    Certain,
+    /// A draft's distribution.
+    Draft(&'a SparseDistribution),
+    /// A distribution of the target's own, read sparsely: a provisional token's.
+    Target(&'a Distribution),
+}
+
+/// A proposed token, ready to be judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidate<'a> {
+    /// The token.
+    pub token: u32,
+    /// What it was drawn from.
+    pub origin: Origin<'a>,
+}
+
+impl<'a> From<&'a DraftToken> for Candidate<'a> {
+    fn from(draft: &'a DraftToken) -> Self {
+        Self {
+            token: draft.token,
+            origin: draft.q.as_ref().map_or(Origin::Certain, Origin::Draft),
+        }
+    }
+}
+
+impl Candidate<'_> {
+    /// The probability q with which the token was drawn.
+    fn prob(&self) -> f64 {
+        match self.origin {
+            Origin::Certain => 1.0,
+            Origin::Draft(q) => q.prob(self.token),
+            Origin::Target(q) => f64::from(q.prob(self.token)),
+        }
+    }
+
+    /// The recovered token in its place, at quantile `u` of norm(max(0, p − q)).
+    fn recovered(&self, p: &Distribution, u: f64) -> u32 {
+        match self.origin {
+            Origin::Certain => p.sample_residual(|id| f64::from(u8::from(id == self.token)), u),
+            Origin::Draft(q) => p.sample_residual(q.walk(), u),
+            Origin::Target(q) => p.sample_residual(|id| f64::from(q.prob(id)), u),
+        }
+    }
+}
+
 /// What a round came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RoundOutcome {
@@ -87,57 +136,41 @@ pub fn check_draft(
     Ok(())
 }
 
-/// Judges a round: `target` holds p after the committed tokens and after each draft token, γ + 1 in all; `position` is the
-/// index of the first draft token. The draft has passed [`check_draft`].
+/// Judges a round: `target` holds p after the committed tokens and after each proposed token, γ + 1 in all; `position` is
+/// the index of the first proposed token. A draft has passed [`check_draft`].
 ///
 /// With γ = 0 it samples the next token of a step without a draft.
 ///
 /// # Panics
-/// When `target` is not one longer than `draft`: both are the caller's own.
+/// When `target` is not one longer than `proposed`: both are the caller's own.
 pub fn verify_round(
     target: &[Distribution],
-    draft: &[DraftToken],
+    proposed: &[Candidate<'_>],
     rng: &CounterRng,
     position: u64,
 ) -> RoundOutcome {
     assert_eq!(
         target.len(),
-        draft.len() + 1,
+        proposed.len() + 1,
         "γ + 1 distributions judge γ tokens"
     );
-    for (index, (p, draft)) in target.iter().zip(draft).enumerate() {
+    for (index, (p, candidate)) in target.iter().zip(proposed).enumerate() {
         let position = position + index as u64;
-        let q_prob = match &draft.q {
-            Some(q) => q.prob(draft.token),
-            None => 1.0,
-        };
+        let q_prob = candidate.prob();
         // u < p / q without the division; a token that q cannot give is never accepted.
         let u = rng.uniform(position, Purpose::Accept);
-        if q_prob > 0.0 && u * q_prob < f64::from(p.prob(draft.token)) {
+        if q_prob > 0.0 && u * q_prob < f64::from(p.prob(candidate.token)) {
             continue;
         }
-        let u = rng.uniform(position, Purpose::Recover);
-        let next_token = match &draft.q {
-            Some(q) => p.sample_residual(q, u),
-            None => p.sample_residual(&certain(draft.token), u),
-        };
         return RoundOutcome {
             accepted: index,
-            next_token,
+            next_token: candidate.recovered(p, rng.uniform(position, Purpose::Recover)),
         };
     }
-    let u = rng.uniform(position + draft.len() as u64, Purpose::Bonus);
+    let u = rng.uniform(position + proposed.len() as u64, Purpose::Bonus);
     RoundOutcome {
-        accepted: draft.len(),
-        next_token: target[draft.len()].sample(u),
-    }
-}
-
-/// All probability on one token: what a draft token without q was drawn from.
-fn certain(token: u32) -> SparseDistribution {
-    SparseDistribution {
-        ids: vec![token],
-        probs: vec![1.0],
+        accepted: proposed.len(),
+        next_token: target[proposed.len()].sample(u),
     }
 }
 

@@ -316,3 +316,25 @@ async fn draining_refuses_new_sessions_and_ends() {
     world.gateway.kill().await;
     drop(world.worker);
 }
+
+#[tokio::test]
+async fn a_look_ahead_comes_with_its_text_and_is_withdrawn() {
+    let script = Script {
+        looks_ahead: true,
+        pace: Duration::from_millis(30),
+        ..says(" the end of it", 2)
+    };
+    let tokens = script.tokens.clone();
+    let mut world = world(script).await;
+    let mut asked = request(tokens.len() as u32);
+    asked.provisional = true;
+    let got = read(world.client.generate(asked).await.unwrap()).await;
+    assert_eq!(got.tokens, tokens);
+    assert!(world.verify.opened()[0].provisional);
+    let first = &got.ahead[0];
+    assert_eq!((first.start, &first.token_ids[..2]), (0, &tokens[..2]));
+    // The third token shown was another: all but its text is the completion's.
+    let shown = first.text.chars().zip(got.text.chars());
+    assert!(shown.take_while(|(shown, said)| shown == said).count() > 0);
+    assert_eq!(got.withdrawn, [2]);
+}

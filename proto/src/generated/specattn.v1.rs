@@ -71,7 +71,7 @@ pub struct DraftPolicy {
 /// How masks are made (DESIGN section 4). Absent fields take the gateway's defaults.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct MaskPolicy {
-    /// Probability mass that a selection must reach, in (0, 1\].
+    /// Probability mass that a selection must reach, in (0, 1\]; absent in exact mode: chosen online.
     #[prost(float, optional, tag = "1")]
     pub mask_p: ::core::option::Option<f32>,
     /// First positions always kept, 0 to 65,536.
@@ -83,6 +83,19 @@ pub struct MaskPolicy {
     /// A group of this many consecutive positions is kept when any member is; 1 to 256.
     #[prost(uint32, optional, tag = "4")]
     pub granularity: ::core::option::Option<u32>,
+}
+/// How dense passes check what masked ones did. Every such pass rewrites the KV entries of the tokens it covers.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct CheckPolicy {
+    /// Exact mode: provisional tokens that are confirmed at a time, 1 to 64; absent: chosen online.
+    #[prost(uint32, optional, tag = "1")]
+    pub confirm_length: ::core::option::Option<u32>,
+    /// Sparse mode: a dense pass after this many committed tokens, 1 to 64; absent: none, or every 64 where max_kl is given.
+    #[prost(uint32, optional, tag = "2")]
+    pub refresh_every: ::core::option::Option<u32>,
+    /// Sparse mode: most KL(dense ‖ sparse) in nats per token, on average, in (0, 10\]; mask_p is adapted to stay under it.
+    #[prost(float, optional, tag = "3")]
+    pub max_kl: ::core::option::Option<f32>,
 }
 /// The probability of a token and of the most probable alternatives, natural logarithms of the model's own
 /// distribution (before penalties, bias, temperature and truncation).
@@ -99,7 +112,7 @@ pub struct TokenLogprobs {
 }
 /// What one session cost. Counters cover the time from Open to now; prompt processing (prefill) is not part of the
 /// KV counters: no mode prunes it, and every mode reads the same there.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct SessionStats {
     /// Target forward passes after the prompt: verifications and steps taken alone.
     #[prost(uint64, tag = "1")]
@@ -153,6 +166,28 @@ pub struct SessionStats {
     pub draft_kv_bytes_read: u64,
     #[prost(uint64, tag = "18")]
     pub draft_kv_bytes_dense: u64,
+    /// Dense passes that confirmed provisional tokens or refreshed sparse ones (part of target_forwards).
+    #[prost(uint64, tag = "20")]
+    pub check_forwards: u64,
+    /// KV entries that those passes read (part of kv_entries_read).
+    #[prost(uint64, tag = "21")]
+    pub kv_entries_checking: u64,
+    /// Exact mode: provisional tokens that confirming passes judged, and those of them that were committed.
+    #[prost(uint64, tag = "22")]
+    pub provisional_tokens: u64,
+    #[prost(uint64, tag = "23")]
+    pub confirmed_tokens: u64,
+    /// Mean KL(dense ‖ sparse) in nats per token over kl_samples tokens of refreshing passes; 0 without samples.
+    #[prost(double, tag = "24")]
+    pub kl_mean: f64,
+    #[prost(uint64, tag = "25")]
+    pub kl_samples: u64,
+    /// Mask policy in force at the end; 0 where masks are not used.
+    #[prost(float, tag = "26")]
+    pub mask_p: f32,
+    /// Exact mode: provisional tokens confirmed at a time, at the end; 0 in other modes.
+    #[prost(uint32, tag = "27")]
+    pub confirm_length: u32,
 }
 /// What a model is, as far as its partner must know.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -215,6 +250,9 @@ pub enum Mode {
     Dense = 1,
     /// Masked attention by the draft's top-p selections: approximate, fewer KV reads.
     Sparse = 2,
+    /// Masked attention proposes, a dense pass over the run of proposed tokens confirms: exactly the target's distribution,
+    /// at a fraction of the KV reads (DESIGN section 6).
+    Exact = 3,
 }
 impl Mode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -226,6 +264,7 @@ impl Mode {
             Self::Unspecified => "MODE_UNSPECIFIED",
             Self::Dense => "MODE_DENSE",
             Self::Sparse => "MODE_SPARSE",
+            Self::Exact => "MODE_EXACT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -234,6 +273,7 @@ impl Mode {
             "MODE_UNSPECIFIED" => Some(Self::Unspecified),
             "MODE_DENSE" => Some(Self::Dense),
             "MODE_SPARSE" => Some(Self::Sparse),
+            "MODE_EXACT" => Some(Self::Exact),
             _ => None,
         }
     }
@@ -737,6 +777,11 @@ pub struct GenerateRequest {
     /// Milliseconds from arrival after which the session ends with FINISH_REASON_DEADLINE; absent: none.
     #[prost(uint64, optional, tag = "9")]
     pub deadline_ms: ::core::option::Option<u64>,
+    #[prost(message, optional, tag = "10")]
+    pub check: ::core::option::Option<CheckPolicy>,
+    /// Send ProvisionalDelta and Withdrawn too (exact mode).
+    #[prost(bool, tag = "11")]
+    pub provisional: bool,
     #[prost(oneof = "generate_request::Prompt", tags = "1, 2")]
     pub prompt: ::core::option::Option<generate_request::Prompt>,
 }
@@ -754,7 +799,7 @@ pub mod generate_request {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateResponse {
-    #[prost(oneof = "generate_response::Event", tags = "1, 2, 3")]
+    #[prost(oneof = "generate_response::Event", tags = "1, 2, 3, 4, 5")]
     pub event: ::core::option::Option<generate_response::Event>,
 }
 /// Nested message and enum types in `GenerateResponse`.
@@ -767,6 +812,10 @@ pub mod generate_response {
         Delta(super::Delta),
         #[prost(message, tag = "3")]
         Finished(super::Finished),
+        #[prost(message, tag = "4")]
+        Provisional(super::ProvisionalDelta),
+        #[prost(message, tag = "5")]
+        Withdrawn(super::Withdrawn),
     }
 }
 /// The session was opened at a verify worker.
@@ -796,6 +845,25 @@ pub struct Delta {
     /// One per token when asked for, else empty.
     #[prost(message, repeated, tag = "4")]
     pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
+}
+/// A look ahead of the committed tokens: all that are provisional now, in place of what an earlier one said. Most become
+/// committed; a Delta or a RolledBack tells.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProvisionalDelta {
+    /// Index of the first token among the completion's tokens: the number committed.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint32, repeated, tag = "2")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Their text after the committed one, as far as it is certain; stop strings are not looked for.
+    #[prost(string, tag = "3")]
+    pub text: ::prost::alloc::string::String,
+}
+/// Provisional tokens from this index among the completion's tokens on were withdrawn, and their text.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Withdrawn {
+    #[prost(uint64, tag = "1")]
+    pub to: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Finished {
@@ -911,7 +979,8 @@ pub mod generation_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Continues a prompt. The stream is: one Started, any number of Delta, one Finished. Dropping the stream cancels.
+        /// Continues a prompt. The stream is: one Started, any number of Delta (and, where they were asked for, ProvisionalDelta
+        /// and Withdrawn), one Finished. Dropping the stream cancels.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
         /// RESOURCE_EXHAUSTED: no room now. UNAVAILABLE: no verify worker, or it was lost.
         pub async fn generate(
@@ -981,7 +1050,8 @@ pub mod generation_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// Continues a prompt. The stream is: one Started, any number of Delta, one Finished. Dropping the stream cancels.
+        /// Continues a prompt. The stream is: one Started, any number of Delta (and, where they were asked for, ProvisionalDelta
+        /// and Withdrawn), one Finished. Dropping the stream cancels.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
         /// RESOURCE_EXHAUSTED: no room now. UNAVAILABLE: no verify worker, or it was lost.
         async fn generate(
@@ -1715,16 +1785,21 @@ pub struct OpenRequest {
     pub limits: ::core::option::Option<Limits>,
     #[prost(enumeration = "Mode", tag = "6")]
     pub mode: i32,
-    /// All fields present.
+    /// All fields present, but for mask_p in exact mode where it is to be chosen online.
     #[prost(message, optional, tag = "7")]
     pub mask: ::core::option::Option<MaskPolicy>,
     /// Most draft tokens to verify per round, 0 to 16.
     #[prost(uint32, tag = "8")]
     pub draft_length: u32,
+    #[prost(message, optional, tag = "9")]
+    pub check: ::core::option::Option<CheckPolicy>,
+    /// Tell of provisional tokens too.
+    #[prost(bool, tag = "10")]
+    pub provisional: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenResponse {
-    #[prost(oneof = "open_response::Event", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "open_response::Event", tags = "1, 2, 3, 4, 5")]
     pub event: ::core::option::Option<open_response::Event>,
 }
 /// Nested message and enum types in `OpenResponse`.
@@ -1739,6 +1814,8 @@ pub mod open_response {
         RolledBack(super::RolledBack),
         #[prost(message, tag = "4")]
         Finished(super::SessionFinished),
+        #[prost(message, tag = "5")]
+        Provisional(super::Provisional),
     }
 }
 /// The session exists; a draft may join.
@@ -1755,13 +1832,23 @@ pub struct Committed {
     #[prost(message, repeated, tag = "3")]
     pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
 }
+/// Tokens that masked attention let through and no dense pass has confirmed yet: all there are, in place of what an
+/// earlier Provisional said.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Provisional {
+    /// Index of the first token among all tokens of the session: the number of committed tokens.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint32, repeated, tag = "2")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
+}
 /// Provisional tokens from index `to` on are withdrawn. Committed tokens never are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RolledBack {
     #[prost(uint64, tag = "1")]
     pub to: u64,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct SessionFinished {
     #[prost(enumeration = "FinishReason", tag = "1")]
     pub reason: i32,
@@ -1877,7 +1964,7 @@ pub struct Welcome {
     /// Most draft tokens per round.
     #[prost(uint32, tag = "5")]
     pub draft_length: u32,
-    /// All fields present.
+    /// All fields present. A Verdict may change mask_p.
     #[prost(message, optional, tag = "6")]
     pub mask: ::core::option::Option<MaskPolicy>,
     #[prost(message, optional, tag = "7")]
@@ -1902,29 +1989,34 @@ pub struct SourceTerm {
     #[prost(float, tag = "3")]
     pub weight: f32,
 }
-/// Answers a proposal, or tells of progress made without one.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// Answers a proposal, or tells of progress made without one. In exact mode the tokens it speaks of may be provisional: to
+/// the draft they are like committed ones, until a verdict with an earlier base and a higher epoch replaces them.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Verdict {
     /// The session's epoch after this verdict.
     #[prost(uint64, tag = "1")]
     pub epoch: u64,
-    /// Committed tokens before the verdict: the proposal's base; when the proposal was stale or there was none, the
-    /// first index the draft may not know.
+    /// Tokens before the verdict: the proposal's base; when judged is false, the first index at which the draft may hold
+    /// another token or none. It may lie below tokens that earlier verdicts told of: those are withdrawn.
     #[prost(uint64, tag = "2")]
     pub base: u64,
     /// Draft tokens accepted, 0 to γ; 0 when there was no proposal to judge.
     #[prost(uint32, tag = "3")]
     pub accepted: u32,
-    /// Tokens committed after the accepted ones: the recovered or bonus token of a round; for a stale or absent proposal
-    /// every committed token from `base` on.
+    /// Tokens after the accepted ones: the recovered or bonus token of a round; when judged is false every token of the
+    /// session from `base` on.
     #[prost(uint32, repeated, tag = "4")]
     pub next_tokens: ::prost::alloc::vec::Vec<u32>,
-    /// True when the proposal was judged; false when it was stale or when the verify worker went on alone.
+    /// True when the proposal was judged; false when it was stale, when provisional tokens before it were withdrawn, or
+    /// when the verify worker went on alone.
     #[prost(bool, tag = "5")]
     pub judged: bool,
     /// The mask could not be decoded for want of its base: send a full one next.
     #[prost(bool, tag = "6")]
     pub need_full_mask: bool,
+    /// The mass that masks must reach from the next proposal on, in (0, 1\]; absent: as before.
+    #[prost(float, optional, tag = "7")]
+    pub mask_p: ::core::option::Option<f32>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SessionClosed {
@@ -2040,7 +2132,8 @@ pub mod verify_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Opens a session and streams its events to the gateway: Opened, then Committed and RolledBack, then Finished.
+        /// Opens a session and streams its events to the gateway: Opened, then Committed (and, where
+        /// they were asked for, Provisional and RolledBack), then Finished.
         /// Dropping the stream ends the session and frees its KV blocks.
         /// ALREADY_EXISTS: session id in use. RESOURCE_EXHAUSTED: no KV blocks or session slots. INVALID_ARGUMENT: see fields.
         pub async fn open(
@@ -2162,7 +2255,8 @@ pub mod verify_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// Opens a session and streams its events to the gateway: Opened, then Committed and RolledBack, then Finished.
+        /// Opens a session and streams its events to the gateway: Opened, then Committed (and, where
+        /// they were asked for, Provisional and RolledBack), then Finished.
         /// Dropping the stream ends the session and frees its KV blocks.
         /// ALREADY_EXISTS: session id in use. RESOURCE_EXHAUSTED: no KV blocks or session slots. INVALID_ARGUMENT: see fields.
         async fn open(

@@ -112,7 +112,8 @@ fn mask_policy_fills_in_defaults() {
 fn modes_are_known_and_given() {
     assert_eq!(mode(1).unwrap(), v1::Mode::Dense);
     assert_eq!(mode(2).unwrap(), v1::Mode::Sparse);
-    for bad in [0, 3, -1, i32::MAX] {
+    assert_eq!(mode(3).unwrap(), v1::Mode::Exact);
+    for bad in [0, 4, -1, i32::MAX] {
         assert!(mode(bad).is_err(), "{bad}");
     }
 }
@@ -164,4 +165,30 @@ fn models_say_what_they_are() {
         ..model
     };
     assert!(model_info(Some(empty)).is_err());
+}
+
+#[test]
+fn check_policies_have_ranges_and_survive_the_wire() {
+    assert_eq!(check_policy(None).unwrap(), CheckedCheckPolicy::default());
+    let full = v1::CheckPolicy {
+        confirm_length: Some(64),
+        refresh_every: Some(1),
+        max_kl: Some(0.01),
+    };
+    let checked = check_policy(Some(&full)).unwrap();
+    assert_eq!(v1::CheckPolicy::from(checked), full);
+    type Spoil = fn(&mut v1::CheckPolicy);
+    let spoilers: [(&str, Spoil); 6] = [
+        ("confirm_length", |c| c.confirm_length = Some(0)),
+        ("confirm_length", |c| c.confirm_length = Some(65)),
+        ("refresh_every", |c| c.refresh_every = Some(0)),
+        ("max_kl", |c| c.max_kl = Some(0.0)),
+        ("max_kl", |c| c.max_kl = Some(f32::NAN)),
+        ("max_kl", |c| c.max_kl = Some(11.0)),
+    ];
+    for (field, spoil) in spoilers {
+        let mut raw = full;
+        spoil(&mut raw);
+        assert_eq!(check_policy(Some(&raw)).unwrap_err().field, field);
+    }
 }

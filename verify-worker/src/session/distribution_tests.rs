@@ -1,19 +1,23 @@
-//! Sampled dense output has the target's distribution: a chi-square test over whole sessions, with real models.
+//! Sampled dense and exact output has the target's distribution: a chi-square test over whole sessions, with real models.
 //!
-//! Target and draft are tiny random checkpoints of one vocabulary. Every session draws three tokens under its own seed,
-//! through proposals, verdicts, rejections and bonus tokens; how often each triple came is compared with its
-//! probability, computed from the target's logits alone.
+//! Target and draft are tiny random checkpoints of one vocabulary, and a third stands for the target as masked passes see
+//! it: no mask could make them differ more. Every session draws some tokens under its own seed, through proposals,
+//! verdicts, rejections, bonus tokens, confirmations and withdrawals; how often each triple of first tokens came is
+//! compared with its probability, computed from the target's logits alone.
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use safetensors::tensor::{Dtype, TensorView};
 use specattn_engine::sampling::draft_token;
 use specattn_engine::{LoadOptions, Model, Step};
+use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::*;
+use crate::draft_link::{LinkId, NewLink, ProposalPart};
 use crate::draft_reads::DraftReads;
 use crate::events;
 
@@ -125,27 +129,100 @@ impl Oracle {
     }
 }
 
-/// Runs one session; the tokens it drew.
-fn draw(params: &SamplingParams, target: &mut Oracle, draft: &mut Oracle) -> [u32; DRAWN] {
+/// The models of a session.
+struct Models {
+    target: Oracle,
+    /// The target in masked passes.
+    masked: Oracle,
+    draft: Oracle,
+}
+
+/// What a session is asked.
+#[derive(Clone)]
+struct Ask {
+    mode: Mode,
+    confirm_length: Option<u32>,
+    /// Tokens drawn, at least three.
+    tokens: usize,
+    params: SamplingParams,
+}
+
+/// What a draft worker would send.
+fn propose(
+    session: &Session,
+    sampler: &mut Sampler,
+    rng: &CounterRng,
+    draft: &mut Oracle,
+) -> ProposalPart {
+    let n = session.tokens.len();
+    let mut text = session.tokens.clone();
+    let mut q = Vec::new();
+    for _ in 0..2 {
+        let history = History {
+            prompt: &PROMPT,
+            output: &session.tokens[PROMPT.len()..],
+            pending: &text[n..],
+        };
+        let distribution = sampler.distribution(&draft.logits(&text), history).unwrap();
+        let rng = rng.attempt(session.epoch);
+        let (token, entries) = draft_token(&distribution, Q_ENTRIES, &rng, text.len() as u64);
+        text.push(token);
+        q.push(entries);
+    }
+    // Each message brings a mask of its own, complete in itself.
+    let mask = RoundMask {
+        context_len: n - 1,
+        granularity: 1,
+        sources: vec![PositionSet::from_positions(n - 1, [0])],
+    };
+    let mask = match session.spec.mode {
+        Mode::Dense => Vec::new(),
+        Mode::Sparse | Mode::Exact => Encoder::new().encode(&mask),
+    };
+    ProposalPart {
+        epoch: session.epoch,
+        base: n as u64,
+        sequence: 0,
+        pending_token: text[n - 1],
+        offset: 0,
+        tokens: text[n..].to_vec(),
+        q,
+        mask,
+        last: true,
+        reads: DraftReads::default(),
+    }
+}
+
+/// Runs one session; the first tokens it drew, and whether any were withdrawn on the way.
+fn draw(ask: &Ask, seed: u64, models: &mut Models) -> ([u32; DRAWN], bool) {
     let spec = SessionSpec {
         id: SessionId::from_bits(1),
         tokens: PROMPT.to_vec(),
         prompt_tokens: PROMPT.len(),
-        limit: PROMPT.len() + DRAWN,
-        sampling: params.clone(),
+        limit: PROMPT.len() + ask.tokens,
+        sampling: SamplingParams {
+            seed,
+            ..ask.params.clone()
+        },
         stop_tokens: Vec::new(),
         policy: MaskPolicy::default(),
-        sparse: false,
+        mask_p: None,
+        mode: ask.mode,
+        check: CheckedCheckPolicy {
+            confirm_length: ask.confirm_length,
+            ..CheckedCheckPolicy::default()
+        },
+        provisional: false,
         draft_length: 2,
     };
     let (outbox, _events) = events::channel(PROMPT.len(), Duration::ZERO, || {});
     let mut session = Session::new(spec, VOCAB, outbox).unwrap();
-    let (sender, mut verdicts) = mpsc::channel(8);
+    let (sender, mut verdicts) = mpsc::channel(32);
     let new = NewLink {
         id: LinkId(1),
         sender,
         slots: Arc::new(Semaphore::new(1)),
-        timeout: std::time::Duration::from_secs(1),
+        timeout: Duration::from_secs(1),
     };
     let map = Arc::new(LayerMap::proportional(1, 1, 1, 1));
     session.join(new, PROMPT.len() as u64, map).unwrap();
@@ -157,54 +234,31 @@ fn draw(params: &SamplingParams, target: &mut Oracle, draft: &mut Oracle) -> [u3
     let now = Instant::now();
     let mut sequence = 0;
     loop {
-        let n = session.tokens.len();
-        if session.cached() + 1 == n {
-            // What a draft worker would send.
-            let mut text = session.tokens.clone();
-            let mut q = Vec::new();
-            for _ in 0..2 {
-                let history = History {
-                    prompt: &PROMPT,
-                    output: &session.tokens[PROMPT.len()..],
-                    pending: &text[n..],
-                };
-                let distribution = sampler.distribution(&draft.logits(&text), history).unwrap();
-                let (token, entries) =
-                    draft_token(&distribution, Q_ENTRIES, &rng, text.len() as u64);
-                text.push(token);
-                q.push(entries);
-            }
+        if session.cached() + 1 == session.tokens.len() {
             sequence += 1;
-            session.receive(
-                LinkId(1),
-                ProposalPart {
-                    epoch: session.epoch,
-                    base: n as u64,
-                    sequence,
-                    pending_token: text[n - 1],
-                    offset: 0,
-                    tokens: text[n..].to_vec(),
-                    q,
-                    mask: Vec::new(),
-                    last: true,
-                    reads: DraftReads::default(),
-                },
-            );
+            let part = propose(&session, &mut sampler, &rng, &mut models.draft);
+            session.receive(LinkId(1), ProposalPart { sequence, ..part });
         }
         assert_eq!(session.plan(now), Plan::Run);
         let past = session.cached();
         let text = [&session.tokens[..past], session.input()].concat();
+        let oracle = match session.lists() {
+            Some(_) => &mut models.masked,
+            None => &mut models.target,
+        };
         let mut output = StepOutput::default();
-        if session.logit_rows() == LogitRows::All {
+        if session.logit_rows() == LogitRows::Verify {
             for end in past + 1..=text.len() {
-                output.logits.extend(target.logits(&text[..end]));
+                output.logits.extend(oracle.logits(&text[..end]));
             }
         }
         let ended = session.settle(&output).unwrap();
         assert!(session.link.is_some(), "no proposal was malformed");
         if ended.is_some() {
-            let drawn = &session.tokens[PROMPT.len()..];
-            return drawn.try_into().unwrap();
+            let drawn = &session.tokens[PROMPT.len()..][..DRAWN];
+            let stats = session.stats;
+            let withdrawn = stats.confirmed_tokens < stats.provisional_tokens;
+            return (drawn.try_into().unwrap(), withdrawn);
         }
     }
 }
@@ -238,24 +292,29 @@ fn expected(params: &SamplingParams, target: &mut Oracle) -> HashMap<[u32; DRAWN
     all
 }
 
-/// Pearson's statistic over triples; those expected fewer than eight times are taken together.
-fn check(params: &SamplingParams) {
-    let (mut target, mut draft) = (Oracle::new(1), Oracle::new(2));
-    let expected = expected(params, &mut target);
+/// Pearson's statistic over triples, and its distribution's 0.9999 quantile; triples expected fewer than eight times are
+/// taken together.
+fn statistic(ask: &Ask) -> (f64, f64) {
+    let mut models = Models {
+        target: Oracle::new(1),
+        masked: Oracle::new(3),
+        draft: Oracle::new(2),
+    };
+    let expected = expected(&ask.params, &mut models.target);
     let mut seen: HashMap<[u32; DRAWN], u64> = HashMap::new();
+    let mut withdrawals = 0;
     for seed in 0..SESSIONS {
-        let params = SamplingParams {
-            seed,
-            ..params.clone()
-        };
-        *seen
-            .entry(draw(&params, &mut target, &mut draft))
-            .or_default() += 1;
+        let (triple, withdrawn) = draw(ask, seed, &mut models);
+        *seen.entry(triple).or_default() += 1;
+        withdrawals += u64::from(withdrawn);
     }
-    assert!(
-        seen.keys().all(|triple| expected.contains_key(triple)),
-        "an impossible triple"
-    );
+    if ask.mode == Mode::Exact {
+        assert!(withdrawals > SESSIONS / 10, "the models hardly differ");
+    }
+    let mut impossible = 0.0;
+    for triple in seen.keys() {
+        impossible += f64::from(u8::from(!expected.contains_key(triple)));
+    }
     let (mut statistic, mut cells) = (0.0, 0.0);
     let (mut rare_seen, mut rare_expected) = (0.0, 0.0);
     for (triple, probability) in &expected {
@@ -273,28 +332,35 @@ fn check(params: &SamplingParams) {
         statistic += (rare_seen - rare_expected).powi(2) / rare_expected;
         cells += 1.0;
     }
-    // The chi-square distribution's 0.9999 quantile by Wilson and Hilferty (1931).
+    assert!(cells > 50.0, "{cells} cells tell little");
+    // By Wilson and Hilferty (1931).
     let freedom: f64 = cells - 1.0;
     let limit =
         freedom * (1.0 - 2.0 / (9.0 * freedom) + 3.719 * (2.0 / (9.0 * freedom)).sqrt()).powi(3);
-    assert!(cells > 50.0, "{cells} cells tell little");
-    assert!(
-        statistic < limit,
-        "{statistic} of {limit} over {cells} cells"
-    );
+    println!("{statistic:.1} of {limit:.1} over {cells} cells, {withdrawals} withdrawals");
+    (statistic + impossible * limit, limit)
 }
 
-#[test]
-fn plain_temperature_has_the_targets_distribution() {
-    check(&SamplingParams {
+fn check(mode: Mode, confirm_length: Option<u32>, tokens: usize, params: SamplingParams) {
+    let ask = Ask {
+        mode,
+        confirm_length,
+        tokens,
+        params,
+    };
+    let (statistic, limit) = statistic(&ask);
+    assert!(statistic < limit, "{statistic} of {limit}");
+}
+
+fn plain() -> SamplingParams {
+    SamplingParams {
         temperature: 0.9,
         ..SamplingParams::default()
-    });
+    }
 }
 
-#[test]
-fn so_have_truncation_and_penalties() {
-    check(&SamplingParams {
+fn everything() -> SamplingParams {
+    SamplingParams {
         temperature: 0.8,
         top_p: 0.95,
         top_k: 8,
@@ -303,5 +369,48 @@ fn so_have_truncation_and_penalties() {
         frequency_penalty: 0.3,
         logit_bias: vec![(4, 0.7)],
         ..SamplingParams::default()
-    });
+    }
+}
+
+#[test]
+fn plain_temperature_has_the_targets_distribution() {
+    check(Mode::Dense, None, 3, plain());
+}
+
+#[test]
+fn so_have_truncation_and_penalties() {
+    check(Mode::Dense, None, 3, everything());
+}
+
+#[test]
+fn exact_sessions_have_it_too() {
+    check(Mode::Exact, Some(3), 5, plain());
+}
+
+#[test]
+fn exact_sessions_that_end_within_a_run_have_it() {
+    check(Mode::Exact, Some(8), 3, plain());
+}
+
+#[test]
+fn exact_sessions_with_truncation_and_penalties_have_it() {
+    check(Mode::Exact, Some(4), 6, everything());
+}
+
+#[test]
+fn exact_sessions_that_choose_their_lengths_have_it() {
+    check(Mode::Exact, None, 6, plain());
+}
+
+/// The test would see it if masked passes decided anything.
+#[test]
+fn sparse_sessions_have_not() {
+    let ask = Ask {
+        mode: Mode::Sparse,
+        confirm_length: None,
+        tokens: 3,
+        params: plain(),
+    };
+    let (statistic, limit) = statistic(&ask);
+    assert!(statistic > 20.0 * limit, "{statistic} of {limit}");
 }

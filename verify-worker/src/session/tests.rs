@@ -1,16 +1,17 @@
 //! The state machine alone: forwards are scripted, channels are read at their other ends.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use specattn_engine::KvReads;
-use specattn_mask::{Encoder, PositionSet, RoundMask};
+use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 
 use super::*;
-use crate::draft_link::Verdict;
+use crate::draft_link::{LinkId, NewLink, ProposalPart, Verdict, Welcome};
 use crate::draft_reads::DraftReads;
 use crate::events::{self, Event, Events};
 
@@ -40,7 +41,10 @@ fn spec(limit: usize) -> SessionSpec {
         sampling: SamplingParams::default(),
         stop_tokens: Vec::new(),
         policy: MaskPolicy::default(),
-        sparse: false,
+        mask_p: None,
+        mode: Mode::Dense,
+        check: CheckedCheckPolicy::default(),
+        provisional: false,
         draft_length: 4,
     }
 }
@@ -50,6 +54,8 @@ struct Bench {
     events: Events,
     cache: Vec<u32>,
     now: Instant,
+    /// Where masked passes see something else.
+    misread: fn(usize) -> bool,
 }
 
 impl Bench {
@@ -60,6 +66,7 @@ impl Bench {
             events,
             cache: Vec::new(),
             now: Instant::now(),
+            misread: |_| false,
         }
     }
 
@@ -68,16 +75,14 @@ impl Bench {
         if self.session.plan(self.now) != Plan::Run {
             return None;
         }
-        assert_eq!(
-            self.cache.len(),
-            self.session.cached(),
-            "positions are appended in order"
-        );
+        self.forget();
         let input = self.session.input().to_vec();
         let mut logits = Vec::new();
         for (row, &token) in input.iter().enumerate() {
             let mut values = [0.0_f32; VOCAB];
-            values[next(token, self.cache.len() + row) as usize] = 1.0;
+            let position = self.cache.len() + row;
+            let misread = self.session.lists().is_some() && (self.misread)(position);
+            values[(next(token, position) as usize + usize::from(misread)) % VOCAB] = 1.0;
             logits.extend(values);
         }
         self.cache.extend(&input);
@@ -87,13 +92,21 @@ impl Bench {
             ..StepOutput::default()
         };
         let ending = self.session.settle(&output).unwrap();
+        Some(ending)
+    }
+
+    /// What the engine loop does before a forward.
+    fn forget(&mut self) {
+        assert!(
+            self.session.cached() <= self.cache.len(),
+            "positions are appended in order"
+        );
         self.cache.truncate(self.session.cached());
         assert_eq!(
             self.cache,
             self.session.tokens[..self.cache.len()],
-            "the cache is what was committed"
+            "the cache is what stands"
         );
-        Some(ending)
     }
 
     /// Steps until the session ends; how it did.
@@ -182,6 +195,8 @@ impl Draft {
         }
     }
 }
+
+mod exact;
 
 #[test]
 fn alone_it_decodes_to_the_limit() {
@@ -447,7 +462,7 @@ fn logprobs_come_with_every_token() {
 #[test]
 fn masks_steer_rounds_and_their_loss_is_told() {
     let mut bench = Bench::new(SessionSpec {
-        sparse: true,
+        mode: Mode::Sparse,
         policy: MaskPolicy {
             window_tokens: 1,
             sink_tokens: 0,
@@ -521,6 +536,7 @@ fn masks_steer_rounds_and_their_loss_is_told() {
 
 /// Runs the forward that was planned already.
 fn settle_planned(bench: &mut Bench) {
+    bench.forget();
     let past = bench.session.cached();
     let mut logits = vec![0.0; bench.session.input().len() * VOCAB];
     for (row, &token) in bench.session.input().iter().enumerate() {
@@ -532,7 +548,6 @@ fn settle_planned(bench: &mut Bench) {
         ..StepOutput::default()
     };
     bench.session.settle(&output).unwrap();
-    bench.cache.truncate(bench.session.cached());
 }
 
 #[test]

@@ -35,6 +35,17 @@ impl Law {
 /// How a round is judged: the rule itself, or a wrong one to show that the test sees it.
 type Judge = fn(&[Distribution], &[DraftToken], &CounterRng, u64) -> RoundOutcome;
 
+/// The rule, for a round of draft tokens.
+fn judge(
+    target: &[Distribution],
+    draft: &[DraftToken],
+    rng: &CounterRng,
+    position: u64,
+) -> RoundOutcome {
+    let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
+    verify_round(target, &candidates, rng, position)
+}
+
 /// `length` tokens after token 0, by rounds of `gamma` draft tokens whose q keeps `entries` entries.
 fn generate(
     (target, draft): (&Law, &Law),
@@ -171,7 +182,7 @@ fn rounds_have_the_targets_joint_distribution() {
             let truncations: &[usize] = if gamma == 3 { &[5, 2, 1] } else { &[5, 2] };
             for &entries in truncations {
                 let seed = (seed * 100 + gamma * 10 + entries) as u64;
-                let z = joint_chi_square((target, draft), (gamma, entries), seed, verify_round);
+                let z = joint_chi_square((target, draft), (gamma, entries), seed, judge);
                 assert!(z < Z, "{name}, γ = {gamma}, {entries} entries: z = {z:.2}");
             }
         }
@@ -181,7 +192,7 @@ fn rounds_have_the_targets_joint_distribution() {
 #[test]
 fn steps_without_a_draft_have_the_targets_joint_distribution() {
     let laws = (&target(), &close_draft());
-    let z = joint_chi_square(laws, (0, 1), 7, verify_round);
+    let z = joint_chi_square(laws, (0, 1), 7, judge);
     assert!(z < Z, "z = {z:.2}");
 }
 
@@ -194,7 +205,7 @@ fn the_test_sees_a_wrong_rule() {
         rng: &CounterRng,
         position: u64,
     ) -> RoundOutcome {
-        let mut outcome = verify_round(p, d, rng, position);
+        let mut outcome = judge(p, d, rng, position);
         if outcome.accepted < d.len() {
             let u = rng.uniform(position + outcome.accepted as u64, Purpose::Recover);
             outcome.next_token = p[outcome.accepted].sample(u);
@@ -203,6 +214,51 @@ fn the_test_sees_a_wrong_rule() {
     }
     let z = joint_chi_square((&target(), &close_draft()), (2, 5), 1, from_p);
     assert!(z > 2.0 * Z, "z = {z:.2}");
+}
+
+/// Tokens drawn from one target distribution and confirmed by another, as in the exact mode.
+#[test]
+fn provisional_tokens_are_confirmed_into_the_confirming_distribution() {
+    let laws = [(target(), far_draft()), disjoint()];
+    for (case, (dense, sparse)) in laws.iter().enumerate() {
+        let mut counts = [0_u32; 25];
+        for seed in 0..SAMPLES {
+            let rng = CounterRng::new((case as u64) << 32 | seed);
+            let mut tokens = vec![0_u32];
+            while tokens.len() < 3 {
+                let position = tokens.len() as u64;
+                let previous = tokens[tokens.len() - 1];
+                let q = sparse.after(previous);
+                let u = rng.provisional(0).uniform(position, Purpose::Bonus);
+                let token = q.sample(u);
+                let candidate = Candidate {
+                    token,
+                    origin: Origin::Target(q),
+                };
+                let p = [previous, token].map(|token| dense.after(token).clone());
+                let outcome = verify_round(&p, &[candidate], &rng, position);
+                tokens.extend((outcome.accepted == 1).then_some(token));
+                tokens.push(outcome.next_token);
+            }
+            counts[(tokens[1] * 5 + tokens[2]) as usize] += 1;
+        }
+        let (mut statistic, mut cells) = (0.0, 0);
+        for (cell, &count) in counts.iter().enumerate() {
+            let (first, second) = (cell as u32 / 5, cell as u32 % 5);
+            let p = dense.after(0).prob(first) * dense.after(first).prob(second);
+            if p == 0.0 {
+                assert_eq!(count, 0, "impossible tokens were generated");
+                continue;
+            }
+            let expected = f64::from(p) * SAMPLES as f64;
+            statistic += (f64::from(count) - expected).powi(2) / expected;
+            cells += 1;
+        }
+        let freedom = f64::from(cells - 1);
+        let spread = 2.0 / (9.0 * freedom);
+        let z = ((statistic / freedom).cbrt() - (1.0 - spread)) / spread.sqrt();
+        assert!(z < Z, "case {case}: z = {z:.2}");
+    }
 }
 
 #[test]
@@ -221,9 +277,9 @@ fn greedy_rounds_follow_the_argmax() {
             accepted: wrong,
             next_token,
         };
-        assert_eq!(verify_round(&target, &draft, &rng, 5), expected);
+        assert_eq!(judge(&target, &draft, &rng, 5), expected);
     }
-    let alone = verify_round(&target[..1], &[], &rng, 5);
+    let alone = judge(&target[..1], &[], &rng, 5);
     assert_eq!((alone.accepted, alone.next_token), (0, 3));
 }
 

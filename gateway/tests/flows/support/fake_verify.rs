@@ -10,8 +10,9 @@ use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_server::{VerifyService, VerifyServiceServer};
 use specattn_proto::v1::{
     CloseRequest, CloseResponse, Committed, FinishReason, ModelInfo, OpenRequest, OpenResponse,
-    Opened, SessionFinished, SessionStats, SpeculateRequest, SpeculateResponse, TokenLogprobs,
-    VerifyStatusRequest, VerifyStatusResponse, WorkerLoad, WorkerRole,
+    Opened, Provisional, RolledBack, SessionFinished, SessionStats, SpeculateRequest,
+    SpeculateResponse, TokenLogprobs, VerifyStatusRequest, VerifyStatusResponse, WorkerLoad,
+    WorkerRole,
 };
 use specattn_service::server::Server;
 use tokio::sync::{mpsc, watch};
@@ -36,6 +37,8 @@ pub(crate) struct Script {
     pub(crate) deaf: bool,
     /// Commits with this start instead of the right one.
     pub(crate) wrong_start: Option<u64>,
+    /// Shows the tokens of each event, and one too many, before it commits them.
+    pub(crate) looks_ahead: bool,
     /// What it says it runs.
     pub(crate) model: ModelInfo,
 }
@@ -49,6 +52,7 @@ impl Default for Script {
             refuse: None,
             deaf: false,
             wrong_start: None,
+            looks_ahead: false,
             model: model(),
         }
     }
@@ -211,6 +215,23 @@ async fn play(
             token_ids: tokens.clone(),
             logprobs,
         };
+        if script.looks_ahead {
+            let (start, end) = (prompt + done, prompt + done + tokens.len());
+            let shown = Provisional {
+                start: start as u64,
+                token_ids: tokens
+                    .iter()
+                    .copied()
+                    .chain([7])
+                    .take(most - done)
+                    .collect(),
+            };
+            sender.send(event(Event::Provisional(shown))).await?;
+            // Time for the client to be shown it.
+            tokio::time::sleep(script.pace).await;
+            let back = RolledBack { to: end as u64 };
+            sender.send(event(Event::RolledBack(back))).await?;
+        }
         done += tokens.len();
         sender.send(event(Event::Committed(committed))).await?;
         if stop.is_some() {

@@ -11,8 +11,9 @@ use specattn_proto::v1::generate_response::Event;
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_proto::v1::{
-    Finished, GenerateRequest, GenerateResponse, Limits, Mode, ModelInfo, Started, StatusRequest,
-    StatusResponse, TokenIds, TokenLogprobs, WorkerRole, generate_request::Prompt,
+    Finished, GenerateRequest, GenerateResponse, Limits, Mode, ModelInfo, ProvisionalDelta,
+    Started, StatusRequest, StatusResponse, TokenIds, TokenLogprobs, WorkerRole,
+    generate_request::Prompt,
 };
 use specattn_proto::{Fault, limits};
 use specattn_service::channel;
@@ -240,6 +241,8 @@ pub(crate) fn request(max_tokens: u32) -> GenerateRequest {
 pub(crate) struct Received {
     pub(crate) started: Option<Started>,
     pub(crate) tokens: Vec<u32>,
+    pub(crate) ahead: Vec<ProvisionalDelta>,
+    pub(crate) withdrawn: Vec<u64>,
     pub(crate) text: String,
     pub(crate) logprobs: Vec<TokenLogprobs>,
     pub(crate) finished: Option<Finished>,
@@ -274,6 +277,11 @@ pub(crate) async fn read(mut stream: Streaming<GenerateResponse>) -> Received {
                 got.text.push_str(&delta.text);
                 got.logprobs.extend(delta.logprobs);
             }
+            Ok(Some(Event::Provisional(ahead))) => {
+                assert_eq!(ahead.start, got.tokens.len() as u64);
+                got.ahead.push(ahead);
+            }
+            Ok(Some(Event::Withdrawn(withdrawn))) => got.withdrawn.push(withdrawn.to),
             Ok(Some(Event::Finished(finished))) => {
                 assert!(got.finished.is_none(), "finished twice");
                 got.finished = Some(finished);

@@ -1,0 +1,81 @@
+//! [`Count`]: a session's forwards and KV reads, counted from outside.
+
+use specattn_mask::{LayerMap, RoundMask};
+use specattn_proto::v1::SessionStats;
+
+use crate::process;
+
+/// The bundled target's shape.
+const LAYERS: usize = 8;
+const KV_HEADS: usize = 2;
+
+/// The policy of [`crate::session::open_request`].
+const SINK: usize = 4;
+const WINDOW: usize = 64;
+
+/// What a count from outside comes to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Target forwards after the prompt.
+    pub forwards: u64,
+    /// Those without a proposal.
+    pub solo: u64,
+    /// Draft tokens judged.
+    pub proposed: u64,
+    /// Draft tokens accepted.
+    pub accepted: u64,
+    /// KV entries read.
+    pub read: u64,
+    /// KV entries that dense passes would have read.
+    pub dense: u64,
+}
+
+impl Count {
+    /// A forward over `inputs` tokens after `past` cached ones, masked or dense.
+    pub fn forward(
+        &mut self,
+        past: usize,
+        inputs: usize,
+        mask: Option<&RoundMask>,
+        map: &LayerMap,
+    ) {
+        self.forwards += 1;
+        for layer in 0..LAYERS {
+            for head in 0..KV_HEADS {
+                let all = past + inputs;
+                let read = match mask {
+                    None => all,
+                    Some(mask) => {
+                        let source = &mask.sources[map.of_head[layer][head] as usize];
+                        let kept = |&p: &usize| p < SINK || p + WINDOW > past || source.contains(p);
+                        (0..past).filter(kept).count() + inputs
+                    }
+                };
+                self.read += read as u64;
+                self.dense += all as u64;
+            }
+        }
+    }
+
+    /// What a session says of itself.
+    pub fn told(stats: &SessionStats) -> Self {
+        Self {
+            forwards: stats.target_forwards,
+            solo: stats.solo_forwards,
+            proposed: stats.proposed_tokens,
+            accepted: stats.accepted_tokens,
+            read: stats.kv_entries_read,
+            dense: stats.kv_entries_dense,
+        }
+    }
+}
+
+/// The map the verify worker serves the bundled draft with.
+pub fn layer_map() -> LayerMap {
+    let path = process::target().join("alignment.json");
+    if path.exists() {
+        LayerMap::load(&path).unwrap()
+    } else {
+        LayerMap::proportional(LAYERS as u32, KV_HEADS as u32, 3, 3)
+    }
+}

@@ -1,0 +1,210 @@
+//! What a session and its draft say to each other: joining, proposals, verdicts, and parting.
+
+use std::sync::Arc;
+
+use specattn_engine::sampling::{DraftToken, SamplingParams, check_draft};
+use specattn_mask::LayerMap;
+use specattn_proto::Fault;
+
+use super::Session;
+use crate::draft_link::{
+    DraftLink, LinkEvent, LinkId, NewLink, Proposal, ProposalPart, Terms, Welcome,
+};
+use crate::events::Ending;
+use crate::masks::{MaskReader, Masking};
+use crate::oversight::Mode;
+
+impl Session {
+    /// Takes up a draft worker; an earlier one is let go.
+    ///
+    /// # Errors
+    /// The session takes no drafts, or the draft claims to know tokens that do not exist.
+    pub(crate) fn join(
+        &mut self,
+        new: NewLink,
+        known_tokens: u64,
+        map: Arc<LayerMap>,
+    ) -> Result<(), Fault> {
+        if self.spec.draft_length == 0 {
+            return Err(Fault::FailedPrecondition(
+                "the session takes no drafts".to_owned(),
+            ));
+        }
+        let known = usize::try_from(known_tokens)
+            .ok()
+            .filter(|&n| n <= self.committed());
+        let Some(known) = known else {
+            return Err(Fault::InvalidArgument(format!(
+                "known_tokens is {known_tokens} of {}",
+                self.committed()
+            )));
+        };
+        let replaced = Fault::FailedPrecondition("another draft joined".to_owned());
+        self.drop_link(replaced);
+        let masks = (self.spec.mode != Mode::Dense)
+            .then(|| MaskReader::new(map, self.spec.policy, self.spec.limit));
+        self.oversight.new_draft();
+        let terms = Terms {
+            draft_length: self.spec.draft_length,
+            greedy: self.spec.sampling.is_greedy(),
+        };
+        let welcome = Welcome {
+            epoch: self.epoch,
+            start: known,
+            tokens: self.tokens[known..].to_vec(),
+            sources: masks
+                .as_ref()
+                .map_or_else(Vec::new, |m| m.map().sources.clone()),
+            draft_length: self.spec.draft_length,
+            policy: self.spec.policy,
+            sampling: SamplingParams {
+                seed: self.rng.draft_seed(),
+                ..self.spec.sampling.clone()
+            },
+            prompt_tokens: self.spec.prompt_tokens,
+        };
+        let link = DraftLink::new(new, terms, masks, self.tokens.len());
+        link.send(LinkEvent::Welcome(Box::new(welcome)))?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// Takes a proposal message of link `id`; one of an earlier link is dropped.
+    pub(crate) fn receive(&mut self, id: LinkId, part: ProposalPart) {
+        if let Some(link) = self.link.as_mut().filter(|link| link.id() == id) {
+            match link.receive(part) {
+                Ok(reads) => self.stats.draft.add(reads),
+                Err(fault) => self.drop_link(fault),
+            }
+        }
+    }
+
+    /// Link `id` is gone, or closed for what it sent.
+    pub(crate) fn leave(&mut self, id: LinkId, fault: Option<Fault>) {
+        if self.link.as_ref().is_some_and(|link| link.id() == id) {
+            match fault {
+                Some(fault) => self.drop_link(fault),
+                None => self.link = None,
+            }
+        }
+    }
+
+    /// The first waiting proposal that is not stale, and whether its masks can be used.
+    pub(super) fn next_round(&mut self) -> Option<(Vec<DraftToken>, bool)> {
+        loop {
+            let proposal = self.link.as_mut()?.next_proposal()?;
+            match self.round(proposal) {
+                Ok(None) => {
+                    self.stats.stale_proposals += 1;
+                    let link = self.link.as_mut()?;
+                    if let Err(fault) = link.catch_up(self.epoch, &self.tokens) {
+                        self.drop_link(fault);
+                    }
+                }
+                Ok(Some(round)) => return Some(round),
+                Err(fault) => self.drop_link(fault),
+            }
+        }
+    }
+
+    /// Checks a proposal; `None` when it is stale.
+    fn round(&mut self, proposal: Proposal) -> Result<Option<(Vec<DraftToken>, bool)>, Fault> {
+        let Some(link) = self.link.as_mut() else {
+            return Ok(None);
+        };
+        let m = self.tokens.len();
+        let base = usize::try_from(proposal.base).unwrap_or(usize::MAX);
+        // Masks of stale proposals are decoded as well: the next one builds on them.
+        let masked = match link.masks.as_mut() {
+            Some(masks) if !proposal.mask.is_empty() => {
+                self.stats.mask_bytes += proposal.mask.len() as u64;
+                self.stats.mask_rounds += 1;
+                let masking = masks.read(&proposal.mask, base)?;
+                link.need_full_mask |= masking == Masking::MissingBase;
+                masking == Masking::Ready
+            }
+            _ => false,
+        };
+        let fresh = proposal.epoch == self.epoch
+            && base == m
+            && proposal.pending_token == self.tokens[m - 1]
+            && link.knows_all(m);
+        if !fresh {
+            return Ok(None);
+        }
+        let mut draft = proposal.draft;
+        let (greedy, vocab) = (self.spec.sampling.is_greedy(), self.vocab_size);
+        let rng = self.rng.attempt(self.epoch);
+        check_draft(&draft, greedy, vocab, &rng, m as u64)
+            .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
+        // A round adds one token more than it verifies.
+        draft.truncate(self.spec.limit - m - 1);
+        Ok(Some((draft, masked)))
+    }
+
+    /// Answers the round's proposal.
+    pub(super) fn tell_verdict(&mut self, accepted: usize, rejected: bool, next_token: u32) {
+        if rejected {
+            self.epoch += 1;
+            self.stats.rollbacks += 1;
+        }
+        if let Some(link) = &mut self.link
+            && let Err(fault) = link.judge(self.epoch, accepted, next_token)
+        {
+            self.drop_link(fault);
+        }
+    }
+
+    /// Tells of a token added alone.
+    pub(super) fn tell_of_step(&mut self, ending: Option<Ending>) {
+        let Some(link) = &mut self.link else { return };
+        self.epoch += 1;
+        link.trust.stepped_alone();
+        if ending.is_none()
+            && let Err(fault) = link.catch_up(self.epoch, &self.tokens)
+        {
+            self.drop_link(fault);
+        }
+    }
+
+    /// Tells that provisional tokens from index `to` on were withdrawn, and of the one in their place. `proposed`: a
+    /// proposal that built on them waits for its answer.
+    pub(super) fn tell_withdrawn(&mut self, to: usize, proposed: bool, ending: Option<Ending>) {
+        self.epoch += 1;
+        self.stats.rollbacks += 1;
+        let Some(link) = &mut self.link else { return };
+        link.withdraw(to);
+        if proposed {
+            link.trust.judged();
+        } else {
+            link.trust.stepped_alone();
+        }
+        if ending.is_none()
+            && let Err(fault) = link.catch_up(self.epoch, &self.tokens)
+        {
+            self.drop_link(fault);
+        }
+    }
+
+    /// Takes the mass that masks are to reach from the oversight; the draft hears of it with its next verdict.
+    pub(super) fn choose_mask_p(&mut self) {
+        let Some(p) = self.oversight.mask_p() else {
+            return;
+        };
+        if p != self.spec.policy.p {
+            self.spec.policy.p = p;
+            if let Some(link) = &mut self.link {
+                link.mask_p = Some(p);
+            }
+        }
+    }
+
+    /// Lets the draft go; the session goes on without it.
+    pub(super) fn drop_link(&mut self, fault: Fault) {
+        if let Some(link) = self.link.take() {
+            tracing::debug!(session_id = %self.spec.id, %fault, "draft let go");
+            // A draft that is gone, or does not read, cannot be told why.
+            let _ = link.send(LinkEvent::Failed(fault));
+        }
+    }
+}
