@@ -18,6 +18,7 @@ mod run;
 mod service;
 mod session;
 mod stats;
+mod payoff;
 mod trust;
 mod wire;
 mod worker;
