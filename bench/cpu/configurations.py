@@ -10,10 +10,11 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 
-OURS_PLAIN, OURS_SPECULATIVE, OURS_SPARSE = "SpecAttn plain", "SpecAttn speculative", "SpecAttn sparse"
+OURS_PLAIN, OURS_SPECULATIVE = "SpecAttn plain", "SpecAttn speculative"
+OURS_EXACT, OURS_SPARSE = "SpecAttn exact", "SpecAttn sparse"
 LLAMA_PLAIN, LLAMA_SPECULATIVE = "llama.cpp plain", "llama.cpp speculative"
 HF_PLAIN, HF_ASSISTED = "transformers plain", "transformers assisted"
-OURS = (OURS_PLAIN, OURS_SPECULATIVE, OURS_SPARSE)
+OURS = (OURS_PLAIN, OURS_SPECULATIVE, OURS_EXACT, OURS_SPARSE)
 LLAMA = (LLAMA_PLAIN, LLAMA_SPECULATIVE)
 HF = (HF_PLAIN, HF_ASSISTED)
 GROUPS = (*OURS, *LLAMA, *HF)
@@ -35,21 +36,25 @@ def worker(script, *arguments):
 
 
 def ours(args):
-    """SpecAttn: plain, speculative, sparse."""
+    """SpecAttn: plain, speculative, exact, sparse."""
     base = ["--binary", args.binary, "--proto", args.proto, "--target", args.target, "--draft", args.draft]
     base += ["--threads", args.threads, f"--serve-args={args.serve_args}"]
-    yield Configuration("specattn plain", OURS_PLAIN, worker("worker_specattn.py", *base))
+
+    def configuration(name, group, *more):
+        return Configuration(f"specattn {name}", group, worker("worker_specattn.py", *base, *more))
+
+    yield configuration("plain", OURS_PLAIN, "--draft-length", 0)
+    yield configuration("draft auto", OURS_SPECULATIVE)
     for length in args.draft_lengths:
-        more = ["--draft-length", length]
-        yield Configuration(
-            f"specattn draft {length}", OURS_SPECULATIVE, worker("worker_specattn.py", *base, *more)
-        )
+        for steps in args.capture_every:
+            more = ["--draft-length", length, "--capture-every", steps]
+            yield configuration(f"draft {length} capture {steps}", OURS_SPECULATIVE, *more)
+    for length in args.exact_draft_lengths:
+        yield configuration(f"exact draft {length}", OURS_EXACT, "--mode", "exact", "--draft-length", length)
     for length in args.sparse_draft_lengths:
         for p in args.mask_p:
             more = ["--mode", "sparse", "--draft-length", length, "--mask-p", p]
-            yield Configuration(
-                f"specattn sparse draft {length} p {p}", OURS_SPARSE, worker("worker_specattn.py", *base, *more)
-            )
+            yield configuration(f"sparse draft {length} p {p}", OURS_SPARSE, *more)
 
 
 def llama(args):

@@ -91,6 +91,7 @@ def aims(runs):
     wanted = [
         ("plain / llama.cpp plain", (configurations.OURS_PLAIN,), (configurations.LLAMA_PLAIN,)),
         ("speculative / own plain", (configurations.OURS_SPECULATIVE,), (configurations.OURS_PLAIN,)),
+        ("exact / own plain", (configurations.OURS_EXACT,), (configurations.OURS_PLAIN,)),
         ("sparse / own plain", (configurations.OURS_SPARSE,), (configurations.OURS_PLAIN,)),
         ("best mode / llama.cpp's best", configurations.OURS, configurations.LLAMA),
         ("best mode / transformers' best", configurations.OURS, configurations.HF),

@@ -19,7 +19,7 @@ from grpc_tools import protoc
 
 import worker
 
-MODES = {"dense": "MODE_DENSE", "sparse": "MODE_SPARSE"}
+MODES = {"dense": "MODE_DENSE", "sparse": "MODE_SPARSE", "exact": "MODE_EXACT"}
 START_TIMEOUT_S = 60
 
 
@@ -65,8 +65,9 @@ def main():
     parser.add_argument("--target", type=pathlib.Path, required=True)
     parser.add_argument("--draft", type=pathlib.Path, required=True)
     parser.add_argument("--mode", choices=sorted(MODES), default="dense")
-    parser.add_argument("--draft-length", type=int, default=0)
-    parser.add_argument("--mask-p", type=float, default=0.95)
+    parser.add_argument("--draft-length", type=int, help="default: the server's choice, which drafts only while that pays")
+    parser.add_argument("--capture-every", type=int, help="default: the server's choice")
+    parser.add_argument("--mask-p", type=float, help="default: the server's choice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--serve-args", default="", help="more arguments for `specattn serve`, split at spaces")
     args = parser.parse_args()
@@ -84,7 +85,7 @@ def main():
             sampling=common.Sampling(temperature=request["temperature"], seed=request["seed"]),
             limits=common.Limits(max_tokens=request["new_tokens"], ignore_eos=True),
             mode=getattr(common, MODES[args.mode]),
-            draft=common.DraftPolicy(draft_length=args.draft_length),
+            draft=common.DraftPolicy(draft_length=args.draft_length, capture_every=args.capture_every),
             mask=common.MaskPolicy(mask_p=args.mask_p),
         )
         for response in stub.Generate(message, timeout=600):
