@@ -204,7 +204,8 @@ pub struct StopArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Draft and masks")]
 pub struct SpeculationArgs {
-    /// Tokens the draft proposes per round, 0 to 16; 0 leaves the target alone [default: the gateway's, usually 4]
+    /// Tokens the draft proposes per round, 0 to 16; 0 leaves the target alone [default: the gateway's, usually 4, and in
+    /// dense mode only while rounds measure faster than steps alone]
     #[arg(long, value_name = "G")]
     pub draft_length: Option<u32>,
 

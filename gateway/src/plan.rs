@@ -23,6 +23,8 @@ pub(crate) struct Plan {
     pub(crate) mode: v1::Mode,
     /// How the draft side works; its draft_length is present.
     pub(crate) draft: v1::DraftPolicy,
+    /// The client left the draft length open: drafts are used while they pay.
+    draft_while_it_pays: bool,
     pub(crate) mask: CheckedMaskPolicy,
     /// The verify worker is to choose the mass of masks itself.
     pub(crate) chooses_mask_p: bool,
@@ -51,6 +53,7 @@ impl Plan {
         let seed = sampling.seed.unwrap_or_else(rand::random);
         sampling.seed = Some(seed);
         let mut draft = validate::draft_policy(request.draft.as_ref())?;
+        let while_it_pays = mode == v1::Mode::Dense && draft.draft_length.is_none();
         draft.draft_length.get_or_insert(config.draft_length);
         Ok(Self {
             sampling,
@@ -58,6 +61,7 @@ impl Plan {
             limits: validate::session_limits(request.limits.as_ref(), vocab_size)?,
             mode,
             draft,
+            draft_while_it_pays: while_it_pays,
             mask: validate::mask_policy(request.mask.as_ref(), config.mask)?,
             chooses_mask_p: mode == v1::Mode::Exact
                 && request.mask.is_none_or(|mask| mask.mask_p.is_none()),
@@ -121,6 +125,7 @@ impl Plan {
             draft_length: self.draft_length(),
             check: Some(self.check.into()),
             provisional: self.provisional,
+            draft_while_it_pays: self.draft_while_it_pays,
         }
     }
 }

@@ -34,6 +34,7 @@ pub fn open_request(prompt: &[u32], max_tokens: u32) -> OpenRequest {
             granularity: Some(1),
         }),
         draft_length: 4,
+        draft_while_it_pays: false,
         check: None,
         provisional: false,
     }

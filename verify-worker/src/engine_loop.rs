@@ -16,6 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::draft_link::{LinkEvent, LinkId, NewLink, ProposalPart};
 use crate::events::{Ending, Outbox};
+use crate::payoff::Findings;
 use crate::session::{Plan, Session, SessionSpec};
 
 /// Messages that may wait for the engine.
@@ -87,6 +88,8 @@ pub(crate) struct EngineLoop {
     inbox: Inbox<Command>,
     load: Arc<LoadGauge>,
     draft_timeout: Duration,
+    /// Whether drafts paid so far.
+    findings: Arc<Findings>,
     slots: Vec<Slot>,
     /// The slot whose turn it is.
     turn: usize,
@@ -105,6 +108,7 @@ impl EngineLoop {
             inbox,
             load,
             draft_timeout,
+            findings: Arc::default(),
             slots: Vec::new(),
             turn: 0,
         }
@@ -215,7 +219,7 @@ impl EngineLoop {
         }
         let config = self.model.config();
         let room = (spec.limit + ROUND_ROOM).min(config.max_context);
-        let session = Session::new(spec, config.vocab_size, outbox)
+        let session = Session::new(spec, config.vocab_size, outbox, &self.findings)
             .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
         let sequence = self.model.new_sequence(room).map_err(refusal)?;
         tracing::info!(session_id = %session.id(), tokens = session.len(), "session opened");

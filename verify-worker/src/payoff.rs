@@ -104,8 +104,8 @@ impl Payoff {
         matches!(self.phase, Phase::Drafted { .. })
     }
 
-    /// A forward committed `tokens`, which makes `context` of them. True when drafts are wanted from now on and were not.
-    pub(crate) fn committed(&mut self, tokens: usize, context: usize, now: Instant) -> bool {
+    /// A forward committed `tokens`, which makes `context` of them.
+    pub(crate) fn committed(&mut self, tokens: usize, context: usize, now: Instant) {
         if let Some(last) = self.last.replace(now) {
             let pace = match self.phase {
                 Phase::Alone { .. } => &mut self.alone,
@@ -116,17 +116,12 @@ impl Payoff {
         match &mut self.phase {
             Phase::Alone { left } | Phase::Drafted { left } if *left > 1 => {
                 *left -= 1;
-                false
             }
             Phase::Alone { .. } => {
                 self.turn(Phase::Drafted { left: self.stretch });
                 self.drafted.fade();
-                true
             }
-            Phase::Drafted { .. } => {
-                self.compare(context);
-                false
-            }
+            Phase::Drafted { .. } => self.compare(context),
         }
     }
 

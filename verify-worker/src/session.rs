@@ -12,6 +12,7 @@
 //! the prompt is processed `cached = m - 1`, and v[m-1] is the pending input. In exact mode the committed tokens' entries
 //! are a dense pass's own.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use specattn_engine::sampling::{
@@ -26,6 +27,7 @@ use specattn_proto::{Fault, SessionId};
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
 use crate::oversight::{Mode, Oversight};
+use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
 use crate::stats::Stats;
 
@@ -57,6 +59,8 @@ pub(crate) struct SessionSpec {
     pub(crate) provisional: bool,
     /// Most draft tokens per round.
     pub(crate) draft_length: usize,
+    /// In dense mode: drafts are used only while that is faster than steps alone.
+    pub(crate) draft_while_it_pays: bool,
 }
 
 /// What to do now.
@@ -93,6 +97,8 @@ pub(crate) struct Session {
     sampler: Sampler,
     rng: CounterRng,
     link: Option<DraftLink>,
+    /// Where the use of drafts is left to the worker.
+    payoff: Option<Payoff>,
     outbox: Outbox,
     stats: Stats,
     pass: Pass,
@@ -108,8 +114,10 @@ impl Session {
         mut spec: SessionSpec,
         vocab_size: usize,
         outbox: Outbox,
+        findings: &Arc<Findings>,
     ) -> Result<Self, EngineError> {
         let tokens = std::mem::take(&mut spec.tokens);
+        let weighs = spec.draft_while_it_pays && spec.mode == Mode::Dense;
         let oversight = Oversight::new(spec.mode, &spec.check, spec.mask_p);
         spec.policy.p = oversight.mask_p().unwrap_or(spec.policy.p);
         Ok(Self {
@@ -121,6 +129,7 @@ impl Session {
             sampler: Sampler::new(spec.sampling.clone(), vocab_size)?,
             rng: CounterRng::new(spec.sampling.seed),
             link: None,
+            payoff: weighs.then(|| Payoff::new(Arc::clone(findings), tokens.len())),
             outbox,
             stats: Stats {
                 prompt_tokens: spec.prompt_tokens as u64,
@@ -206,7 +215,8 @@ impl Session {
         }
         // The last token needs no draft: a round could add no more than a dense pass does. Behind a stop token nothing
         // is worth a round before it stands.
-        if self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped() {
+        let worth = self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
+        if worth && self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped() {
             if let Some((draft, masked)) = self.next_round() {
                 self.begin(draft, masked);
                 return Plan::Run;
@@ -350,10 +360,12 @@ impl Session {
             self.tell_withdrawn(n + accepted, !draft.is_empty(), ending);
         } else if draft.is_empty() {
             self.stats.solo_forwards += u64::from(run.is_empty());
+            self.weigh_drafts(self.tokens.len() - n);
             self.tell_of_step(ending);
         } else {
             let accepted = accepted - provisional;
             self.count_draft(draft.len(), accepted);
+            self.weigh_drafts(self.tokens.len() - n);
             if ending.is_none() {
                 self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
             }
@@ -389,6 +401,13 @@ impl Session {
             self.sampler.distribution(logits, history)
         })
         .collect()
+    }
+
+    /// A dense forward has committed `tokens` tokens: were drafts worth it?
+    fn weigh_drafts(&mut self, tokens: usize) {
+        if let Some(payoff) = &mut self.payoff {
+            payoff.committed(tokens, self.tokens.len(), Instant::now());
+        }
     }
 
     fn count_draft(&mut self, proposed: usize, accepted: usize) {

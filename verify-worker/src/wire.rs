@@ -69,6 +69,7 @@ pub(crate) fn session_spec(
         check,
         provisional: request.provisional,
         draft_length,
+        draft_while_it_pays: request.draft_while_it_pays,
     })
 }
 

@@ -56,7 +56,8 @@ pub struct Limits {
 /// How the draft side works for one session.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct DraftPolicy {
-    /// Tokens proposed per round, 0 to 16; 0 means no draft worker is used. Absent: the gateway's default.
+    /// Tokens proposed per round, 0 to 16; 0 means no draft worker is used. Absent: the gateway's default, and in dense mode
+    /// drafts are used only while rounds commit more tokens a second than steps alone.
     #[prost(uint32, optional, tag = "1")]
     pub draft_length: ::core::option::Option<u32>,
     /// At most so many draft steps go by from one that captures attention to the next, at least 1. Captured steps read all of
@@ -1796,6 +1797,9 @@ pub struct OpenRequest {
     /// Tell of provisional tokens too.
     #[prost(bool, tag = "10")]
     pub provisional: bool,
+    /// Dense mode: use drafts only while rounds commit more tokens a second than steps alone, as measured by the worker.
+    #[prost(bool, tag = "11")]
+    pub draft_while_it_pays: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenResponse {

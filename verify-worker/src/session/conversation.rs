@@ -13,6 +13,7 @@ use crate::draft_link::{
 use crate::events::Ending;
 use crate::masks::{MaskReader, Masking};
 use crate::oversight::Mode;
+use crate::payoff::Payoff;
 
 impl Session {
     /// Takes up a draft worker; an earlier one is let go.
@@ -160,7 +161,10 @@ impl Session {
         let Some(link) = &mut self.link else { return };
         self.epoch += 1;
         link.trust.stepped_alone();
-        if ending.is_none()
+        // A draft whose rounds are not wanted is left in peace: it hears of everything when they are again.
+        let wanted = self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
+        if wanted
+            && ending.is_none()
             && let Err(fault) = link.catch_up(self.epoch, &self.tokens)
         {
             self.drop_link(fault);

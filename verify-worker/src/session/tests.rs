@@ -46,6 +46,7 @@ fn spec(limit: usize) -> SessionSpec {
         check: CheckedCheckPolicy::default(),
         provisional: false,
         draft_length: 4,
+        draft_while_it_pays: false,
     }
 }
 
@@ -62,7 +63,7 @@ impl Bench {
     fn new(spec: SessionSpec) -> Self {
         let (outbox, events) = events::channel(spec.tokens.len(), Duration::ZERO, || {});
         Self {
-            session: Session::new(spec, VOCAB, outbox).unwrap(),
+            session: Session::new(spec, VOCAB, outbox, &Arc::default()).unwrap(),
             events,
             cache: Vec::new(),
             now: Instant::now(),
@@ -343,6 +344,30 @@ fn a_silent_draft_costs_one_timeout() {
     assert_eq!(bench.run(), Ending::Length);
     assert_eq!(bench.now, start);
     assert_eq!(bench.session.tokens, right);
+}
+
+#[test]
+fn a_draft_whose_rounds_are_weighed_hears_of_everything_once_they_are_wanted() {
+    let mut bench = Bench::new(SessionSpec {
+        draft_while_it_pays: true,
+        ..spec(30)
+    });
+    let mut draft = bench.join(3);
+    draft.welcome();
+    bench.step();
+    for _ in 0..3 {
+        bench.step();
+        assert!(draft.events.try_recv().is_err());
+    }
+    bench.step();
+    let Ok(LinkEvent::Verdict(verdict)) = draft.events.try_recv() else {
+        panic!("the draft was told nothing");
+    };
+    let right = continuation(&[3, 1, 4], 30);
+    assert_eq!((verdict.base, &verdict.next_tokens[..]), (3, &right[3..7]));
+    bench.propose(&mut draft, &right[7..9]);
+    bench.step();
+    assert_eq!(bench.session.stats.accepted_tokens, 2);
 }
 
 #[test]
