@@ -5,19 +5,26 @@
 //! few rounds again later, each time later than before. What a session finds is where the next one of about its length
 //! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew.
 //!
-//! Costs: four steps alone before the first rounds and after every 64, eight rounds at each trial that fails.
+//! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
+//! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; twelve rounds at each trial
+//! that fails.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Steps alone that are timed before rounds are.
-const SAMPLE_STEPS: u32 = 4;
+/// Steps alone that rounds are compared with.
+const SAMPLE_STEPS: u32 = 8;
+/// Forwards at the beginning of a phase that are not timed: the draft ends a round that nobody wants, or catches up.
+const UNSETTLED: u32 = 2;
 /// Rounds of a trial, and the most between two comparisons.
-const TRIAL_ROUNDS: u32 = 8;
-const ROUNDS_MOST: u32 = 64;
+const TRIAL_ROUNDS: u32 = 12;
+const ROUNDS_MOST: u32 = 192;
+/// Rounds as fast as this share of steps alone go on: a dozen rounds tell their rate to a tenth or so, and resting by
+/// mistake costs as much as drafting by mistake.
+const ENOUGH: f64 = 0.95;
 /// Steps alone after the first failed trial, and the most after any.
-const REST_FIRST: u32 = 64;
+const REST_FIRST: u32 = 128;
 const REST_MOST: u32 = 1_024;
 
 /// What earlier sessions found, by the power of two below the context's length: the steps to rest before a trial; 0 where
@@ -60,25 +67,35 @@ impl Pace {
     }
 }
 
-/// What the session does now, and for how many forwards more.
+/// What the session does now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Alone { left: u32 },
-    Drafted { left: u32 },
+    /// Rounds.
+    Drafted,
+    /// A few steps alone, to compare rounds with.
+    Sampling,
+    /// Steps alone, since rounds did not pay.
+    Resting,
 }
 
 /// The state of one session.
 #[derive(Debug)]
 pub(crate) struct Payoff {
     findings: Arc<Findings>,
+    /// The context's length at the beginning.
+    context: usize,
     phase: Phase,
+    /// Rounds, or steps alone, left of the phase.
+    left: u32,
     /// Rounds of the current stretch between two comparisons.
     stretch: u32,
     /// Steps alone after the next failed trial.
     rest: u32,
     alone: Pace,
     drafted: Pace,
-    /// When the last tokens were committed; `None` where the time since then would count for nothing.
+    /// Forwards of this phase still to pass untimed.
+    unsettled: u32,
+    /// When the last tokens were committed.
     last: Option<Instant>,
 }
 
@@ -86,78 +103,105 @@ impl Payoff {
     /// For a session of `context` tokens.
     pub(crate) fn new(findings: Arc<Findings>, context: usize) -> Self {
         let rest = findings.of(context).load(Ordering::Relaxed);
+        let (phase, left) = match rest {
+            0 => (Phase::Drafted, TRIAL_ROUNDS),
+            _ => (Phase::Resting, rest),
+        };
         Self {
             findings,
-            phase: Phase::Alone {
-                left: rest.max(SAMPLE_STEPS),
-            },
+            context,
+            phase,
+            left,
             stretch: TRIAL_ROUNDS,
             rest: (2 * rest).clamp(REST_FIRST, REST_MOST),
             alone: Pace::default(),
             drafted: Pace::default(),
+            unsettled: UNSETTLED,
             last: None,
         }
     }
 
     /// Whether rounds are to be run now, if there is a draft.
     pub(crate) fn wants_drafts(&self) -> bool {
-        matches!(self.phase, Phase::Drafted { .. })
+        self.phase == Phase::Drafted
     }
 
-    /// A forward committed `tokens`, which makes `context` of them.
-    pub(crate) fn committed(&mut self, tokens: usize, context: usize, now: Instant) {
-        if let Some(last) = self.last.replace(now) {
-            let pace = match self.phase {
-                Phase::Alone { .. } => &mut self.alone,
-                Phase::Drafted { .. } => &mut self.drafted,
+    /// A forward, a round or a step alone, committed `tokens`.
+    pub(crate) fn committed(&mut self, tokens: usize, is_round: bool, now: Instant) {
+        let drafted = self.wants_drafts();
+        if drafted && !is_round && self.unsettled > 0 {
+            // The draft is not there yet.
+            self.last = None;
+            return;
+        }
+        let last = self.last.replace(now);
+        if self.unsettled > 0 {
+            self.unsettled -= 1;
+        } else if let Some(last) = last {
+            let pace = if drafted {
+                &mut self.drafted
+            } else {
+                &mut self.alone
             };
             pace.add(tokens, now.saturating_duration_since(last));
         }
-        match &mut self.phase {
-            Phase::Alone { left } | Phase::Drafted { left } if *left > 1 => {
-                *left -= 1;
-            }
-            Phase::Alone { .. } => {
-                self.turn(Phase::Drafted { left: self.stretch });
-                self.drafted.fade();
-            }
-            Phase::Drafted { .. } => self.compare(context),
+        // A step alone among rounds is a draft that was late.
+        if !drafted || is_round {
+            self.left -= 1;
+        }
+        if self.left == 0 {
+            self.next();
         }
     }
 
-    /// After a stretch of rounds: go on, or rest.
-    fn compare(&mut self, context: usize) {
-        let pays = match (self.drafted.rate(), self.alone.rate()) {
-            (Some(drafted), Some(alone)) => drafted >= alone,
-            _ => true,
-        };
-        let found = if pays {
-            self.rest = REST_FIRST;
-            if self.stretch < ROUNDS_MOST {
-                self.stretch *= 2;
-                self.drafted.fade();
-                self.phase = Phase::Drafted { left: self.stretch };
-            } else {
-                self.turn(Phase::Alone { left: SAMPLE_STEPS });
+    /// After the last forward of a phase.
+    fn next(&mut self) {
+        let known = self.alone.rate().is_some() && self.drafted.rate().is_some();
+        match self.phase {
+            Phase::Resting => self.begin(Phase::Drafted, TRIAL_ROUNDS),
+            Phase::Drafted if !known || self.stretch == ROUNDS_MOST => {
+                self.begin(Phase::Sampling, SAMPLE_STEPS);
             }
+            Phase::Drafted | Phase::Sampling => self.compare(),
+        }
+    }
+
+    /// More rounds, or rest.
+    fn compare(&mut self) {
+        let enough = self.alone.rate().map(|rate| ENOUGH * rate);
+        let found = if self.drafted.rate() >= enough {
+            self.rest = REST_FIRST;
+            self.stretch = (2 * self.stretch).min(ROUNDS_MOST);
+            self.begin(Phase::Drafted, self.stretch);
             0
         } else {
             let rest = self.rest;
             self.rest = (2 * rest).min(REST_MOST);
             self.stretch = TRIAL_ROUNDS;
-            self.turn(Phase::Alone { left: rest });
+            self.begin(Phase::Resting, rest);
             rest
         };
-        if !pays {
-            self.alone.fade();
-        }
-        self.findings.of(context).store(found, Ordering::Relaxed);
+        self.findings
+            .of(self.context)
+            .store(found, Ordering::Relaxed);
     }
 
-    /// The first forward of another phase is not timed: the draft catches up in it.
-    fn turn(&mut self, phase: Phase) {
-        self.phase = phase;
-        self.last = None;
+    /// For tests that do not take time.
+    #[cfg(test)]
+    pub(crate) fn let_drafts_pay(&mut self) {
+        self.drafted.add(1_000, Duration::from_nanos(1));
+    }
+
+    fn begin(&mut self, phase: Phase, left: u32) {
+        if (phase == Phase::Drafted) != self.wants_drafts() {
+            self.unsettled = UNSETTLED;
+        }
+        let pace = match phase {
+            Phase::Drafted => &mut self.drafted,
+            Phase::Sampling | Phase::Resting => &mut self.alone,
+        };
+        pace.fade();
+        (self.phase, self.left) = (phase, left);
     }
 }
 
@@ -179,7 +223,7 @@ mod tests {
             };
             done += count;
             now += Duration::from_micros(time);
-            payoff.committed(count, 1_000 + done, now);
+            payoff.committed(count, count > 1, now);
         }
         (drafted as f64 / done as f64, now - begin)
     }

@@ -360,12 +360,12 @@ impl Session {
             self.tell_withdrawn(n + accepted, !draft.is_empty(), ending);
         } else if draft.is_empty() {
             self.stats.solo_forwards += u64::from(run.is_empty());
-            self.weigh_drafts(self.tokens.len() - n);
+            self.weigh_drafts(self.tokens.len() - n, false);
             self.tell_of_step(ending);
         } else {
             let accepted = accepted - provisional;
             self.count_draft(draft.len(), accepted);
-            self.weigh_drafts(self.tokens.len() - n);
+            self.weigh_drafts(self.tokens.len() - n, true);
             if ending.is_none() {
                 self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
             }
@@ -403,10 +403,10 @@ impl Session {
         .collect()
     }
 
-    /// A dense forward has committed `tokens` tokens: were drafts worth it?
-    fn weigh_drafts(&mut self, tokens: usize) {
+    /// A dense forward, a round or a step alone, has committed `tokens` tokens: are drafts worth it?
+    fn weigh_drafts(&mut self, tokens: usize, is_round: bool) {
         if let Some(payoff) = &mut self.payoff {
-            payoff.committed(tokens, self.tokens.len(), Instant::now());
+            payoff.committed(tokens, is_round, Instant::now());
         }
     }
 

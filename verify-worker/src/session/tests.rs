@@ -347,27 +347,35 @@ fn a_silent_draft_costs_one_timeout() {
 }
 
 #[test]
-fn a_draft_whose_rounds_are_weighed_hears_of_everything_once_they_are_wanted() {
+fn a_draft_whose_rounds_are_not_wanted_hears_of_everything_once_they_are() {
     let mut bench = Bench::new(SessionSpec {
         draft_while_it_pays: true,
-        ..spec(30)
+        ..spec(100)
     });
+    let right = continuation(&[3, 1, 4], 100);
     let mut draft = bench.join(3);
     draft.welcome();
     bench.step();
-    for _ in 0..3 {
+    // A trial of twelve rounds, then a sample of eight steps alone.
+    for n in (3..39).step_by(3) {
+        bench.propose(&mut draft, &right[n..n + 2]);
+        bench.step();
+        assert!(matches!(draft.events.try_recv(), Ok(LinkEvent::Verdict(_))));
+    }
+    assert_eq!(bench.session.stats.accepted_tokens, 24);
+    for _ in 0..7 {
         bench.step();
         assert!(draft.events.try_recv().is_err());
     }
+    bench.session.payoff.as_mut().unwrap().let_drafts_pay();
     bench.step();
     let Ok(LinkEvent::Verdict(verdict)) = draft.events.try_recv() else {
         panic!("the draft was told nothing");
     };
-    let right = continuation(&[3, 1, 4], 30);
-    assert_eq!((verdict.base, &verdict.next_tokens[..]), (3, &right[3..7]));
-    bench.propose(&mut draft, &right[7..9]);
-    bench.step();
-    assert_eq!(bench.session.stats.accepted_tokens, 2);
+    assert_eq!(
+        (verdict.base, &verdict.next_tokens[..]),
+        (39, &right[39..47])
+    );
 }
 
 #[test]
