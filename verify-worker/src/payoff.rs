@@ -6,8 +6,7 @@
 //! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew.
 //!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
-//! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; twelve rounds at each trial
-//! that fails.
+//! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +16,9 @@ use std::time::{Duration, Instant};
 const SAMPLE_STEPS: u32 = 8;
 /// Forwards at the beginning of a phase that are not timed: the draft ends a round that nobody wants, or catches up.
 const UNSETTLED: u32 = 2;
-/// Rounds of a trial, and the most between two comparisons.
+/// Rounds of the first trial, of one after a rest, and the most between two comparisons.
 const TRIAL_ROUNDS: u32 = 12;
+const RETRIAL_ROUNDS: u32 = 6;
 const ROUNDS_MOST: u32 = 192;
 /// Rounds as fast as this share of steps alone go on: a dozen rounds tell their rate to a tenth or so, and resting by
 /// mistake costs as much as drafting by mistake.
@@ -158,7 +158,7 @@ impl Payoff {
     fn next(&mut self) {
         let known = self.alone.rate().is_some() && self.drafted.rate().is_some();
         match self.phase {
-            Phase::Resting => self.begin(Phase::Drafted, TRIAL_ROUNDS),
+            Phase::Resting => self.begin(Phase::Drafted, RETRIAL_ROUNDS),
             Phase::Drafted if !known || self.stretch == ROUNDS_MOST => {
                 self.begin(Phase::Sampling, SAMPLE_STEPS);
             }
