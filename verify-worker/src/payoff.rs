@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn drafts_that_do_not_pay_cost_little_and_less_the_next_time() {
         let findings = Arc::new(Findings::default());
-        let mut payoff = Payoff::new(Arc::clone(&findings), 1_000);
+        let mut payoff = Payoff::new(Arc::clone(&findings), 1_100);
         let (share, time) = run(&mut payoff, 1_000, 1_000, 3_000);
         assert!(share < 0.08, "{share}");
         assert!(time < Duration::from_micros(1_050_000), "{time:?}");
