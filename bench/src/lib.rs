@@ -3,3 +3,5 @@
 pub mod book;
 pub mod codec;
 pub mod draft;
+#[cfg(feature = "cuda")]
+pub mod gpu;

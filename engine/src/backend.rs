@@ -67,6 +67,10 @@ pub struct Pass<'a> {
     pub positions: Vec<u32>,
     /// Whose rows are whose.
     pub spans: Vec<Span<'a>>,
+    /// Rows that get logits, in order.
+    pub logit_rows: Vec<usize>,
+    /// Spans whose attention rows are handed out, in order.
+    pub captures: Vec<usize>,
     /// A single long dense span: the device may use kernels made for many rows.
     pub bulk: bool,
 }
@@ -102,7 +106,10 @@ pub struct Linear<W> {
     pub bias: Option<W>,
 }
 
-/// A device. Activations are f32, row-major, `[rows, width]`.
+/// A device. Activations are row-major, `[rows, width]`.
+///
+/// Operations of a pass run in order, between [`Backend::begin`] and [`Backend::finish`]. They may run behind the caller's back, so
+/// they return nothing: the first failure is reported by `read` or `finish`.
 pub trait Backend: Send {
     /// Device memory for activations.
     type Buffer: Send;
@@ -113,9 +120,14 @@ pub trait Backend: Send {
     /// The right to use the device, until dropped.
     type Turn;
 
-    /// Waits until this model may use the device; held for the length of a forward. Models that share a device take
-    /// turns in the order of asking.
-    fn turn(&self) -> Self::Turn;
+    /// Waits until this model may use the device, held for the length of a forward, and tells it what the pass is: all
+    /// that later operations need to know beside their buffers. Models that share a device take turns.
+    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Self::Turn;
+    /// Waits for everything that was asked for since [`Backend::begin`].
+    ///
+    /// # Errors
+    /// The first failure of the pass that no `read` has reported.
+    fn finish(&self) -> Result<(), EngineError>;
     /// Brings a tensor to the device.
     ///
     /// # Errors
@@ -130,11 +142,14 @@ pub trait Backend: Send {
     fn kv(&self, shape: KvShape) -> Result<Self::Kv, EngineError>;
 
     /// `out[row] = table[tokens[row]]`.
-    fn embed(&self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Buffer);
+    fn embed(&self, table: &Self::Weight, pass: &Pass<'_>, out: &mut Self::Buffer);
+    /// Cosines and sines of every row's rotary angles: `[rows, head_dim]`, the first half cosines, the second sines. An angle is an f32 product
+    /// of position and inverse frequency.
+    fn angles(&self, pass: &Pass<'_>, inverse_frequencies: &[f32], out: &mut Self::Buffer);
     /// Root-mean-square norm of every row (Zhang and Sennrich 2019).
     fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, out: &mut Self::Buffer);
-    /// The chosen rows of `x`, one after another.
-    fn gather_rows(&self, x: &Self::Buffer, width: usize, rows: &[usize], out: &mut Self::Buffer);
+    /// The rows of `x` that get logits, one after another.
+    fn gather_rows(&self, x: &Self::Buffer, width: usize, pass: &Pass<'_>, out: &mut Self::Buffer);
     /// Projections of every row. With `bulk` false a row's result has the same bits whatever other rows there are.
     fn linear(
         &self,
@@ -163,8 +178,11 @@ pub trait Backend: Send {
         wanted: &mut HandOut<'_>,
         out: &mut Self::Buffer,
     );
-    /// Copies a buffer to the host.
-    fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>);
+    /// Copies a buffer to the host, as f32.
+    ///
+    /// # Errors
+    /// The first failure of the pass.
+    fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<(), EngineError>;
 }
 
 /// What [`Backend::rotate_and_store`] needs besides the rows.
@@ -173,8 +191,8 @@ pub struct RotateArgs<'a, B: Backend + ?Sized> {
     pub shape: AttentionShape,
     /// Norm weights of q and k heads (Qwen3), `[head_dim]` each, and their epsilon.
     pub qk_norm: Option<(&'a B::Weight, &'a B::Weight, f32)>,
-    /// Cosines and sines per row: `[rows, head_dim]`, the first half cosines, the second sines.
-    pub angles: &'a [f32],
+    /// What [`Backend::angles`] wrote.
+    pub angles: &'a B::Buffer,
     /// The cache.
     pub kv: &'a B::Kv,
     /// Which layer's.

@@ -58,6 +58,17 @@ pub enum EngineError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The GPU, or what it needs, failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(Box<crate::cuda::CudaError>),
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::cuda::CudaError> for EngineError {
+    fn from(error: crate::cuda::CudaError) -> Self {
+        Self::Cuda(Box::new(error))
+    }
 }
 
 impl EngineError {
@@ -71,6 +82,8 @@ impl EngineError {
             Self::ContextTooLong { .. } => "context_too_long",
             Self::InvalidToken { .. } => "invalid_token",
             Self::InvalidArgument { .. } => "invalid_argument",
+            #[cfg(feature = "cuda")]
+            Self::Cuda(error) => error.label(),
         }
     }
 }

@@ -9,6 +9,8 @@ pub mod backend;
 pub mod checkpoint;
 pub mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod error;
 pub mod kv_cache;
 pub mod model;

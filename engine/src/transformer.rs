@@ -32,6 +32,7 @@ struct Layer<W> {
 /// Activations, kept from one pass to the next.
 struct Activations<T> {
     hidden: T,
+    angles: T,
     normed: T,
     qkv: T,
     q: T,
@@ -173,6 +174,7 @@ impl<B: Backend> Transformer<B> {
         let buffer = || backend.buffer();
         let activations = Activations {
             hidden: buffer(),
+            angles: buffer(),
             normed: buffer(),
             qkv: buffer(),
             q: buffer(),
@@ -201,7 +203,13 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Runs checked steps: long dense ones alone, all others together.
-    pub(crate) fn forward(&mut self, steps: &mut [Step<'_>]) -> Vec<StepOutput> {
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(crate) fn forward(
+        &mut self,
+        steps: &mut [Step<'_>],
+    ) -> Result<Vec<StepOutput>, EngineError> {
         let is_bulk = |s: &Step<'_>| {
             let plain = s.lists.is_none() && s.capture.is_empty() && !s.masses;
             plain && s.logits != LogitRows::Verify && s.tokens.len() >= BULK_TOKENS
@@ -210,16 +218,16 @@ impl<B: Backend> Transformer<B> {
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
         for (step, output) in steps.iter_mut().zip(&mut outputs) {
             if is_bulk(step) {
-                self.pass(&mut [step], &mut [output], true);
+                self.pass(&mut [step], &mut [output], true)?;
             } else {
                 small.push(step);
                 small_outputs.push(output);
             }
         }
         if !small.is_empty() {
-            self.pass(&mut small, &mut small_outputs, false);
+            self.pass(&mut small, &mut small_outputs, false)?;
         }
-        outputs
+        Ok(outputs)
     }
 
     /// An output with room for captured rows, and the step's KV reads.
@@ -256,10 +264,13 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// One forward over the rows of `steps`.
-    fn pass(&mut self, steps: &mut [&mut Step<'_>], outputs: &mut [&mut StepOutput], bulk: bool) {
-        let _turn = self.backend.turn();
+    fn pass(
+        &mut self,
+        steps: &mut [&mut Step<'_>],
+        outputs: &mut [&mut StepOutput],
+        bulk: bool,
+    ) -> Result<(), EngineError> {
         let pass = layout(steps, bulk);
-        let angles = self.angles(&pass.positions);
         let shape = AttentionShape {
             num_heads: self.config.num_heads,
             num_kv_heads: self.config.num_kv_heads,
@@ -267,7 +278,9 @@ impl<B: Backend> Transformer<B> {
         };
         let eps = self.config.rms_norm_eps;
         let (backend, kv, a) = (&self.backend, &self.kv, &mut self.activations);
-        backend.embed(&self.embedding.weight, &pass.tokens, &mut a.hidden);
+        let _turn = backend.begin(&pass, &shape);
+        backend.embed(&self.embedding.weight, &pass, &mut a.hidden);
+        backend.angles(&pass, &self.inverse_frequencies, &mut a.angles);
         for (index, layer) in self.layers.iter().enumerate() {
             backend.rms_norm(&a.hidden, &layer.input_norm, eps, &mut a.normed);
             let [q, k, v] = &layer.qkv;
@@ -276,7 +289,7 @@ impl<B: Backend> Transformer<B> {
             let rotate = RotateArgs {
                 shape,
                 qk_norm,
-                angles: &angles,
+                angles: &a.angles,
                 kv,
                 layer: index,
             };
@@ -305,22 +318,20 @@ impl<B: Backend> Transformer<B> {
             );
             backend.linear(&a.mlp, &[&layer.down], Epilogue::Add, bulk, &mut a.hidden);
         }
-        let rows = logit_rows(steps, &pass);
-        drop(pass);
-        if !rows.is_empty() {
+        if !pass.logit_rows.is_empty() {
             let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
-            backend.gather_rows(&a.hidden, hidden, &rows, &mut a.selected);
+            backend.gather_rows(&a.hidden, hidden, &pass, &mut a.selected);
             backend.rms_norm(&a.selected, &self.final_norm, eps, &mut a.normed);
             let head = self.head.as_ref().unwrap_or(&self.embedding);
             backend.linear(
                 &a.normed,
                 &[head],
                 Epilogue::Store,
-                rows.len() >= BULK_TOKENS && bulk,
+                pass.logit_rows.len() >= BULK_TOKENS && bulk,
                 &mut a.logits,
             );
             let mut logits = Vec::new();
-            backend.read(&a.logits, &mut logits);
+            backend.read(&a.logits, &mut logits)?;
             let mut rest = logits.as_slice();
             for (step, output) in steps.iter().zip(outputs.iter_mut()) {
                 let count = match step.logits {
@@ -333,24 +344,13 @@ impl<B: Backend> Transformer<B> {
                 rest = others;
             }
         }
+        backend.finish()?;
+        drop(pass);
         for step in steps {
             let tokens = step.tokens.len();
             step.sequence.extend(tokens);
         }
-    }
-
-    /// Cosines and sines per row: `[rows, head_dim]`. The angle is an f32 product, as in the reference.
-    fn angles(&self, positions: &[u32]) -> Vec<f32> {
-        let half = self.inverse_frequencies.len();
-        let mut angles = vec![0.0; positions.len() * 2 * half];
-        for (row, &position) in angles.chunks_exact_mut(2 * half).zip(positions) {
-            for (i, &f) in self.inverse_frequencies.iter().enumerate() {
-                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
-                row[i] = cos as f32;
-                row[half + i] = sin as f32;
-            }
-        }
-        angles
+        Ok(())
     }
 }
 
@@ -360,6 +360,8 @@ fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
         tokens: Vec::new(),
         positions: Vec::new(),
         spans: Vec::new(),
+        logit_rows: Vec::new(),
+        captures: Vec::new(),
         bulk,
     };
     for step in steps {
@@ -367,8 +369,17 @@ fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
         pass.tokens.extend_from_slice(step.tokens);
         pass.positions
             .extend((past..past + step.tokens.len()).map(|p| p as u32));
+        let rows = start..pass.tokens.len();
+        pass.logit_rows.extend(match step.logits {
+            LogitRows::None => rows.end..rows.end,
+            LogitRows::Last => rows.end - 1..rows.end,
+            LogitRows::All | LogitRows::Verify => rows.clone(),
+        });
+        if !step.capture.is_empty() {
+            pass.captures.push(pass.spans.len());
+        }
         pass.spans.push(Span {
-            rows: start..pass.tokens.len(),
+            rows,
             past,
             blocks: step.sequence.blocks(),
             lists: step.lists,
@@ -395,17 +406,4 @@ fn hand_out<'a>(outputs: &'a mut [&mut StepOutput], layer: usize, kv_heads: usiz
         }
     }
     wanted
-}
-
-/// Rows that get logits, in order.
-fn logit_rows(steps: &[&mut Step<'_>], pass: &Pass<'_>) -> Vec<usize> {
-    steps
-        .iter()
-        .zip(&pass.spans)
-        .flat_map(|(step, span)| match step.logits {
-            LogitRows::None => span.rows.end..span.rows.end,
-            LogitRows::Last => span.rows.end - 1..span.rows.end,
-            LogitRows::All | LogitRows::Verify => span.rows.clone(),
-        })
-        .collect()
 }

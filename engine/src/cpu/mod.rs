@@ -20,7 +20,8 @@ use self::pool::{Pool, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
 use crate::backend::{
-    AttentionArgs, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs, Span,
+    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs,
+    Span,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -154,8 +155,12 @@ impl Backend for CpuBackend {
     type Kv = KvStore;
     type Turn = Turn;
 
-    fn turn(&self) -> Turn {
+    fn begin(&self, _pass: &Pass<'_>, _shape: &AttentionShape) -> Turn {
         self.pool.turn()
+    }
+
+    fn finish(&self) -> Result<(), EngineError> {
+        Ok(())
     }
 
     fn weight(&self, tensor: Tensor) -> Result<CpuWeight, EngineError> {
@@ -176,11 +181,23 @@ impl Backend for CpuBackend {
         Ok(KvStore::new(shape))
     }
 
-    fn embed(&self, table: &CpuWeight, tokens: &[u32], out: &mut Buffer) {
+    fn embed(&self, table: &CpuWeight, pass: &Pass<'_>, out: &mut Buffer) {
         let width = table.matrix.cols();
-        out.resize(tokens.len() * width);
-        for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
+        out.resize(pass.tokens.len() * width);
+        for (row, &token) in out.chunks_exact_mut(width).zip(&pass.tokens) {
             table.matrix.row(token as usize, row);
+        }
+    }
+
+    fn angles(&self, pass: &Pass<'_>, inverse_frequencies: &[f32], out: &mut Buffer) {
+        let half = inverse_frequencies.len();
+        out.resize(pass.positions.len() * 2 * half);
+        for (row, &position) in out.chunks_exact_mut(2 * half).zip(&pass.positions) {
+            for (i, &f) in inverse_frequencies.iter().enumerate() {
+                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
+                row[i] = cos as f32;
+                row[half + i] = sin as f32;
+            }
         }
     }
 
@@ -189,9 +206,9 @@ impl Backend for CpuBackend {
         elementwise::rms_norm(self.isa, &self.pool, x, &weight.vector, eps, out);
     }
 
-    fn gather_rows(&self, x: &Buffer, width: usize, rows: &[usize], out: &mut Buffer) {
-        out.resize(rows.len() * width);
-        for (out, &row) in out.chunks_exact_mut(width).zip(rows) {
+    fn gather_rows(&self, x: &Buffer, width: usize, pass: &Pass<'_>, out: &mut Buffer) {
+        out.resize(pass.logit_rows.len() * width);
+        for (out, &row) in out.chunks_exact_mut(width).zip(&pass.logit_rows) {
             out.copy_from_slice(&x[row * width..(row + 1) * width]);
         }
     }
@@ -256,9 +273,10 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn read(&self, x: &Buffer, out: &mut Vec<f32>) {
+    fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<(), EngineError> {
         out.clear();
         out.extend_from_slice(x);
+        Ok(())
     }
 }
 

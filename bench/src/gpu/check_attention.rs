@@ -1,0 +1,232 @@
+//! Attention kernels against softmax attention in f64 over a grid of odd shapes.
+
+use anyhow::Result;
+use specattn_engine::AttentionRows;
+use specattn_engine::backend::{AttentionShape, Backend, Capture, DType};
+use specattn_engine::cuda::CudaBackend;
+
+use super::attention_case::{AttentionCase, SpanCase};
+use super::numbers::{Numbers, relative_error};
+
+/// Projected rows of one sequence, `[positions, (num_heads + 2 * num_kv_heads) * head_dim]`.
+type Projected = Vec<f32>;
+
+/// What attention should give: outputs of the pass's tokens, and the last token's probabilities per head.
+struct Expected {
+    out: Vec<f64>,
+    probs: Vec<f64>,
+}
+
+fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projected) -> Expected {
+    let (heads, kv_heads, dim) = (shape.num_heads, shape.num_kv_heads, shape.head_dim);
+    let width = (heads + 2 * kv_heads) * dim;
+    let at = |position: usize, head: usize| &rows[position * width + head * dim..][..dim];
+    let length = span.past + span.tokens;
+    let mut out = vec![0.0; span.tokens * heads * dim];
+    let mut probs = vec![0.0; heads * length];
+    for token in 0..span.tokens {
+        for head in 0..heads {
+            let kv_head = head / (heads / kv_heads);
+            let listed: Vec<usize> = match &span.lists {
+                None => (0..span.past).collect(),
+                Some(l) => l.lists[l.of_head[layer * kv_heads + kv_head] as usize]
+                    .iter()
+                    .map(|&p| p as usize)
+                    .collect(),
+            };
+            let seen: Vec<usize> = listed
+                .into_iter()
+                .chain(span.past..=span.past + token)
+                .collect();
+            let q = at(span.past + token, head);
+            let scores: Vec<f64> = seen
+                .iter()
+                .map(|&p| {
+                    let k = at(p, heads + kv_head);
+                    let dot: f64 = q
+                        .iter()
+                        .zip(k)
+                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                        .sum();
+                    dot / (dim as f64).sqrt()
+                })
+                .collect();
+            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+            let to = &mut out[(token * heads + head) * dim..][..dim];
+            for (&p, s) in seen.iter().zip(&scores) {
+                let weight = (s - top).exp() / total;
+                for (to, &v) in to.iter_mut().zip(at(p, heads + kv_heads + kv_head)) {
+                    *to += weight * f64::from(v);
+                }
+                if token + 1 == span.tokens {
+                    probs[head * length + p] = weight;
+                }
+            }
+        }
+    }
+    Expected { out, probs }
+}
+
+/// Runs one case; (error of the outputs, of the captured rows).
+fn run(
+    backend: &CudaBackend,
+    case: &AttentionCase,
+    dtype: DType,
+    bulk: bool,
+    numbers: &mut Numbers,
+) -> Result<(f64, f64)> {
+    let shape = &case.shape;
+    let layer = case.layers - 1;
+    let width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
+    let kv = case.store(backend, dtype)?;
+    let projected: Vec<Projected> = case
+        .spans
+        .iter()
+        .map(|s| numbers.rounded((s.past + s.tokens) * width, 1.5, dtype))
+        .collect();
+    let mut q = backend.buffer();
+    let past: Vec<f32> = case
+        .spans
+        .iter()
+        .zip(&projected)
+        .flat_map(|(s, p)| &p[..s.past * width])
+        .copied()
+        .collect();
+    if !past.is_empty() {
+        case.store_rows(backend, (&kv, layer), &case.past_pass(), &past, &mut q)?;
+    }
+    let own: Vec<f32> = case
+        .spans
+        .iter()
+        .zip(&projected)
+        .flat_map(|(s, p)| &p[s.past * width..])
+        .copied()
+        .collect();
+    let mut pass = case.pass(bulk);
+    case.store_rows(backend, (&kv, layer), &pass, &own, &mut q)?;
+    let want: Vec<Expected> = case
+        .spans
+        .iter()
+        .zip(&projected)
+        .map(|(s, p)| expected(shape, s, layer, p))
+        .collect();
+    let want_out: Vec<f64> = want.iter().flat_map(|w| &w.out).copied().collect();
+
+    let mut out = backend.buffer();
+    let mut read = Vec::new();
+    {
+        let _turn = backend.begin(&pass, shape);
+        case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut []);
+        backend.read(&out, &mut read)?;
+    }
+    let error = relative_error(&read, &want_out);
+    if bulk {
+        return Ok((error, 0.0));
+    }
+    // Again, with every span captured: outputs must be the same bits.
+    pass.captures = (0..case.spans.len()).collect();
+    let mut rows: Vec<AttentionRows> = case
+        .spans
+        .iter()
+        .map(|s| AttentionRows {
+            layers: vec![layer],
+            num_heads: shape.num_heads,
+            kv_len: s.past + s.tokens,
+            probs: vec![0.0; shape.num_heads * (s.past + s.tokens)],
+        })
+        .collect();
+    let mut captures: Vec<Capture<'_>> = rows
+        .iter_mut()
+        .enumerate()
+        .map(|(span, rows)| Capture {
+            span,
+            slot: 0,
+            rows,
+        })
+        .collect();
+    let mut again = Vec::new();
+    let _turn = backend.begin(&pass, shape);
+    case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut captures);
+    backend.read(&out, &mut again)?;
+    let same = read
+        .iter()
+        .zip(&again)
+        .all(|(a, b)| a.to_bits() == b.to_bits());
+    let got: Vec<f32> = rows.iter().flat_map(|r| &r.probs).copied().collect();
+    let want: Vec<f64> = want.iter().flat_map(|w| &w.probs).copied().collect();
+    let captured = relative_error(&got, &want);
+    Ok((error, if same { captured } else { f64::INFINITY }))
+}
+
+/// A table of worst errors; true when all are within bounds.
+///
+/// # Errors
+/// When the device fails.
+pub fn check(backend: &CudaBackend, dtype: DType) -> Result<bool> {
+    println!(
+        "| attention, {dtype:?} | heads | head_dim | dense | lists | full list | captured | prefill |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    );
+    let mut fine = true;
+    for head_dim in [16, 48, 64, 96, 128, 256] {
+        fine &= check_head_dim(backend, dtype, head_dim)?;
+    }
+    println!();
+    Ok(fine)
+}
+
+/// [`check`]'s rows of one head width.
+///
+/// # Errors
+/// When the device fails.
+pub fn check_head_dim(backend: &CudaBackend, dtype: DType, head_dim: usize) -> Result<bool> {
+    let mut numbers = Numbers(7);
+    let mut fine = true;
+    for (num_heads, num_kv_heads) in [(4, 4), (8, 2), (7, 1), (16, 1)] {
+        let shape = AttentionShape {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+        };
+        let mut worst = [0.0f64; 5];
+        let mut note = |i: usize, e: f64| worst[i] = worst[i].max(e);
+        let ragged: [&[(usize, usize)]; 4] = [
+            &[(0, 1)],
+            &[(1, 5), (63, 1), (700, 3)],
+            &[(64, 16), (1025, 5)],
+            &[(2100, 2), (17, 9), (511, 1), (1023, 1)],
+        ];
+        for lengths in ragged {
+            let mut case = AttentionCase::new(shape, lengths, 2, &mut numbers);
+            let (e, c) = run(backend, &case, dtype, false, &mut numbers)?;
+            note(0, e);
+            note(3, c);
+            for (kept, per_head) in [(0.2, true), (0.0, false), (0.7, false)] {
+                case.keep(kept, per_head, &mut numbers);
+                let (e, c) = run(backend, &case, dtype, false, &mut numbers)?;
+                note(1, e);
+                note(3, c);
+            }
+            case.keep(2.0, false, &mut numbers);
+            note(2, run(backend, &case, dtype, false, &mut numbers)?.0);
+        }
+        for lengths in [
+            [(0usize, 1usize)].as_slice(),
+            &[(0, 33)],
+            &[(0, 200)],
+            &[(130, 129)],
+            &[(777, 65)],
+            &[(5, 64), (64, 40)],
+        ] {
+            let case = AttentionCase::new(shape, lengths, 1, &mut numbers);
+            note(4, run(backend, &case, dtype, true, &mut numbers)?.0);
+        }
+        fine &= worst.iter().all(|&e| e < 1e-2);
+        let cells: Vec<String> = worst.iter().map(|e| format!("{e:.1e}")).collect();
+        println!(
+            "| | {num_heads}/{num_kv_heads} | {head_dim} | {} |",
+            cells.join(" | ")
+        );
+    }
+    Ok(fine)
+}

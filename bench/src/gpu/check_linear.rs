@@ -1,0 +1,189 @@
+//! Norm and products against f64, and a row's bits against the same row alone.
+
+use anyhow::Result;
+use specattn_engine::backend::{Backend, DType, Epilogue, Linear};
+use specattn_engine::cuda::{Buffer, CudaBackend, Weight};
+
+use super::numbers::{Numbers, relative_error, round};
+
+struct Matrix {
+    values: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    outputs: usize,
+}
+
+/// x[rows, inputs] through a norm, as the 16-bit rows that products take, and the rounded values.
+fn normed(
+    backend: &CudaBackend,
+    x: &[f32],
+    weight: &[f32],
+    dtype: DType,
+) -> Result<(Buffer, Vec<f32>, f64)> {
+    let (hidden, norm) = (backend.buffer_of(x)?, backend.weight_of(weight, 1)?);
+    let mut out = backend.buffer();
+    backend.rms_norm(&hidden, &norm, 1e-5, &mut out);
+    let mut got = Vec::new();
+    backend.read(&out, &mut got)?;
+    let width = weight.len();
+    let want: Vec<f64> = x
+        .chunks_exact(width)
+        .flat_map(|row| {
+            let squares: f64 = row.iter().map(|&v| f64::from(v).powi(2)).sum();
+            let scale = 1.0 / (squares / width as f64 + 1e-5).sqrt();
+            row.iter()
+                .zip(weight)
+                .map(move |(&v, &w)| f64::from(v) * scale * f64::from(w))
+        })
+        .collect();
+    debug_assert!(got.iter().all(|&g| round(g, dtype) == g));
+    let error = relative_error(&got, &want);
+    Ok((out, got, error))
+}
+
+fn product(x: &[f32], inputs: usize, m: &Matrix) -> Vec<f64> {
+    x.chunks_exact(inputs)
+        .flat_map(|row| {
+            m.values
+                .chunks_exact(inputs)
+                .enumerate()
+                .map(move |(o, w)| {
+                    let dot: f64 = row
+                        .iter()
+                        .zip(w)
+                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                        .sum();
+                    dot + m.bias.as_ref().map_or(0.0, |b| f64::from(b[o]))
+                })
+        })
+        .collect()
+}
+
+/// A table of worst errors; true when all are within bounds.
+///
+/// # Errors
+/// When the device fails.
+pub fn check(backend: &CudaBackend, dtype: DType) -> Result<bool> {
+    println!(
+        "| products, {dtype:?} | inputs | outputs | norm | store | add | gated | cuBLAS | rows alone |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    );
+    let mut fine = true;
+    for inputs in [8, 64, 72, 192, 384, 896, 4096] {
+        for outputs in [[24usize, 8, 40], [384, 128, 128], [100, 36, 20]] {
+            fine &= check_shape(backend, dtype, inputs, outputs)?;
+        }
+    }
+    println!();
+    Ok(fine)
+}
+
+/// [`check`]'s row of one shape.
+///
+/// # Errors
+/// When the device fails.
+pub fn check_shape(
+    backend: &CudaBackend,
+    dtype: DType,
+    inputs: usize,
+    outputs: [usize; 3],
+) -> Result<bool> {
+    let mut numbers = Numbers(11);
+    let mut worst = [0.0f64; 5];
+    let mut alone = true;
+    let matrices: Vec<Matrix> = outputs
+        .iter()
+        .enumerate()
+        .map(|(i, &outputs)| Matrix {
+            values: numbers.rounded(outputs * inputs, 0.5, dtype),
+            bias: (i != 1).then(|| numbers.rounded(outputs, 1.0, DType::F32)),
+            outputs,
+        })
+        .collect();
+    let linears: Vec<Linear<Weight>> = matrices
+        .iter()
+        .map(|m| {
+            let bias = m
+                .bias
+                .as_ref()
+                .map(|b| backend.weight_of(b, 1))
+                .transpose()?;
+            Ok(Linear {
+                weight: backend.weight_of(&m.values, m.outputs)?,
+                bias,
+            })
+        })
+        .collect::<Result<_>>()?;
+    // The gated product's two matrices have one shape.
+    let twin = Linear {
+        weight: backend.weight_of(&matrices[0].values, outputs[0])?,
+        bias: None,
+    };
+    let refs: Vec<&Linear<Weight>> = linears.iter().collect();
+    for rows in [1usize, 2, 7, 8, 9, 20, 40, 64, 70, 130] {
+        let x = numbers.rounded(rows * inputs, 2.0, DType::F32);
+        let weight = numbers.rounded(inputs, 1.0, DType::F32);
+        let (a, a_values, norm_error) = normed(backend, &x, &weight, dtype)?;
+        worst[0] = worst[0].max(norm_error);
+        let wants: Vec<Vec<f64>> = matrices
+            .iter()
+            .map(|m| product(&a_values, inputs, m))
+            .collect();
+        let want: Vec<f64> = (0..rows)
+            .flat_map(|r| {
+                wants
+                    .iter()
+                    .zip(&outputs)
+                    .flat_map(move |(w, &o)| w[r * o..(r + 1) * o].to_vec())
+            })
+            .collect();
+        let (mut out, mut got) = (backend.buffer(), Vec::new());
+        for (bulk, slot) in [(false, 1), (true, 4)] {
+            backend.linear(&a, &refs, Epilogue::Store, bulk, &mut out);
+            backend.read(&out, &mut got)?;
+            worst[slot] = worst[slot].max(relative_error(&got, &want));
+            if !bulk {
+                // The last row alone.
+                let (last, _, _) = normed(backend, &x[(rows - 1) * inputs..], &weight, dtype)?;
+                let (mut one, mut row) = (backend.buffer(), Vec::new());
+                backend.linear(&last, &refs, Epilogue::Store, false, &mut one);
+                backend.read(&one, &mut row)?;
+                let tail = &got[got.len() - row.len()..];
+                alone &= row
+                    .iter()
+                    .zip(tail)
+                    .all(|(a, b)| a.to_bits() == b.to_bits());
+            }
+            let before = numbers.rounded(rows * outputs[1], 3.0, DType::F32);
+            let mut sum = backend.buffer_of(&before)?;
+            backend.linear(&a, &[&linears[1]], Epilogue::Add, bulk, &mut sum);
+            backend.read(&sum, &mut got)?;
+            let want: Vec<f64> = before
+                .iter()
+                .zip(&wants[1])
+                .map(|(&b, &w)| f64::from(b) + w)
+                .collect();
+            let slot = if bulk { 4 } else { 2 };
+            worst[slot] = worst[slot].max(relative_error(&got, &want));
+            backend.linear(&a, &[&linears[0], &twin], Epilogue::SwiGlu, bulk, &mut out);
+            backend.read(&out, &mut got)?;
+            let bias = matrices[0].bias.as_deref().unwrap_or(&[]);
+            let want: Vec<f64> = wants[0]
+                .iter()
+                .enumerate()
+                .map(|(i, &gate)| {
+                    let up = gate - f64::from(bias[i % outputs[0]]);
+                    gate / (1.0 + (-gate).exp()) * up
+                })
+                .collect();
+            let slot = if bulk { 4 } else { 3 };
+            worst[slot] = worst[slot].max(relative_error(&got, &want));
+        }
+    }
+    let fine = alone && worst.iter().all(|&e| e < 1e-2);
+    let cells: Vec<String> = worst.iter().map(|e| format!("{e:.1e}")).collect();
+    println!(
+        "| | {inputs} | {outputs:?} | {} | {} |",
+        cells.join(" | "),
+        if alone { "same bits" } else { "DIFFER" }
+    );
+    Ok(fine)
+}

@@ -1,0 +1,9 @@
+//! The GPU backend against a plain oracle, and against the bytes it must move.
+
+pub mod attention_case;
+pub mod check_attention;
+pub mod check_linear;
+pub mod check_selection;
+pub mod numbers;
+pub mod time_kernels;
+pub mod timer;

@@ -1,0 +1,496 @@
+//! [`CudaBackend`]: the transformer's operations as launches on one device's stream.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::attention::{self, AttentionCall, DecodeScratch, ScoreTarget};
+use super::batch::DeviceBatch;
+use super::device::{Device, Turn};
+use super::elementwise::{RotateArgs as KernelRotateArgs, RowKernels};
+use super::error::CudaError;
+use super::kv_store::KvStore;
+use super::linear::{Product, out_width};
+use super::memory::{Buffer, DeviceMemory, Elements, Weight};
+use crate::backend::{
+    AttentionArgs, Backend, Capture, DType, Epilogue, KvShape, Linear, Pass, RotateArgs,
+};
+use crate::checkpoint::Tensor;
+use crate::error::EngineError;
+
+/// Head widths that the attention kernels are written for.
+const HEAD_DIMS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 256];
+
+/// A GPU as a backend.
+pub struct CudaBackend {
+    device: Arc<Device>,
+    half: DType,
+    state: RefCell<State>,
+}
+
+/// What changes from pass to pass.
+struct State {
+    batch: DeviceBatch,
+    decode: DecodeScratch,
+    /// Gate and up products of cuBLAS.
+    gated: DeviceMemory,
+    frequencies: DeviceMemory,
+    scores: DeviceMemory,
+    statistics: DeviceMemory,
+}
+
+impl CudaBackend {
+    /// A backend on `device` whose weights and KV entries are of the 16-bit type `half`.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidArgument`] for a type of 32 bits.
+    pub fn new(device: Arc<Device>, half: DType) -> Result<Self, EngineError> {
+        if half == DType::F32 {
+            let reason = "the GPU computes with bf16 or f16".to_owned();
+            return Err(EngineError::InvalidArgument {
+                what: "number type",
+                reason,
+            });
+        }
+        let memory = || DeviceMemory::new(&device);
+        let state = State {
+            batch: DeviceBatch::new(&device),
+            decode: DecodeScratch::new(&device),
+            gated: memory(),
+            frequencies: memory(),
+            scores: memory(),
+            statistics: memory(),
+        };
+        Ok(Self {
+            state: RefCell::new(state),
+            device,
+            half,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// A weight of pseudo-random numbers in ±spread, made on the device; for benchmarks.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn random_weight(
+        &self,
+        (rows, cols): (usize, usize),
+        spread: f32,
+        seed: u32,
+    ) -> Result<Weight, EngineError> {
+        let mut memory = DeviceMemory::new(&self.device);
+        memory.reserve(rows * cols * 2)?;
+        self.rows()
+            .fill_random(memory.address(), rows * cols, (spread, seed))?;
+        Ok(Weight::new(memory, rows, cols))
+    }
+
+    /// A matrix, `[rows, cols]`, rounded to the backend's type; a single row stays f32.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`], or [`EngineError::Unsupported`] for a width that the kernels do not take.
+    pub fn weight_of(&self, values: &[f32], rows: usize) -> Result<Weight, EngineError> {
+        let cols = values.len() / rows;
+        if rows == 1 {
+            return Ok(Weight::new(
+                DeviceMemory::from_slice(&self.device, values)?,
+                1,
+                cols,
+            ));
+        }
+        check_width(cols)?;
+        let bits: Vec<u16> = match self.half {
+            DType::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
+            _ => values
+                .iter()
+                .map(|&x| bf16::from_f32(x).to_bits())
+                .collect(),
+        };
+        Ok(Weight::new(
+            DeviceMemory::from_slice(&self.device, &bits)?,
+            rows,
+            cols,
+        ))
+    }
+
+    /// A buffer that holds `values` as f32.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn buffer_of(&self, values: &[f32]) -> Result<Buffer, EngineError> {
+        let mut buffer = Buffer::new(&self.device);
+        buffer.resize(Elements::Single, values.len())?;
+        buffer.memory_mut().write(0, values)?;
+        Ok(buffer)
+    }
+
+    /// Fills KV memory with pseudo-random entries; for benchmarks.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn randomise_kv(&self, kv: &KvStore, seed: u32) -> Result<(), EngineError> {
+        for layer in 0..kv.num_layers() {
+            self.rows().fill_random(
+                kv.layer(layer),
+                kv.layer_elements(),
+                (1.0, seed + layer as u32),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> RowKernels<'_> {
+        RowKernels {
+            device: &self.device,
+            half_is_f16: self.half == DType::F16,
+        }
+    }
+
+    /// The number of rows that a buffer of f32 or 16-bit rows of `width` holds.
+    fn product(
+        &self,
+        x: &Buffer,
+        projections: &[&Linear<Weight>],
+        epilogue: Epilogue,
+        bulk: bool,
+        out: &mut Buffer,
+    ) -> Result<(), CudaError> {
+        debug_assert_eq!(x.elements(), Elements::Half);
+        let rows = x.len() / projections[0].weight.shape().1;
+        let width = out_width(projections, epilogue);
+        match epilogue {
+            Epilogue::Store => out.resize(Elements::Single, rows * width)?,
+            Epilogue::SwiGlu => out.resize(Elements::Half, rows * width)?,
+            Epilogue::Add => debug_assert_eq!(out.len(), rows * width),
+        }
+        let mut product = Product {
+            x: x.address(),
+            rows,
+            projections,
+            epilogue,
+            out: out.address(),
+            half_is_f16: self.half == DType::F16,
+        };
+        if !bulk {
+            return product.stream(&self.device);
+        }
+        if epilogue != Epilogue::SwiGlu {
+            return product.library(&self.device);
+        }
+        let mut state = self.state.borrow_mut();
+        state.gated.reserve(rows * 2 * width * 4)?;
+        product.out = state.gated.address();
+        product.library(&self.device)?;
+        self.rows()
+            .gated_silu(product.out, (rows, width), out.address())
+    }
+
+    fn attend(
+        &self,
+        q: &Buffer,
+        pass: &Pass<'_>,
+        args: &AttentionArgs<'_, Self>,
+        capture: &mut [Capture<'_>],
+        out: &mut Buffer,
+    ) -> Result<(), CudaError> {
+        let shape = args.shape;
+        out.resize(
+            Elements::Half,
+            pass.tokens.len() * shape.num_heads * shape.head_dim,
+        )?;
+        let mut state = self.state.borrow_mut();
+        let State {
+            batch,
+            decode,
+            scores,
+            statistics,
+            ..
+        } = &mut *state;
+        let call = AttentionCall {
+            shape,
+            q: q.address(),
+            kv: args.kv,
+            layer: args.layer,
+            out: out.address(),
+            batch,
+        };
+        if pass.bulk {
+            return attention::prefill(&self.device, &call);
+        }
+        if capture.is_empty() {
+            return attention::decode(&self.device, &call, decode, None);
+        }
+        let stride = capture
+            .iter()
+            .map(|c| c.rows.kv_len)
+            .max()
+            .unwrap_or(0)
+            .next_multiple_of(4);
+        // Numbers of capturing spans follow the pass's.
+        let spans = pass.captures.len();
+        let rows = spans * shape.num_heads;
+        scores.reserve(rows * stride * 4)?;
+        statistics.reserve(rows * 8)?;
+        let target = ScoreTarget {
+            scores: scores.address(),
+            statistics: statistics.address(),
+            stride,
+        };
+        // Positions that a list leaves out have no score: probability 0.
+        self.rows()
+            .fill(target.scores, rows * stride, f32::NEG_INFINITY)?;
+        attention::decode(&self.device, &call, decode, Some(target))?;
+        self.rows().score_probabilities(
+            (target.scores, target.statistics),
+            rows,
+            (stride, stride),
+        )?;
+        for c in capture {
+            let Some(number) = pass.captures.iter().position(|&span| span == c.span) else {
+                continue;
+            };
+            let kv_len = c.rows.kv_len;
+            for head in 0..shape.num_heads {
+                let row = &mut c.rows.probs[(c.slot * shape.num_heads + head) * kv_len..][..kv_len];
+                scores.read((number * shape.num_heads + head) * stride * 4, row)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rotate(
+        &self,
+        qkv: &Buffer,
+        pass: &Pass<'_>,
+        args: &RotateArgs<'_, Self>,
+        q: &mut Buffer,
+    ) -> Result<(), CudaError> {
+        let (rows, shape) = (pass.tokens.len(), args.shape);
+        q.resize(Elements::Half, rows * shape.num_heads * shape.head_dim)?;
+        let state = self.state.borrow();
+        let (q_norm, k_norm, eps) = args
+            .qk_norm
+            .map_or((0, 0, 0.0), |(q, k, eps)| (q.address(), k.address(), eps));
+        let args = KernelRotateArgs {
+            qkv: qkv.address(),
+            angles: args.angles.address(),
+            q_norm,
+            k_norm,
+            q: q.address(),
+            kv: args.kv.layer(args.layer),
+            spans: state.batch.spans(),
+            row_spans: state.batch.row_spans(),
+            block_tables: state.batch.block_tables(),
+            num_heads: 0,
+            num_kv_heads: 0,
+            head_dim: 0,
+            eps,
+        };
+        self.rows().rotate_and_store(&args.with_shape(shape), rows)
+    }
+}
+
+/// Rows are read 16 bytes at a time.
+fn check_width(width: usize) -> Result<(), EngineError> {
+    if width.is_multiple_of(8) {
+        Ok(())
+    } else {
+        Err(EngineError::Unsupported(format!(
+            "a matrix of width {width} on a GPU: it must be a multiple of 8"
+        )))
+    }
+}
+
+impl Backend for CudaBackend {
+    type Buffer = Buffer;
+    type Weight = Weight;
+    type Kv = KvStore;
+    type Turn = Turn;
+
+    fn begin(&self, pass: &Pass<'_>, shape: &crate::backend::AttentionShape) -> Turn {
+        let turn = self.device.turn();
+        let result = self.state.borrow_mut().batch.upload(
+            pass,
+            attention::decode_chunk(shape),
+            &pass.captures,
+        );
+        self.device.note(result);
+        turn
+    }
+
+    fn weight(&self, tensor: Tensor) -> Result<Weight, EngineError> {
+        let (shape, bytes) = (tensor.shape(), tensor.bytes());
+        let (rows, cols) = match *shape {
+            [rows, cols] => (rows, cols),
+            _ => (1, shape.iter().product()),
+        };
+        if rows > 1 && tensor.dtype() == self.half {
+            check_width(cols)?;
+            return Ok(Weight::new(
+                DeviceMemory::from_slice(&self.device, bytes)?,
+                rows,
+                cols,
+            ));
+        }
+        let pairs = || {
+            bytes
+                .chunks_exact(2)
+                .map(|b| u16::from_le_bytes([b[0], b[1]]))
+        };
+        let values: Vec<f32> = match tensor.dtype() {
+            DType::F32 => bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            DType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
+            DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
+        };
+        self.weight_of(&values, rows)
+    }
+
+    fn buffer(&self) -> Buffer {
+        Buffer::new(&self.device)
+    }
+
+    fn kv(&self, shape: KvShape) -> Result<KvStore, EngineError> {
+        if !HEAD_DIMS.contains(&shape.head_dim) {
+            return Err(EngineError::Unsupported(format!(
+                "head_dim {} on a GPU (supported: {HEAD_DIMS:?})",
+                shape.head_dim
+            )));
+        }
+        if shape.dtype != self.half {
+            let reason = format!(
+                "on a GPU entries have the type of the weights, {:?}, not {:?}",
+                self.half, shape.dtype
+            );
+            return Err(EngineError::InvalidArgument {
+                what: "KV type",
+                reason,
+            });
+        }
+        Ok(KvStore::new(&self.device, shape)?)
+    }
+
+    fn embed(&self, table: &Weight, pass: &Pass<'_>, out: &mut Buffer) {
+        let (width, rows) = (table.shape().1, pass.tokens.len());
+        let tokens = self.state.borrow().batch.tokens();
+        let result = out.resize(Elements::Single, rows * width).and_then(|()| {
+            self.rows()
+                .embed((table.address(), width), (tokens, rows), out.address())
+        });
+        self.device.note(result);
+    }
+
+    fn rms_norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &mut Buffer) {
+        let width = weight.shape().1;
+        let result = out.resize(Elements::Half, x.len()).and_then(|()| {
+            self.rows().rms_norm(
+                (x.address(), x.len() / width),
+                (weight.address(), width),
+                eps,
+                out.address(),
+            )
+        });
+        self.device.note(result);
+    }
+
+    fn gather_rows(&self, x: &Buffer, width: usize, pass: &Pass<'_>, out: &mut Buffer) {
+        let (chosen, rows) = (
+            self.state.borrow().batch.logit_rows(),
+            pass.logit_rows.len(),
+        );
+        let result = out.resize(Elements::Single, rows * width).and_then(|()| {
+            self.rows()
+                .gather_rows(x.address(), width, (chosen, rows), out.address())
+        });
+        self.device.note(result);
+    }
+
+    fn linear(
+        &self,
+        x: &Buffer,
+        projections: &[&Linear<Weight>],
+        epilogue: Epilogue,
+        bulk: bool,
+        out: &mut Buffer,
+    ) {
+        let result = self.product(x, projections, epilogue, bulk, out);
+        self.device.note(result);
+    }
+
+    fn angles(&self, pass: &Pass<'_>, inverse_frequencies: &[f32], out: &mut Buffer) {
+        let half = inverse_frequencies.len();
+        let rows = pass.tokens.len();
+        let mut state = self.state.borrow_mut();
+        let result = (|| {
+            // A model's frequencies never change, and a backend serves one model.
+            if state.frequencies.bytes() != size_of_val(inverse_frequencies) {
+                state.frequencies = DeviceMemory::from_slice(&self.device, inverse_frequencies)?;
+            }
+            out.resize(Elements::Single, rows * 2 * half)?;
+            self.rows().rotary_angles(
+                &state.batch,
+                rows,
+                (state.frequencies.address(), half),
+                out.address(),
+            )
+        })();
+        self.device.note(result);
+    }
+
+    fn rotate_and_store(
+        &self,
+        qkv: &Buffer,
+        pass: &Pass<'_>,
+        args: &RotateArgs<'_, Self>,
+        q: &mut Buffer,
+    ) {
+        let result = self.rotate(qkv, pass, args, q);
+        self.device.note(result);
+    }
+
+    fn attention(
+        &self,
+        q: &Buffer,
+        pass: &Pass<'_>,
+        args: &AttentionArgs<'_, Self>,
+        capture: &mut [Capture<'_>],
+        out: &mut Buffer,
+    ) {
+        let result = self.attend(q, pass, args, capture, out);
+        self.device.note(result);
+    }
+
+    fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<(), EngineError> {
+        out.clear();
+        match x.elements() {
+            Elements::Single => {
+                out.resize(x.len(), 0.0);
+                self.device.note(x.memory().read(0, out));
+            }
+            Elements::Half => {
+                let mut bits = vec![0u16; x.len()];
+                self.device.note(x.memory().read(0, &mut bits));
+                out.extend(bits.iter().map(|&b| match self.half {
+                    DType::F16 => f16::from_bits(b).to_f32(),
+                    _ => bf16::from_bits(b).to_f32(),
+                }));
+            }
+        }
+        Ok(self.device.take_failure()?)
+    }
+
+    fn finish(&self) -> Result<(), EngineError> {
+        // Reads nothing, but waits: a failure of the device shows here.
+        self.device
+            .note(DeviceMemory::new(&self.device).read::<u8>(0, &mut []));
+        Ok(self.device.take_failure()?)
+    }
+}

@@ -1,0 +1,264 @@
+//! [`Device`]: one GPU, its stream, its kernels, and the first failure met on it.
+//!
+//! All work of a device goes down one stream, in order; nothing waits for it but reads. Calls inside a forward return nothing:
+//! the first failure is kept and reported by the read that ends the forward, as the driver itself does with asynchronous
+//! failures.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublas::sys as cublas;
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, sys};
+
+use super::error::CudaError;
+use super::kernel_cache::{Kernel, KernelCache};
+
+/// A GPU that is ready for use.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    kernels: KernelCache,
+    cublas: cublas::cublasHandle_t,
+    multiprocessors: u32,
+    failure: Mutex<Option<CudaError>>,
+    turn: Arc<Turnstile>,
+}
+
+// SAFETY: the cuBLAS handle is the only field that is not Send of itself; cuBLAS handles may move between threads.
+unsafe impl Send for Device {}
+// SAFETY: every use of the handle happens in a turn, which one thread has at a time.
+unsafe impl Sync for Device {}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device")
+            .field("name", &self.name())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Lets one forward at a time use the device.
+#[derive(Debug, Default)]
+pub(super) struct Turnstile {
+    taken: Mutex<bool>,
+    freed: std::sync::Condvar,
+}
+
+/// The right to use the device, until dropped.
+#[derive(Debug)]
+pub struct Turn(Arc<Turnstile>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.0.freed.notify_one();
+    }
+}
+
+/// How many GPUs this machine has; 0 without a driver.
+pub fn device_count() -> usize {
+    // SAFETY: only tries to load the driver's library.
+    if !unsafe { sys::is_culib_present() } || cudarc::driver::result::init().is_err() {
+        return 0;
+    }
+    CudaContext::device_count().map_or(0, |n| usize::try_from(n).unwrap_or(0))
+}
+
+impl Device {
+    /// Opens GPU number `ordinal`. Compiled kernels are kept in `kernel_cache`; without one they are compiled anew.
+    ///
+    /// # Errors
+    /// [`CudaError::LibraryMissing`], [`CudaError::NoDevice`] or [`CudaError::UnsupportedArchitecture`].
+    pub fn open(ordinal: usize, kernel_cache: Option<PathBuf>) -> Result<Arc<Self>, CudaError> {
+        // SAFETY: these only try to load libraries.
+        let libraries = unsafe {
+            [
+                (
+                    sys::is_culib_present(),
+                    "libcuda.so",
+                    "it comes with the GPU's driver",
+                ),
+                (
+                    cudarc::nvrtc::sys::is_culib_present(),
+                    "libnvrtc.so",
+                    "it compiles the kernels; put CUDA's lib folder on LD_LIBRARY_PATH",
+                ),
+                (
+                    cublas::is_culib_present(),
+                    "libcublas.so",
+                    "it multiplies large matrices; put CUDA's lib folder on LD_LIBRARY_PATH",
+                ),
+            ]
+        };
+        for (present, library, needed_for) in libraries {
+            if !present {
+                return Err(CudaError::LibraryMissing {
+                    library,
+                    needed_for,
+                });
+            }
+        }
+        let count = device_count();
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let driver = CudaError::driver("opening the GPU");
+        let open = || {
+            let context = CudaContext::new(ordinal)?;
+            // SAFETY: one stream does all work, so nothing needs events to be ordered.
+            unsafe { context.disable_event_tracking() };
+            let stream = context.new_stream()?;
+            let count = context
+                .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            Ok((
+                stream,
+                context.compute_capability()?,
+                context.name()?,
+                count,
+                context,
+            ))
+        };
+        let (stream, (major, minor), name, multiprocessors, context) = open().map_err(driver)?;
+        if major < 8 {
+            return Err(CudaError::UnsupportedArchitecture { name, major, minor });
+        }
+        let handle = cudarc::cublas::result::create_handle().map_err(CudaError::Cublas)?;
+        // SAFETY: both handles are live; cuBLAS's stream type is the driver's.
+        unsafe { cudarc::cublas::result::set_stream(handle, stream.cu_stream().cast()) }
+            .map_err(CudaError::Cublas)?;
+        // Hopper's own instructions need the target with an `a`.
+        let architecture = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
+        Ok(Arc::new(Self {
+            kernels: KernelCache::new(Arc::clone(&context), architecture, kernel_cache),
+            context,
+            stream,
+            cublas: handle,
+            multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
+            failure: Mutex::new(None),
+            turn: Arc::default(),
+        }))
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> String {
+        self.context.name().unwrap_or_else(|_| "GPU".to_owned())
+    }
+
+    /// (free, total) bytes of device memory.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.context
+            .mem_get_info()
+            .map_err(CudaError::driver("asking for free memory"))
+    }
+
+    /// The stream that all work goes down.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Streaming multiprocessors.
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// The cuBLAS handle, bound to the stream.
+    pub(super) fn cublas(&self) -> cublas::cublasHandle_t {
+        self.cublas
+    }
+
+    /// Waits until nobody else uses the device.
+    pub(super) fn turn(&self) -> Turn {
+        let mut taken = self
+            .turn
+            .taken
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while *taken {
+            taken = self
+                .turn
+                .freed
+                .wait(taken)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *taken = true;
+        Turn(Arc::clone(&self.turn))
+    }
+
+    /// Keeps the first failure for [`Device::take_failure`].
+    pub(super) fn note<T>(&self, result: Result<T, CudaError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+                failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    /// The first failure since the last call.
+    pub(super) fn take_failure(&self) -> Result<(), CudaError> {
+        match self
+            .failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
+            None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// A compiled kernel.
+    pub(super) fn kernel(
+        &self,
+        kernel: Kernel,
+        options: &[(&'static str, u32)],
+    ) -> Result<CudaFunction, CudaError> {
+        self.kernels.get(kernel, options)
+    }
+
+    /// Launches a kernel with the arguments that `push` adds.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and every address in them must be device memory of the size that the kernel
+    /// touches.
+    pub(super) unsafe fn launch<'a>(
+        &'a self,
+        function: &'a CudaFunction,
+        shape: LaunchShape,
+        push: impl FnOnce(&mut LaunchArgs<'a>),
+    ) -> Result<(), CudaError> {
+        let mut launch = self.stream.launch_builder(function);
+        push(&mut launch);
+        let config = LaunchConfig {
+            grid_dim: shape.grid,
+            block_dim: (shape.threads, 1, 1),
+            shared_mem_bytes: shape.shared_bytes,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { launch.launch(config) }.map_err(CudaError::driver("launching a kernel"))?;
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: the handle is live and not used again. A failure at the end of the process helps nobody.
+        let _ = unsafe { cudarc::cublas::result::destroy_handle(self.cublas) };
+    }
+}
+
+/// The shape of a launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LaunchShape {
+    /// Blocks.
+    pub(super) grid: (u32, u32, u32),
+    /// Threads per block.
+    pub(super) threads: u32,
+    /// Dynamic shared memory per block.
+    pub(super) shared_bytes: u32,
+}

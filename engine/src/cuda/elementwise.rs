@@ -1,0 +1,240 @@
+//! Launches of the kernels that work row by row.
+
+use cudarc::driver::{DeviceRepr, PushKernelArg};
+
+use super::batch::DeviceBatch;
+use super::device::{Device, LaunchShape};
+use super::error::CudaError;
+use super::kernel_cache::Kernel;
+use crate::backend::AttentionShape;
+
+/// Blocks of 256 threads, one per row or as many as cover the elements.
+fn blocks(grid: (u32, u32, u32)) -> LaunchShape {
+    LaunchShape {
+        grid,
+        threads: 256,
+        shared_bytes: 0,
+    }
+}
+
+/// Row-wise kernels of one 16-bit type.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowKernels<'a> {
+    pub(super) device: &'a Device,
+    pub(super) half_is_f16: bool,
+}
+
+/// Mirrors `RotateArgs` in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct RotateArgs {
+    pub(super) qkv: u64,
+    pub(super) angles: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) q: u64,
+    pub(super) kv: u64,
+    pub(super) spans: u64,
+    pub(super) row_spans: u64,
+    pub(super) block_tables: u64,
+    pub(super) num_heads: u32,
+    pub(super) num_kv_heads: u32,
+    pub(super) head_dim: u32,
+    pub(super) eps: f32,
+}
+
+// SAFETY: plain numbers in the kernel's layout.
+unsafe impl DeviceRepr for RotateArgs {}
+
+// Every launch below trusts its caller for the sizes that its comment names; all callers are in this module's parent.
+impl RowKernels<'_> {
+    fn kernel(&self, kernel: Kernel) -> Result<cudarc::driver::CudaFunction, CudaError> {
+        self.device
+            .kernel(kernel, &[("HALF_IS_F16", u32::from(self.half_is_f16))])
+    }
+
+    /// `out[row] = table[tokens[row]]`, widened.
+    pub(super) fn embed(
+        &self,
+        (table, width): (u64, usize),
+        (tokens, rows): (u64, usize),
+        out: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::EMBED)?;
+        let width = width as u32;
+        // SAFETY: tokens are below the table's rows, which the model checks; out holds `rows` rows.
+        unsafe {
+            self.device
+                .launch(&kernel, blocks((rows as u32, 1, 1)), |l| {
+                    l.arg(&table).arg(&tokens).arg(&out).arg(&width);
+                })
+        }
+    }
+
+    /// Norm of f32 rows to 16-bit ones.
+    pub(super) fn rms_norm(
+        &self,
+        (x, rows): (u64, usize),
+        (weight, width): (u64, usize),
+        eps: f32,
+        out: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::RMS_NORM)?;
+        let width = width as u32;
+        // SAFETY: x and out hold `rows` rows of the weight's width.
+        unsafe {
+            self.device
+                .launch(&kernel, blocks((rows as u32, 1, 1)), |l| {
+                    l.arg(&x).arg(&weight).arg(&out).arg(&width).arg(&eps);
+                })
+        }
+    }
+
+    /// The chosen f32 rows, one after another.
+    pub(super) fn gather_rows(
+        &self,
+        x: u64,
+        width: usize,
+        (chosen, rows): (u64, usize),
+        out: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::GATHER_ROWS)?;
+        let width = width as u32;
+        // SAFETY: chosen rows are rows of x; out holds `rows` rows.
+        unsafe {
+            self.device
+                .launch(&kernel, blocks((rows as u32, 1, 1)), |l| {
+                    l.arg(&x).arg(&chosen).arg(&out).arg(&width);
+                })
+        }
+    }
+
+    /// Cosines and sines of every row.
+    pub(super) fn rotary_angles(
+        &self,
+        batch: &DeviceBatch,
+        rows: usize,
+        (frequencies, half): (u64, usize),
+        angles: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::ROTARY_ANGLES)?;
+        let (positions, half) = (batch.positions(), half as u32);
+        let launch = LaunchShape {
+            grid: (rows as u32, 1, 1),
+            threads: half.next_multiple_of(32),
+            shared_bytes: 0,
+        };
+        // SAFETY: angles holds `rows` rows of twice `half`.
+        unsafe {
+            self.device.launch(&kernel, launch, |l| {
+                l.arg(&positions).arg(&frequencies).arg(&angles).arg(&half);
+            })
+        }
+    }
+
+    /// Splits, norms, rotates and stores projected rows.
+    pub(super) fn rotate_and_store(&self, args: &RotateArgs, rows: usize) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::ROTATE_AND_STORE)?;
+        let heads = args.num_heads + 2 * args.num_kv_heads;
+        let launch = LaunchShape {
+            grid: (heads.div_ceil(4), rows as u32, 1),
+            threads: 128,
+            shared_bytes: 0,
+        };
+        // SAFETY: the batch's spans lie inside the store; the other buffers hold `rows` rows.
+        unsafe {
+            self.device.launch(&kernel, launch, |l| {
+                l.arg(args);
+            })
+        }
+    }
+
+    /// `out = silu(gate) ⊙ up` of f32 rows `[gate | up]`.
+    pub(super) fn gated_silu(
+        &self,
+        x: u64,
+        (rows, width): (usize, usize),
+        out: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::GATED_SILU)?;
+        let (elements, width) = ((rows * width) as u64, width as u32);
+        // SAFETY: x holds rows of twice the width, out rows of the width.
+        unsafe {
+            self.device.launch(
+                &kernel,
+                blocks((elements.div_ceil(256) as u32, 1, 1)),
+                |l| {
+                    l.arg(&x).arg(&out).arg(&width).arg(&elements);
+                },
+            )
+        }
+    }
+
+    /// Sets f32 elements to `value`.
+    pub(super) fn fill(&self, x: u64, elements: usize, value: f32) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::FILL)?;
+        let elements = elements as u64;
+        // SAFETY: x holds the elements.
+        unsafe {
+            self.device.launch(
+                &kernel,
+                blocks((self.device.multiprocessors() * 4, 1, 1)),
+                |l| {
+                    l.arg(&x).arg(&value).arg(&elements);
+                },
+            )
+        }
+    }
+
+    /// Fills 16-bit elements with pseudo-random numbers in ±spread.
+    pub(super) fn fill_random(
+        &self,
+        x: u64,
+        elements: usize,
+        (spread, seed): (f32, u32),
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::FILL_RANDOM)?;
+        let elements = elements as u64;
+        // SAFETY: x holds the elements.
+        unsafe {
+            self.device.launch(
+                &kernel,
+                blocks((self.device.multiprocessors() * 8, 1, 1)),
+                |l| {
+                    l.arg(&x).arg(&spread).arg(&seed).arg(&elements);
+                },
+            )
+        }
+    }
+
+    /// Captured scores of `rows` rows to probabilities.
+    pub(super) fn score_probabilities(
+        &self,
+        (scores, statistics): (u64, u64),
+        rows: usize,
+        (stride, length): (usize, usize),
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::SCORE_PROBABILITIES)?;
+        let (stride, length) = (stride as u32, length as u32);
+        // SAFETY: scores holds `rows` rows of `stride`, statistics two numbers for each.
+        unsafe {
+            self.device.launch(
+                &kernel,
+                blocks((length.div_ceil(1024).max(1), rows as u32, 1)),
+                |l| {
+                    l.arg(&scores).arg(&statistics).arg(&stride).arg(&length);
+                },
+            )
+        }
+    }
+}
+
+impl RotateArgs {
+    /// Sets the head counts and width.
+    pub(super) fn with_shape(mut self, shape: AttentionShape) -> Self {
+        self.num_heads = shape.num_heads as u32;
+        self.num_kv_heads = shape.num_kv_heads as u32;
+        self.head_dim = shape.head_dim as u32;
+        self
+    }
+}

@@ -1,0 +1,213 @@
+//! [`KernelCache`]: CUDA C++ to machine code by NVRTC, kept in memory and on disk.
+//!
+//! An entry's key is everything that its machine code follows from: source, options, architecture and NVRTC's version. The
+//! kernels include no header, so NVRTC's library is all that a host needs.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use cudarc::driver::{CudaContext, CudaFunction, sys};
+use cudarc::nvrtc::{Ptx, result as nvrtc, sys as nvrtc_sys};
+use sha2::{Digest, Sha256};
+
+use super::error::CudaError;
+
+/// What every kernel's source begins with.
+const PRELUDE: &str = include_str!("kernels/prelude.cuh");
+
+/// A kernel: an entry point of one of the source files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Kernel {
+    /// Name of the entry point.
+    pub(super) name: &'static str,
+    source: &'static str,
+}
+
+macro_rules! kernels {
+    ($($constant:ident = $file:literal $name:literal;)*) => {
+        impl Kernel {
+            $(pub(super) const $constant: Self = Self { name: $name, source: include_str!(concat!("kernels/", $file)) };)*
+        }
+    };
+}
+
+kernels! {
+    ATTENTION_DECODE = "attention_decode.cu" "attention_decode";
+    ATTENTION_PREFILL = "attention_prefill.cu" "attention_prefill";
+    LINEAR = "linear.cu" "linear";
+    EMBED = "elementwise.cu" "embed";
+    RMS_NORM = "elementwise.cu" "rms_norm";
+    GATHER_ROWS = "elementwise.cu" "gather_rows";
+    ROTARY_ANGLES = "elementwise.cu" "rotary_angles";
+    ROTATE_AND_STORE = "elementwise.cu" "rotate_and_store";
+    GATED_SILU = "elementwise.cu" "gated_silu";
+    ADD_BIAS = "elementwise.cu" "add_bias";
+    FILL = "elementwise.cu" "fill";
+    FILL_RANDOM = "elementwise.cu" "fill_random";
+    SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
+    TOP_P = "selection.cu" "top_p";
+    MIX_SOURCES = "selection.cu" "mix_sources";
+    UNITE_STEPS = "selection.cu" "unite_steps";
+    BUILD_LISTS = "selection.cu" "build_lists";
+    GREEDY_AND_NORMALISER = "sampling.cu" "greedy_and_normaliser";
+}
+
+type Key = (Kernel, Vec<(&'static str, u32)>);
+
+/// Compiled kernels of one device.
+pub(super) struct KernelCache {
+    context: Arc<CudaContext>,
+    architecture: String,
+    folder: Option<PathBuf>,
+    functions: RwLock<HashMap<Key, CudaFunction>>,
+}
+
+impl KernelCache {
+    /// An empty cache that reads and writes machine code in `folder`.
+    pub(super) fn new(
+        context: Arc<CudaContext>,
+        architecture: String,
+        folder: Option<PathBuf>,
+    ) -> Self {
+        Self {
+            context,
+            architecture,
+            folder,
+            functions: RwLock::default(),
+        }
+    }
+
+    /// The kernel compiled with `options`, each a macro and its value.
+    pub(super) fn get(
+        &self,
+        kernel: Kernel,
+        options: &[(&'static str, u32)],
+    ) -> Result<CudaFunction, CudaError> {
+        let key = (kernel, options.to_vec());
+        if let Some(function) = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&key)
+        {
+            return Ok(function.clone());
+        }
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have been first.
+        if let Some(function) = functions.get(&key) {
+            return Ok(function.clone());
+        }
+        let image = self.image(kernel, options)?;
+        let load = || {
+            let module = self.context.load_module(Ptx::from_binary(image))?;
+            let function = module.load_function(kernel.name)?;
+            // Beyond 48 KiB, dynamic shared memory must be asked for; what a launch takes is still its own matter.
+            let limit = self.context.attribute(
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?;
+            let own = function.shared_size_bytes()?;
+            function.set_attribute(
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                limit - own,
+            )?;
+            Ok(function)
+        };
+        let function: CudaFunction = load().map_err(CudaError::driver("loading a kernel"))?;
+        functions.insert(key, function.clone());
+        Ok(function)
+    }
+
+    /// Machine code, from the folder or from NVRTC.
+    fn image(&self, kernel: Kernel, options: &[(&'static str, u32)]) -> Result<Vec<u8>, CudaError> {
+        let source = format!("{PRELUDE}\n{}", kernel.source);
+        let mut arguments = vec![
+            format!("--gpu-architecture={}", self.architecture),
+            "--std=c++17".to_owned(),
+            "-default-device".to_owned(),
+        ];
+        arguments.extend(
+            options
+                .iter()
+                .map(|(name, value)| format!("-D{name}={value}")),
+        );
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: two valid places for two numbers. A failure leaves zeros, which still make a key.
+        unsafe { nvrtc_sys::nvrtcVersion(&mut major, &mut minor) };
+        let path = self.folder.as_ref().map(|folder| {
+            let mut hasher = Sha256::new();
+            for part in [&source, &arguments.join(" "), &format!("{major}.{minor}")] {
+                hasher.update((part.len() as u64).to_le_bytes());
+                hasher.update(part);
+            }
+            let digest: String = hasher
+                .finalize()
+                .iter()
+                .take(16)
+                .map(|b| format!("{b:02x}"))
+                .collect();
+            folder.join(format!("{}-{digest}.cubin", kernel.name))
+        });
+        if let Some(image) = path
+            .as_ref()
+            .and_then(|p| std::fs::read(p).ok())
+            .filter(|i| !i.is_empty())
+        {
+            return Ok(image);
+        }
+        let image = compile(kernel.name, &source, &arguments)?;
+        if let Some(path) = path
+            && let Err(error) = store(&path, &image)
+        {
+            tracing::debug!(%error, path = %path.display(), "compiled kernel not kept");
+        }
+        Ok(image)
+    }
+}
+
+/// Writes under a name of its own first, so that no other process reads half a file.
+fn store(path: &Path, image: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let temporary = path.with_extension(format!("{}.part", std::process::id()));
+    std::fs::write(&temporary, image)?;
+    std::fs::rename(&temporary, path)
+}
+
+fn compile(kernel: &'static str, source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
+    let fail = |log: String| CudaError::Compile {
+        kernel,
+        options: options.to_vec(),
+        log,
+    };
+    let source = CString::new(source).map_err(|e| fail(e.to_string()))?;
+    let program = nvrtc::create_program(&source, None).map_err(|e| fail(format!("{:?}", e.0)))?;
+    // SAFETY: the program is live until destroyed below, and so is its source.
+    let image = unsafe {
+        nvrtc::compile_program(program, options)
+            .and_then(|()| {
+                let mut size = 0;
+                nvrtc_sys::nvrtcGetCUBINSize(program, &mut size).result()?;
+                let mut image = vec![0u8; size];
+                nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result()?;
+                Ok(image)
+            })
+            .map_err(|e| {
+                let log = nvrtc::get_program_log(program).unwrap_or_default();
+                let bytes: Vec<u8> = log
+                    .iter()
+                    .map(|&c| c as u8)
+                    .take_while(|&c| c != 0)
+                    .collect();
+                fail(format!("{:?}: {}", e.0, String::from_utf8_lossy(&bytes)))
+            })
+    };
+    // SAFETY: as above; not used again.
+    let _ = unsafe { nvrtc::destroy_program(program) };
+    image
+}

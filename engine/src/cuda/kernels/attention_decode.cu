@@ -1,0 +1,372 @@
+// Attention of a few query rows per sequence, dense or over an index list: decoding, drafting, verification.
+//
+// A block works on one chunk of CHUNK keys of one KV head of one span. Each of its warps runs a private pipeline: it
+// gathers tiles of 16 entries with cp.async, multiplies all query rows with them on tensor cores and keeps its own
+// online softmax (Dao et al. 2022), so that the loop needs no barrier. The warps' results are merged in shared memory; when a head has several
+// chunks, the block that finishes last merges them in key order. Chunks and tiles are cut by key index alone, so a row's
+// bits depend neither on the rows beside it nor on the other spans.
+//
+// Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
+// Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
+//
+// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out the last token's scores).
+
+#ifndef HEAD_DIM
+#define HEAD_DIM 128
+#endif
+#ifndef ROW_TILES
+#define ROW_TILES 1
+#endif
+#ifndef STAGES
+#define STAGES 3
+#endif
+#ifndef CHUNK
+#define CHUNK 512
+#endif
+#ifndef CAPTURE
+#define CAPTURE 0
+#endif
+
+#define WARPS 4
+#define TILE_KEYS 16
+#define ROWS (16 * ROW_TILES)
+#define DIM_STEPS (HEAD_DIM / 16)
+// 16-byte pieces of an entry (K and V).
+#define PIECES (HEAD_DIM / 4)
+// An odd number of 16-byte units, so that ldmatrix meets no bank twice.
+#define ENTRY_STRIDE (HEAD_DIM * 4 + 16)
+#define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
+#define QUERY_STRIDE (HEAD_DIM * 2 + 16)
+
+struct DecodeArgs {
+    const half_bits* q;        // [rows, num_heads, HEAD_DIM]
+    const half_bits* kv;       // [block][kv_head][BLOCK_TOKENS][K | V][HEAD_DIM], of one layer
+    half_bits* out;            // [rows, num_heads, HEAD_DIM]
+    const Span* spans;         // [spans]
+    const u32* block_tables;
+    const u32* list_numbers;   // per span with lists: [num_layers * num_kv_heads]
+    const u32* list_starts;    // [lists + 1]
+    const u32* positions;      // all lists, one after another
+    const uint2* units;        // [gridDim.x]: span, chunk; a span of ~0 is padding
+    float* partials;           // [unit][kv_head][row tile][ROWS][HEAD_DIM], then the statistics
+    float2* statistics;        // [unit][kv_head][row tile][ROWS]: maximum score, sum
+    u32* arrivals;             // [span][kv_head][row tile], zero between launches
+    float* scores;             // [capturing span][slots][num_heads][score_stride]: scores * log2(e)
+    float2* score_statistics;  // [capturing span][slots][num_heads]: maximum, sum
+    u32 num_heads, num_kv_heads;
+    u32 layer;
+    u32 slot, slots;           // this layer among the captured ones
+    u32 score_stride;
+    float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ float warp_max[WARPS][ROWS], warp_sums[WARPS][ROWS];
+    __shared__ u32 last_to_arrive;
+    u8* const query = shared;
+    u8* const ring = shared + ROWS * QUERY_STRIDE;
+
+    const uint2 unit = a.units[blockIdx.x];
+    if (unit.x == NONE) return;
+    const Span span = a.spans[unit.x];
+    const u32 kv_head = blockIdx.y, row_tile = blockIdx.z;
+    const u32 group = a.num_heads / a.num_kv_heads;
+    const u32 first_row = row_tile * ROWS;
+    const u32 num_rows = span.tokens * group;
+    if (first_row >= num_rows) return;
+    const u32* list = nullptr;
+    u32 cached = span.past;
+    if (span.lists != NONE) {
+        const u32 number = a.list_numbers[span.lists + a.layer * a.num_kv_heads + kv_head];
+        const u32 begin = a.list_starts[number];
+        cached = a.list_starts[number + 1] - begin;
+        list = a.positions + begin;
+    }
+    const u32 num_keys = cached + span.tokens;
+    const u32 chunks = (num_keys + CHUNK - 1) / CHUNK;
+    const u32 first_key = unit.y * CHUNK;
+    if (first_key >= num_keys) return;
+    const u32 end_key = min(first_key + CHUNK, num_keys);
+    const u32* const table = a.block_tables + span.blocks;
+
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    // Position of a key: from the list, or counted on.
+    auto position_of = [&](u32 key) -> u32 {
+        if (key >= end_key) return NONE;
+        if (list == nullptr) return key;
+        return key < cached ? __ldg(list + key) : span.past + key - cached;
+    };
+    // Lanes 0 to 15 look after one key of a tile each.
+    auto tile_position = [&](u32 tile) -> u32 { return position_of(first_key + (tile * WARPS + warp) * TILE_KEYS + lane % 16); };
+    const u32 ring_base = shared_address(ring) + warp * STAGES * STAGE_BYTES;
+    // Starts copying a tile whose keys' positions the lanes hold.
+    auto fetch = [&](u32 tile, u32 position) {
+        u32 entry = NONE;
+        if (position != NONE)
+            entry = (__ldg(table + position / BLOCK_TOKENS) * a.num_kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+        const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
+#pragma unroll
+        for (int i = 0; i < TILE_KEYS * PIECES / 32; ++i) {
+            const u32 piece = i * 32 + lane, key = piece / PIECES, part = piece % PIECES;
+            const u32 e = __shfl_sync(FULL_WARP, entry, key);
+            const bool valid = e != NONE;
+            const half_bits* from = a.kv + u64(valid ? e : 0) * (2 * HEAD_DIM) + part * 8;
+            copy_async(base + key * ENTRY_STRIDE + part * 16, from, valid);
+        }
+    };
+
+    // Tiles of this warp: every WARPS-th of the chunk.
+    const u32 chunk_tiles = (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS;
+    const u32 tiles = chunk_tiles > warp ? (chunk_tiles - warp + WARPS - 1) / WARPS : 0;
+    u32 ahead[STAGES];
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) ahead[s] = tile_position(s);
+    // Queries to shared memory; rows past the end are zeros.
+    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
+        const u32 r = i / (HEAD_DIM / 8), part = i % (HEAD_DIM / 8), row = first_row + r;
+        const u32 token = row / group, head = kv_head * group + row % group;
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (row < num_rows)
+            value = *(const uint4*)(a.q + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + part * 8);
+        *(uint4*)(query + r * QUERY_STRIDE + part * 16) = value;
+    }
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < tiles) fetch(s, ahead[s]);
+        copy_commit();
+    }
+    u32 next_position = ahead[STAGES - 1];
+    __syncthreads();
+
+    float output[ROW_TILES][HEAD_DIM / 8][4];
+    float maximum[ROW_TILES][2], sum[ROW_TILES][2];
+    // Per row: keys from this index on are hidden by causality.
+    u32 limit[ROW_TILES][2];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) output[m][n][i] = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            maximum[m][half] = NEGATIVE_INFINITY;
+            sum[m][half] = 0.0f;
+            const u32 row = first_row + m * 16 + half * 8 + lane / 4;
+            limit[m][half] = min(cached + row / group + 1, end_key);
+        }
+    }
+
+    const u32 query_address = shared_address(query) + (lane % 16) * QUERY_STRIDE + (lane / 16) * 16;
+    for (u32 tile = 0; tile < tiles; ++tile) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();
+        // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead.
+        if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1, next_position);
+        copy_commit();
+        next_position = tile_position(tile + STAGES);
+
+        const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
+        const u32 tile_key = first_key + (tile * WARPS + warp) * TILE_KEYS;
+        float score[ROW_TILES][2][4];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) score[m][n][i] = 0.0f;
+        const u32 key_address = base + ((lane / 16) * 8 + lane % 8) * ENTRY_STRIDE + (lane / 8 % 2) * 16;
+#pragma unroll
+        for (int k = 0; k < DIM_STEPS; ++k) {
+            u32 keys[4];
+            load_matrices(keys, key_address + k * 32);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                u32 rows[4];
+                load_matrices(rows, query_address + m * 16 * QUERY_STRIDE + k * 32);
+                mma(score[m][0], rows, keys[0], keys[1]);
+                mma(score[m][1], rows, keys[2], keys[3]);
+            }
+        }
+        if (tile_key + TILE_KEYS > min(cached, end_key)) {
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (tile_key + n * 8 + lane % 4 * 2 + i % 2 >= limit[m][i / 2]) score[m][n][i] = NEGATIVE_INFINITY;
+        }
+#if CAPTURE
+        if (span.capture != NONE) {
+            // The last token's rows.
+            const u32 first_wanted = (span.tokens - 1) * group;
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const u32 column = n * 8 + lane % 4 * 2 + i, key = tile_key + column;
+                    const u32 position = position_of(key);
+                    if (position == NONE) continue;
+#pragma unroll
+                    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const u32 row = first_row + m * 16 + half * 8 + lane / 4;
+                            if (row < first_wanted || row >= num_rows) continue;
+                            const u32 head = kv_head * group + row - first_wanted;
+                            const u64 at = (u64(span.capture) * a.slots + a.slot) * a.num_heads + head;
+                            a.scores[at * a.score_stride + position] = score[m][n][half * 2 + i] * a.scale_log2;
+                        }
+                }
+        }
+#endif
+        // Online softmax, in powers of two.
+        u32 weights[ROW_TILES][4];
+        bool moved = false;
+        float shrink[ROW_TILES][2];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float top = fmaxf(fmaxf(score[m][0][half * 2], score[m][0][half * 2 + 1]),
+                                  fmaxf(score[m][1][half * 2], score[m][1][half * 2 + 1]));
+                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+                const float before = maximum[m][half], now = fmaxf(before, top);
+                // A row that has seen no key yet: any finite reference gives zeros.
+                const float reference = now == NEGATIVE_INFINITY ? 0.0f : now * a.scale_log2;
+                shrink[m][half] = exp2_fast(before * a.scale_log2 - reference);
+                moved |= now != before;
+                maximum[m][half] = now;
+                float p[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) p[i] = exp2_fast(fmaf(score[m][i / 2][half * 2 + i % 2], a.scale_log2, -reference));
+                sum[m][half] = sum[m][half] * shrink[m][half] + ((p[0] + p[1]) + (p[2] + p[3]));
+                weights[m][half] = pack(p[0], p[1]);
+                weights[m][half + 2] = pack(p[2], p[3]);
+            }
+        if (__any_sync(FULL_WARP, moved)) {
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) output[m][n][i] *= shrink[m][i / 2];
+        }
+        const u32 value_address = base + HEAD_DIM * 2 + (lane / 8 % 2 * 8 + lane % 8) * ENTRY_STRIDE + (lane / 16) * 16;
+#pragma unroll
+        for (int n = 0; n < DIM_STEPS; ++n) {
+            u32 values[4];
+            load_matrices_transposed(values, value_address + n * 32);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                mma(output[m][2 * n], weights[m], values[0], values[1]);
+                mma(output[m][2 * n + 1], weights[m], values[2], values[3]);
+            }
+        }
+        __syncwarp();
+    }
+    copy_wait<0>();
+    __syncwarp();
+
+    // Merge the warps. Each leaves its rows where its ring was.
+    float* const mine = (float*)(ring + warp * STAGES * STAGE_BYTES);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u32 row = m * 16 + half * 8 + lane / 4;
+            float s = sum[m][half];
+            s += __shfl_xor_sync(FULL_WARP, s, 1);
+            s += __shfl_xor_sync(FULL_WARP, s, 2);
+            if (lane % 4 == 0) {
+                warp_max[warp][row] = maximum[m][half];
+                warp_sums[warp][row] = s;
+            }
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; ++n)
+                *(float2*)(mine + row * HEAD_DIM + n * 8 + lane % 4 * 2) = make_float2(output[m][n][half * 2], output[m][n][half * 2 + 1]);
+        }
+    __syncthreads();
+
+    const u64 place = (u64(blockIdx.x) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    const bool alone = chunks == 1;
+    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
+        const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
+        if (row >= num_rows) break;
+        float top = NEGATIVE_INFINITY;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, warp_max[w][r]);
+        const float reference = top == NEGATIVE_INFINITY ? 0.0f : top * a.scale_log2;
+        float total = 0.0f;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float scale = exp2_fast(warp_max[w][r] * a.scale_log2 - reference);
+            const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * HEAD_DIM + d);
+            total += scale * warp_sums[w][r];
+            value.x += scale * v.x;
+            value.y += scale * v.y;
+            value.z += scale * v.z;
+            value.w += scale * v.w;
+        }
+        const u32 token = row / group, head = kv_head * group + row % group;
+        if (alone) {
+            const float inverse = 1.0f / total;
+            *(uint2*)(a.out + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
+                make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
+#if CAPTURE
+            if (d == 0 && span.capture != NONE && token + 1 == span.tokens)
+                a.score_statistics[(u64(span.capture) * a.slots + a.slot) * a.num_heads + head] = make_float2(reference, total);
+#endif
+        } else {
+            *(float4*)(a.partials + (place * ROWS + r) * HEAD_DIM + d) = value;
+            if (d == 0) a.statistics[place * ROWS + r] = make_float2(top, total);
+        }
+    }
+    if (alone) return;
+
+    // The last block of the head to arrive merges its chunks, whose units are neighbours.
+    __threadfence();
+    __syncthreads();
+    u32* const arrivals = a.arrivals + (u64(unit.x) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    if (threadIdx.x == 0) last_to_arrive = atomicAdd(arrivals, 1) == chunks - 1;
+    __syncthreads();
+    if (!last_to_arrive) return;
+    __threadfence();
+    if (threadIdx.x == 0) *arrivals = 0;
+    const u64 first_place = (u64(blockIdx.x - unit.y) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    const u64 stride = u64(a.num_kv_heads) * gridDim.z;
+    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
+        const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
+        if (row >= num_rows) break;
+        float top = NEGATIVE_INFINITY, total = 0.0f;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (u32 c = 0; c < chunks; ++c) {
+            const u64 at = (first_place + c * stride) * ROWS + r;
+            const float2 s = __ldcg(a.statistics + at);
+            const float4 v = __ldcg((const float4*)(a.partials + at * HEAD_DIM + d));
+            const float now = fmaxf(top, s.x);
+            const float reference = now == NEGATIVE_INFINITY ? 0.0f : now * a.scale_log2;
+            const float keep = exp2_fast(top * a.scale_log2 - reference), add = exp2_fast(s.x * a.scale_log2 - reference);
+            total = total * keep + s.y * add;
+            value.x = value.x * keep + v.x * add;
+            value.y = value.y * keep + v.y * add;
+            value.z = value.z * keep + v.z * add;
+            value.w = value.w * keep + v.w * add;
+            top = now;
+        }
+        const float inverse = 1.0f / total;
+        const u32 token = row / group, head = kv_head * group + row % group;
+        *(uint2*)(a.out + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
+            make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
+#if CAPTURE
+        if (d == 0 && span.capture != NONE && token + 1 == span.tokens)
+            a.score_statistics[(u64(span.capture) * a.slots + a.slot) * a.num_heads + head] = make_float2(top * a.scale_log2, total);
+#endif
+    }
+}

@@ -1,0 +1,150 @@
+// Work per row that is no product: embedding, norm, rotary positions, storing K and V, activations, gathers.
+
+// out[row] = table[tokens[row]]; one block per row.
+extern "C" __global__ void embed(const half_bits* table, const u32* tokens, float* out, u32 width) {
+    const half_bits* from = table + u64(tokens[blockIdx.x]) * width;
+    float* to = out + u64(blockIdx.x) * width;
+    for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = to_float(from[i]);
+}
+
+// Root-mean-square norm (Zhang and Sennrich 2019); one block per row, 256 threads. width: a multiple of 4.
+extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
+    __shared__ float sums[8];
+    const float4* from = (const float4*)(x + u64(blockIdx.x) * width);
+    float squares = 0.0f;
+    for (u32 i = threadIdx.x; i < width / 4; i += 256) {
+        const float4 v = from[i];
+        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    }
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 8; ++w) total += sums[w];
+    const float scale = rsqrtf(total / float(width) + eps);
+    uint2* to = (uint2*)(out + u64(blockIdx.x) * width);
+    for (u32 i = threadIdx.x; i < width / 4; i += 256) {
+        const float4 v = from[i], w = ((const float4*)weight)[i];
+        to[i] = make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
+    }
+}
+
+// out[i] = x[rows[i]]; one block per row.
+extern "C" __global__ void gather_rows(const float* x, const u32* rows, float* out, u32 width) {
+    const float* from = x + u64(rows[blockIdx.x]) * width;
+    for (u32 i = threadIdx.x; i < width; i += blockDim.x) out[u64(blockIdx.x) * width + i] = from[i];
+}
+
+// Cosines and sines per row: [rows, 2 * half], the angle an f32 product, as on the CPU; one block per row.
+extern "C" __global__ void rotary_angles(const u32* positions, const float* inverse_frequencies, float* angles, u32 half) {
+    const u32 i = threadIdx.x;
+    if (i >= half) return;
+    double sine, cosine;
+    sincos(double(float(positions[blockIdx.x]) * inverse_frequencies[i]), &sine, &cosine);
+    angles[u64(blockIdx.x) * 2 * half + i] = float(cosine);
+    angles[u64(blockIdx.x) * 2 * half + half + i] = float(sine);
+}
+
+struct RotateArgs {
+    const float* qkv;       // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
+    const float* angles;    // [rows, head_dim]: cosines, then sines
+    const float* q_norm;    // [head_dim] or null
+    const float* k_norm;
+    half_bits* q;           // [rows, num_heads, head_dim]
+    half_bits* kv;          // the layer's entries
+    const Span* spans;
+    const u32* row_spans;   // [rows]: which span a row belongs to; ~0: padding
+    const u32* block_tables;
+    u32 num_heads, num_kv_heads, head_dim;
+    float eps;
+};
+
+// Splits projected rows, norms q and k per head where asked, rotates them (Su et al. 2021, half-rotation layout) and stores K
+// and V in the cache. A warp per head; blocks are [heads / 4, rows]. head_dim: at most 256.
+extern "C" __global__ void __launch_bounds__(128) rotate_and_store(const RotateArgs a) {
+    const u32 row = blockIdx.y, lane = threadIdx.x % 32;
+    const u32 head = blockIdx.x * 4 + threadIdx.x / 32, heads = a.num_heads + 2 * a.num_kv_heads;
+    const u32 span_number = a.row_spans[row];
+    if (head >= heads || span_number == NONE) return;
+    const u32 half = a.head_dim / 2;
+    const float* from = a.qkv + (u64(row) * heads + head) * a.head_dim;
+    float low[4], high[4];
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 d = lane + i * 32;
+        low[i] = d < half ? from[d] : 0.0f;
+        high[i] = d < half ? from[half + d] : 0.0f;
+        squares += low[i] * low[i] + high[i] * high[i];
+    }
+    const bool is_query = head < a.num_heads, is_value = head >= a.num_heads + a.num_kv_heads;
+    const float* norm = is_query ? a.q_norm : a.k_norm;
+    if (!is_value && norm != nullptr) {
+        const float scale = rsqrtf(warp_sum(squares) / float(a.head_dim) + a.eps);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 d = lane + i * 32;
+            if (d >= half) continue;
+            low[i] *= scale * norm[d];
+            high[i] *= scale * norm[half + d];
+        }
+    }
+    half_bits* to;
+    if (is_query) {
+        to = a.q + (u64(row) * a.num_heads + head) * a.head_dim;
+    } else {
+        const Span span = a.spans[span_number];
+        const u32 position = span.past + row - span.first_row;
+        const u32 kv_head = (head - a.num_heads) % a.num_kv_heads;
+        const u32 block = a.block_tables[span.blocks + position / BLOCK_TOKENS];
+        const u64 entry = (u64(block) * a.num_kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+        to = a.kv + (entry * 2 + is_value) * a.head_dim;
+    }
+    const float* angles = a.angles + u64(row) * a.head_dim;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 d = lane + i * 32;
+        if (d >= half) continue;
+        const float cosine = is_value ? 1.0f : angles[d], sine = is_value ? 0.0f : angles[half + d];
+        to[d] = to_half(low[i] * cosine - high[i] * sine);
+        to[half + d] = to_half(high[i] * cosine + low[i] * sine);
+    }
+}
+
+// out = silu(gate) * up of rows [gate | up]; for products made by a library. One thread per element.
+extern "C" __global__ void gated_silu(const float* x, half_bits* out, u32 width, u64 elements) {
+    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= elements) return;
+    const u64 row = i / width, column = i % width;
+    const float gate = x[row * 2 * width + column], up = x[row * 2 * width + width + column];
+    out[i] = to_half(gate / (1.0f + __expf(-gate)) * up);
+}
+
+// x[row, first + column] += bias[column] for [rows, width] of a wider matrix.
+extern "C" __global__ void add_bias(float* x, const float* bias, u32 width, u32 stride, u64 elements) {
+    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < elements) x[i / width * stride + i % width] += bias[i % width];
+}
+
+// x[i] = value.
+extern "C" __global__ void fill(float* x, float value, u64 elements) {
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) x[i] = value;
+}
+
+// Pseudo-random weights of the given spread, for benchmarks: uniform in ±spread, a hash of index and seed.
+extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64 elements) {
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) {
+        u32 h = u32(i) * 2654435761u ^ u32(i >> 32) * 40503u ^ seed;
+        h ^= h >> 16; h *= 2246822519u; h ^= h >> 13; h *= 3266489917u; h ^= h >> 16;
+        x[i] = to_half((float(h) * 4.656612873e-10f - 1.0f) * spread);
+    }
+}
+
+// Scores in powers of two to probabilities: p = 2^(score - maximum) / sum; blocks are [row pieces, rows].
+extern "C" __global__ void score_probabilities(float* scores, const float2* statistics, u32 stride, u32 length) {
+    const float2 s = statistics[blockIdx.y];
+    float* row = scores + u64(blockIdx.y) * stride;
+    const float inverse = 1.0f / s.y;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < length; i += gridDim.x * blockDim.x) row[i] = exp2_fast(row[i] - s.x) * inverse;
+}

@@ -1,0 +1,107 @@
+// What every kernel shares: number types, conversions, tensor-core and copy instructions.
+//
+// No header is included, so that NVRTC needs nothing but its library. Compile options set HALF_IS_F16 (0: bfloat16).
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef HALF_IS_F16
+#define HALF_IS_F16 0
+#endif
+
+// A 16-bit float, bfloat16 or IEEE half as compiled, by its bits.
+typedef u16 half_bits;
+
+#define FULL_WARP 0xffffffffu
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#define LOG2_E 1.4426950408889634f
+
+__device__ __forceinline__ float to_float(half_bits x) {
+#if HALF_IS_F16
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+#else
+    return __uint_as_float(u32(x) << 16);
+#endif
+}
+
+// Two floats rounded to nearest; `low` goes to the lower address.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 y;
+#if HALF_IS_F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#endif
+    return y;
+}
+
+__device__ __forceinline__ half_bits to_half(float x) { return half_bits(pack(x, 0.0f)); }
+
+// d[16x8] += a[16x16] · b[16x8], in f32.
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if HALF_IS_F16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 matrices; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 shared_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address) : "memory");
+}
+
+// The same, each transposed.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 shared_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address) : "memory");
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes to shared memory asynchronously, past L1; zeros where `valid` is false.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of this thread's copy groups are still under way.
+template <int N> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2^x; exactly 1 at 0 and 0 at -infinity.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
+    return x;
+}
+
+// One span of a batch: a sequence's rows in this pass. Mirrors `DeviceSpan` in batch.rs.
+struct Span {
+    u32 first_row; // among the pass's rows
+    u32 tokens;    // rows
+    u32 past;      // positions cached before the pass
+    u32 blocks;    // where its block table begins
+    u32 lists;     // where its row of list numbers begins, [layers * kv_heads]; ~0: dense
+    u32 capture;   // its number among the capturing spans; ~0: none
+};
+
+// Positions per KV block, as in kv_cache.rs.
+#define BLOCK_TOKENS 64
+#define NONE 0xffffffffu

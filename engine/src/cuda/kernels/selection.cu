@@ -1,0 +1,255 @@
+// Masks on the device: source rows, top-p selection, union over steps, granularity, packed bits, index lists.
+//
+// Top-p works on fixed-point masses, units of 2^-31: sums are exact and free of order, so the mass condition holds exactly in
+// this arithmetic and a row's selection never depends on how it was summed. A row is read from memory once, into
+// registers, while the next one is copied into shared memory; the threshold is bisected between its neighbours in steps of
+// equal ratio until few entries are left between the bounds, and one warp settles those without a barrier.
+//
+// Options: THREADS and VALUES (entries per thread, a multiple of 4): rows of up to THREADS * VALUES entries.
+
+#ifndef THREADS
+#define THREADS 1024
+#endif
+#ifndef VALUES
+#define VALUES 32
+#endif
+#define WARPS (THREADS / 32)
+// Entries that one warp settles.
+#define FEW 1024
+
+#define UNIT 2147483648.0f
+
+struct TopPArgs {
+    const float* rows; // [num_rows, stride], probabilities; a row's total is at most 1
+    u32* selected;     // [num_rows, ceil(length / 32)], bit i of word w: entry 32 w + i
+    u32* thresholds;   // [num_rows]: the smallest selected mass, ~0 when nothing is
+    u32 num_rows, length, stride; // stride: a multiple of 4
+    float p;
+};
+
+__device__ __forceinline__ u32 warp_sum_u32(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
+
+// A sum over the block; `scratch` alternates between calls so that one barrier serves.
+__device__ __forceinline__ u32 block_sum(u32 x, u32* scratch) {
+    x = warp_sum_u32(x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum_u32(threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
+}
+
+// The middle of a < b by ratio: halves the distance of their float bit patterns, which are nearly logarithms.
+__device__ __forceinline__ u32 middle(u32 a, u32 b) {
+    const u32 m = u32(__uint_as_float((__float_as_uint(float(a)) + __float_as_uint(float(b))) / 2));
+    return min(max(m, a + 1), b - 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a) {
+    extern __shared__ __align__(16) float ahead[]; // [THREADS * VALUES]; each thread reads only what it copied
+    __shared__ u32 scratch[2][32], few[FEW], few_count, answer;
+    const u32 lane = threadIdx.x % 32;
+    auto fetch = [&](u32 row) {
+        if (row < a.num_rows)
+#pragma unroll
+            for (int j = 0; j < VALUES / 4; ++j) {
+                const u32 at = j * THREADS + threadIdx.x;
+                if (at * 4 < a.length) copy_async(shared_address(ahead + at * 4), a.rows + u64(row) * a.stride + at * 4, true);
+            }
+        copy_commit();
+    };
+    fetch(blockIdx.x);
+    u32 turn = 0;
+    for (u32 row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
+        copy_wait<0>();
+        u32 mass[VALUES];
+        u32 total = 0;
+#pragma unroll
+        for (int j = 0; j < VALUES / 4; ++j) {
+            const u32 at = j * THREADS + threadIdx.x;
+            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (at * 4 < a.length) v = *(const float4*)(ahead + at * 4);
+            const float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                // NaN and negative entries weigh nothing; what lies past the end does not count.
+                const bool counts = at * 4 + e < a.length;
+                mass[j * 4 + e] = counts ? u32(__float2uint_rn(fminf(fmaxf(x[e], 0.0f), 1.0f) * UNIT)) : 0;
+                total += mass[j * 4 + e];
+            }
+        }
+        fetch(row + gridDim.x);
+        total = block_sum(total, scratch[turn ^= 1]);
+        const u32 wanted = u32(min(u64(ceil(double(a.p) * double(total))), u64(total)));
+        // Invariant: mass at or above `reaches` is at least `wanted`, mass at or above `fails` is less.
+        u32 reaches = 1, fails = NONE, below = 0; // below: the mass at `fails`
+        u32 probe = max(total / max(a.length, 1u), 2u), stride = 4;
+        auto weigh = [&](u32 threshold) {
+            u32 sum = 0;
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) sum += mass[i] >= threshold ? mass[i] : 0;
+            return block_sum(sum, scratch[turn ^= 1]);
+        };
+        u32 threshold = NONE;
+        if (wanted > 0) {
+            // Gallop from the mean until the answer is bracketed.
+            while (probe > reaches && probe < fails) {
+                const u32 m = weigh(probe);
+                if (m >= wanted) {
+                    reaches = probe;
+                    probe = u32(min(u64(probe) * stride, u64(NONE)));
+                } else {
+                    fails = probe, below = m;
+                    probe /= stride;
+                }
+                stride = min(stride * stride, 65536u);
+            }
+            u32 between = NONE;
+            while (fails - reaches > 1) {
+                // A sixteenth of an octave apart, a count is worth its pass.
+                if (fails - reaches <= reaches / 16 + 1) {
+                    u32 count = 0;
+#pragma unroll
+                    for (int i = 0; i < VALUES; ++i) count += mass[i] >= reaches && mass[i] < fails;
+                    between = block_sum(count, scratch[turn ^= 1]);
+                    if (between <= FEW) break;
+                }
+                const u32 probe = middle(reaches, fails), m = weigh(probe);
+                if (m >= wanted) reaches = probe;
+                else fails = probe, below = m;
+            }
+            if (fails - reaches > 1) {
+                if (threadIdx.x == 0) few_count = 0;
+                __syncthreads();
+#pragma unroll
+                for (int i = 0; i < VALUES; ++i)
+                    if (mass[i] >= reaches && mass[i] < fails) few[atomicAdd(&few_count, 1)] = mass[i];
+                __syncthreads();
+                if (threadIdx.x < 32) {
+                    u32 candidate[FEW / 32];
+#pragma unroll
+                    for (int i = 0; i < FEW / 32; ++i) candidate[i] = i * 32 + lane < few_count ? few[i * 32 + lane] : 0;
+                    while (fails - reaches > 1) {
+                        const u32 probe = reaches + (fails - reaches) / 2;
+                        u32 sum = 0;
+#pragma unroll
+                        for (int i = 0; i < FEW / 32; ++i) sum += candidate[i] >= probe ? candidate[i] : 0;
+                        if (below + warp_sum_u32(sum) >= wanted) reaches = probe;
+                        else fails = probe;
+                    }
+                    if (lane == 0) answer = reaches;
+                }
+                __syncthreads();
+                reaches = answer;
+            }
+            threshold = reaches;
+        }
+        u32* const words = a.selected + u64(row) * ((a.length + 31) / 32);
+#pragma unroll
+        for (int j = 0; j < VALUES / 4; ++j) {
+            const u32 at = (j * THREADS + threadIdx.x) * 4;
+            u32 bits = 0;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) bits |= u32(mass[j * 4 + e] >= threshold) << e;
+            bits <<= lane % 8 * 4;
+#pragma unroll
+            for (int step = 1; step < 8; step *= 2) bits |= __shfl_xor_sync(FULL_WARP, bits, step);
+            if (lane % 8 == 0 && at < a.length) words[at / 32] = bits;
+        }
+        if (threadIdx.x == 0) a.thresholds[row] = threshold;
+        __syncthreads();
+    }
+}
+
+struct MixArgs {
+    const float* scores;      // [steps][source rows of heads][score_stride]: scores * log2(e)
+    const float2* statistics; // [steps][heads]: maximum, sum
+    const float* weights;     // [sources, heads]
+    float* rows;              // [steps, sources, stride]
+    u32 heads, sources, score_stride, stride, length;
+};
+
+// Source rows: fixed mixtures of the draft's heads, row = sum of weight * 2^(score - maximum) / sum. Blocks are [positions, sources, steps].
+extern "C" __global__ void mix_sources(const MixArgs a) {
+    const u32 position = blockIdx.x * blockDim.x + threadIdx.x, source = blockIdx.y, step = blockIdx.z;
+    if (position >= a.length) return;
+    float sum = 0.0f;
+    for (u32 head = 0; head < a.heads; ++head) {
+        const float weight = a.weights[source * a.heads + head];
+        if (weight == 0.0f) continue;
+        const float2 s = a.statistics[u64(step) * a.heads + head];
+        sum += weight / s.y * exp2_fast(a.scores[(u64(step) * a.heads + head) * a.score_stride + position] - s.x);
+    }
+    a.rows[(u64(step) * a.sources + source) * a.stride + position] = sum;
+}
+
+// Union over steps, then granularity: a group of `granularity` positions is kept when any member is. The result is the packed
+// mask that goes to the host. selected: [steps, sources, words]; masks: [sources, words]. Blocks are [words / threads, sources].
+extern "C" __global__ void unite_steps(const u32* selected, u32* masks, u32 steps, u32 words, u32 length, u32 granularity) {
+    const u32 word = blockIdx.x * blockDim.x + threadIdx.x, source = blockIdx.y, sources = gridDim.y;
+    if (word >= words) return;
+    auto united = [&](u32 w) {
+        u32 bits = 0;
+        for (u32 step = 0; step < steps; ++step) bits |= selected[(u64(step) * sources + source) * words + w];
+        return bits;
+    };
+    u32 bits = 0;
+    if (granularity == 1) {
+        bits = united(word);
+    } else {
+        u32 bit = 0;
+        while (bit < 32) {
+            const u32 position = word * 32 + bit;
+            const u32 first = position / granularity * granularity, end = min(first + granularity, length);
+            bool kept = false;
+            for (u32 w = first / 32; w * 32 < end && !kept; ++w) {
+                u32 wanted = FULL_WARP;
+                if (w == first / 32) wanted &= FULL_WARP << first % 32;
+                if (end < (w + 1) * 32) wanted &= (1u << end % 32) - 1;
+                kept = (united(w) & wanted) != 0;
+            }
+            const u32 next = min(first + granularity - word * 32, 32u);
+            if (kept) bits |= (next == 32 ? FULL_WARP : (1u << next) - 1) & FULL_WARP << bit;
+            bit = next;
+        }
+        if (length < (word + 1) * 32 && length > word * 32) bits &= (1u << length % 32) - 1;
+    }
+    masks[u64(source) * words + word] = bits;
+}
+
+// The index list of a mask: its positions, the first `sinks` and those from `window_start` on, below `cached`. One block of 1,024 threads
+// per source; lists: [sources, list_stride].
+extern "C" __global__ void __launch_bounds__(1024) build_lists(const u32* masks, u32* lists, u32* lengths, u32 words, u32 cached, u32 sinks,
+                                                                u32 window_start, u32 list_stride) {
+    __shared__ u32 warp_totals[32];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32* const list = lists + u64(blockIdx.x) * list_stride;
+    // Bits of a word at positions below `end`.
+    auto below = [](u32 word, u32 end) -> u32 {
+        if (end <= word * 32) return 0;
+        return end >= (word + 1) * 32 ? FULL_WARP : (1u << end % 32) - 1;
+    };
+    u32 done = 0;
+    for (u32 first = 0; first * 32 < cached; first += 1024) {
+        const u32 word = first + threadIdx.x;
+        u32 bits = word < words ? masks[u64(blockIdx.x) * words + word] : 0;
+        bits |= below(word, sinks) | ~below(word, window_start);
+        bits &= below(word, cached);
+        const u32 count = __popc(bits);
+        u32 before = count;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const u32 other = __shfl_up_sync(FULL_WARP, before, step);
+            if (lane >= step) before += other;
+        }
+        __syncthreads();
+        if (lane == 31) warp_totals[warp] = before;
+        __syncthreads();
+        u32 at = done + before - count;
+        for (u32 w = 0; w < warp; ++w) at += warp_totals[w];
+        for (u32 w = 0; w < 32; ++w) done += warp_totals[w];
+        while (bits) {
+            list[at++] = word * 32 + __ffs(bits) - 1;
+            bits &= bits - 1;
+        }
+    }
+    if (threadIdx.x == 0) lengths[blockIdx.x] = done;
+}

@@ -1,0 +1,232 @@
+//! Products with weights: the streaming kernel for few rows, cuBLAS for many.
+
+use std::ffi::c_void;
+
+use cudarc::cublas::sys as cublas;
+use cudarc::driver::{DeviceRepr, PushKernelArg};
+
+use super::device::{Device, LaunchShape};
+use super::error::CudaError;
+use super::kernel_cache::Kernel;
+use super::memory::Weight;
+use crate::backend::{Epilogue, Linear};
+
+/// Outputs of a tile, and inputs that the kernel handles in one tile.
+const TILE_OUTPUTS: usize = 16;
+/// Warps that share a tile's outputs.
+const SPLITS: u32 = 8;
+
+/// A product of `rows` rows.
+pub(super) struct Product<'a> {
+    /// `[rows, inputs]`, 16-bit.
+    pub(super) x: u64,
+    pub(super) rows: usize,
+    pub(super) projections: &'a [&'a Linear<Weight>],
+    pub(super) epilogue: Epilogue,
+    /// `[rows, out_width]`: f32, or 16-bit for [`Epilogue::SwiGlu`].
+    pub(super) out: u64,
+    /// Whether the 16-bit type is f16.
+    pub(super) half_is_f16: bool,
+}
+
+/// Mirrors `Projection` in linear.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProjectionArgs {
+    weight: u64,
+    bias: u64,
+    outputs: u32,
+    first_tile: u32,
+}
+
+/// Mirrors `LinearArgs` in linear.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinearArgs {
+    x: u64,
+    out: u64,
+    projections: [ProjectionArgs; 3],
+    rows: u32,
+    inputs: u32,
+    out_stride: u32,
+}
+
+// SAFETY: plain numbers in the kernel's layout.
+unsafe impl DeviceRepr for LinearArgs {}
+
+/// Elements per row that a product writes.
+pub(super) fn out_width(projections: &[&Linear<Weight>], epilogue: Epilogue) -> usize {
+    match epilogue {
+        Epilogue::Store => projections.iter().map(|p| p.weight.shape().0).sum(),
+        Epilogue::Add | Epilogue::SwiGlu => projections[0].weight.shape().0,
+    }
+}
+
+impl Product<'_> {
+    fn inputs(&self) -> usize {
+        self.projections[0].weight.shape().1
+    }
+
+    /// The kernel for few rows: weights are streamed once per 64 rows, and a row's bits depend on nothing but the row.
+    pub(super) fn stream(&self, device: &Device) -> Result<(), CudaError> {
+        let column_tiles = match self.rows.div_ceil(8) {
+            0 => return Ok(()),
+            1 => 1,
+            2 => 2,
+            3 | 4 => 4,
+            _ => 8,
+        };
+        let matrices = if self.epilogue == Epilogue::SwiGlu {
+            2
+        } else {
+            1
+        };
+        // With many rows, tiles share a block so that they share its reads of x.
+        let out_tiles: u32 = if column_tiles > 2 && matrices == 1 {
+            2
+        } else {
+            1
+        };
+        let warps = SPLITS * out_tiles * matrices;
+        let stages: u32 = if warps > 8 { 5 } else { 6 };
+        let epilogue = match self.epilogue {
+            Epilogue::Store => 0,
+            Epilogue::Add => 1,
+            Epilogue::SwiGlu => 2,
+        };
+        let options = [
+            ("HALF_IS_F16", u32::from(self.half_is_f16)),
+            ("COLUMN_TILES", column_tiles),
+            ("OUT_TILES", out_tiles),
+            ("STAGES", stages),
+            ("EPILOGUE", epilogue),
+        ];
+        let kernel = device.kernel(Kernel::LINEAR, &options)?;
+        let mut projections = [ProjectionArgs {
+            weight: 0,
+            bias: 0,
+            outputs: 0,
+            first_tile: u32::MAX,
+        }; 3];
+        let mut tiles = 0;
+        for (args, p) in projections.iter_mut().zip(self.projections) {
+            let outputs = p.weight.shape().0;
+            *args = ProjectionArgs {
+                weight: p.weight.address(),
+                bias: p.bias.as_ref().map_or(0, Weight::address),
+                outputs: outputs as u32,
+                first_tile: tiles as u32,
+            };
+            if self.epilogue != Epilogue::SwiGlu {
+                tiles += outputs.div_ceil(TILE_OUTPUTS);
+            } else {
+                tiles = outputs.div_ceil(TILE_OUTPUTS);
+            }
+        }
+        let args = LinearArgs {
+            x: self.x,
+            out: self.out,
+            projections,
+            rows: self.rows as u32,
+            inputs: self.inputs() as u32,
+            out_stride: out_width(self.projections, self.epilogue) as u32,
+        };
+        let launch = LaunchShape {
+            grid: (
+                (tiles as u32).div_ceil(out_tiles),
+                (self.rows as u32).div_ceil(8 * column_tiles),
+                1,
+            ),
+            threads: warps * 32,
+            shared_bytes: warps * stages * 2048,
+        };
+        // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
+        unsafe {
+            device.launch(&kernel, launch, |l| {
+                l.arg(&args);
+            })
+        }
+    }
+
+    /// cuBLAS: `out` rows take f32 products side by side, added to what is there for [`Epilogue::Add`]. For [`Epilogue::SwiGlu`] they are
+    /// `[gate | up]` and go to `out` as f32, without biases or activation.
+    pub(super) fn library(&self, device: &Device) -> Result<(), CudaError> {
+        let inputs = self.inputs();
+        let stride = match self.epilogue {
+            Epilogue::SwiGlu => 2 * self.projections[0].weight.shape().0,
+            _ => out_width(self.projections, self.epilogue),
+        };
+        let (one, zero) = (1.0f32, 0.0f32);
+        let beta = if self.epilogue == Epilogue::Add {
+            &one
+        } else {
+            &zero
+        };
+        let half = if self.half_is_f16 {
+            cublas::cudaDataType::CUDA_R_16F
+        } else {
+            cublas::cudaDataType::CUDA_R_16BF
+        };
+        let mut offset = 0u64;
+        for p in self.projections {
+            let outputs = p.weight.shape().0;
+            // Column-major, as cuBLAS reads: outᵀ[outputs, rows] = W · xᵀ.
+            // SAFETY: weights have the shapes given, x and out hold `rows` rows of them; the scalars live on this stack.
+            let result = unsafe {
+                cudarc::cublas::result::gemm_ex(
+                    device.cublas(),
+                    cublas::cublasOperation_t::CUBLAS_OP_T,
+                    cublas::cublasOperation_t::CUBLAS_OP_N,
+                    outputs as i32,
+                    self.rows as i32,
+                    inputs as i32,
+                    (&raw const one).cast(),
+                    p.weight.address() as *const c_void,
+                    half,
+                    inputs as i32,
+                    self.x as *const c_void,
+                    half,
+                    inputs as i32,
+                    (&raw const *beta).cast(),
+                    (self.out + 4 * offset) as *mut c_void,
+                    cublas::cudaDataType::CUDA_R_32F,
+                    stride as i32,
+                    cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                    cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+                )
+            };
+            result.map_err(CudaError::Cublas)?;
+            if let Some(bias) = &p.bias {
+                add_bias(
+                    device,
+                    (self.out + 4 * offset, bias),
+                    (self.rows, outputs, stride),
+                )?;
+            }
+            offset += outputs as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Adds a bias to `rows` rows of `width` in a matrix of `stride`.
+fn add_bias(
+    device: &Device,
+    (x, bias): (u64, &Weight),
+    (rows, width, stride): (usize, usize, usize),
+) -> Result<(), CudaError> {
+    let kernel = device.kernel(Kernel::ADD_BIAS, &[])?;
+    let (bias, elements) = (bias.address(), (rows * width) as u64);
+    let (width, stride) = (width as u32, stride as u32);
+    let launch = LaunchShape {
+        grid: (elements.div_ceil(256) as u32, 1, 1),
+        threads: 256,
+        shared_bytes: 0,
+    };
+    // SAFETY: the bias has `width` elements and x has the rows.
+    unsafe {
+        device.launch(&kernel, launch, |l| {
+            l.arg(&x).arg(&bias).arg(&width).arg(&stride).arg(&elements);
+        })
+    }
+}

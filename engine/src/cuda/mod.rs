@@ -1,0 +1,25 @@
+//! The GPU backend: kernels compiled at start by NVRTC, one stream, no wait inside a forward.
+//!
+//! Weights, queries, keys and values are 16-bit (bfloat16 or f16, the checkpoint's type); the residual stream, sums, softmax
+//! and logits are f32. Small passes run on kernels whose row results do not depend on the other rows, so that greedy
+//! speculative text equals plain text here as on the CPU; long prompt chunks use cuBLAS and their own attention kernel.
+//!
+//! The driver, NVRTC and cuBLAS are loaded when a device is opened, so a binary with this backend runs on hosts without them.
+
+mod attention;
+mod backend;
+mod batch;
+mod device;
+mod elementwise;
+mod error;
+mod kernel_cache;
+mod kv_store;
+mod linear;
+mod memory;
+pub mod selection;
+
+pub use backend::CudaBackend;
+pub use device::{Device, Turn, device_count};
+pub use error::CudaError;
+pub use kv_store::KvStore;
+pub use memory::{Buffer, DeviceMemory, Weight};
