@@ -69,7 +69,7 @@ pub struct Pass<'a> {
     pub spans: Vec<Span<'a>>,
     /// Rows that get logits, in order.
     pub logit_rows: Vec<usize>,
-    /// Spans whose attention rows are handed out, in order.
+    /// Spans of whose attention something is handed out, in order.
     pub captures: Vec<usize>,
     /// A single long dense span: the device may use kernels made for many rows.
     pub bulk: bool,

@@ -375,7 +375,7 @@ fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
             LogitRows::Last => rows.end - 1..rows.end,
             LogitRows::All | LogitRows::Verify => rows.clone(),
         });
-        if !step.capture.is_empty() {
+        if !step.capture.is_empty() || step.masses {
             pass.captures.push(pass.spans.len());
         }
         pass.spans.push(Span {

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use specattn_engine::HeadLists;
 use specattn_engine::backend::{
-    AttentionArgs, AttentionShape, Backend, Capture, DType, KvShape, Pass, RotateArgs, Span,
+    AttentionArgs, AttentionShape, Backend, DType, HandOut, KvShape, Pass, RotateArgs, Span,
 };
 use specattn_engine::cuda::{Buffer, CudaBackend, KvStore};
 use specattn_engine::kv_cache::BLOCK_TOKENS;
@@ -166,13 +166,13 @@ impl AttentionCase {
         (kv, layer): (&KvStore, usize),
         pass: &Pass<'_>,
         (q, out): (&Buffer, &mut Buffer),
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
     ) {
         let args = AttentionArgs {
             shape: self.shape,
             kv,
             layer,
         };
-        backend.attention(q, pass, &args, capture, out);
+        backend.attention(q, pass, &args, wanted, out);
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use specattn_engine::AttentionRows;
-use specattn_engine::backend::{AttentionShape, Backend, Capture, DType};
+use specattn_engine::backend::{AttentionShape, Backend, Capture, DType, HandOut, Masses};
 use specattn_engine::cuda::CudaBackend;
 
 use super::attention_case::{AttentionCase, SpanCase};
@@ -15,6 +15,8 @@ type Projected = Vec<f32>;
 struct Expected {
     out: Vec<f64>,
     probs: Vec<f64>,
+    /// Mean probability of the cached keys that each KV head reads.
+    masses: Vec<f64>,
 }
 
 fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projected) -> Expected {
@@ -24,6 +26,8 @@ fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projec
     let length = span.past + span.tokens;
     let mut out = vec![0.0; span.tokens * heads * dim];
     let mut probs = vec![0.0; heads * length];
+    let mut means = vec![vec![0.0; span.past]; kv_heads];
+    let share = 1.0 / (span.tokens * heads / kv_heads) as f64;
     for token in 0..span.tokens {
         for head in 0..heads {
             let kv_head = head / (heads / kv_heads);
@@ -59,13 +63,27 @@ fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projec
                 for (to, &v) in to.iter_mut().zip(at(p, heads + kv_heads + kv_head)) {
                     *to += weight * f64::from(v);
                 }
+                if p < span.past {
+                    means[kv_head][p] += weight * share;
+                }
                 if token + 1 == span.tokens {
                     probs[head * length + p] = weight;
                 }
             }
         }
     }
-    Expected { out, probs }
+    let masses = means
+        .iter()
+        .enumerate()
+        .flat_map(|(kv_head, means)| match &span.lists {
+            None => means.clone(),
+            Some(l) => l.lists[l.of_head[layer * kv_heads + kv_head] as usize]
+                .iter()
+                .map(|&p| means[p as usize])
+                .collect(),
+        })
+        .collect();
+    Expected { out, probs, masses }
 }
 
 /// Runs one case; (error of the outputs, of the captured rows).
@@ -117,7 +135,8 @@ fn run(
     let mut read = Vec::new();
     {
         let _turn = backend.begin(&pass, shape);
-        case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut []);
+        let mut nothing = HandOut::default();
+        case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut nothing);
         backend.read(&out, &mut read)?;
     }
     let error = relative_error(&read, &want_out);
@@ -136,27 +155,36 @@ fn run(
             probs: vec![0.0; shape.num_heads * (s.past + s.tokens)],
         })
         .collect();
-    let mut captures: Vec<Capture<'_>> = rows
-        .iter_mut()
-        .enumerate()
-        .map(|(span, rows)| Capture {
-            span,
-            slot: 0,
-            rows,
-        })
-        .collect();
+    let mut mass_rows: Vec<Vec<Vec<f32>>> =
+        vec![vec![Vec::new(); shape.num_kv_heads]; case.spans.len()];
+    let captures = rows.iter_mut().enumerate();
+    let masses = mass_rows.iter_mut().enumerate();
+    let mut wanted = HandOut {
+        captures: captures
+            .map(|(span, rows)| Capture {
+                span,
+                slot: 0,
+                rows,
+            })
+            .collect(),
+        masses: masses
+            .map(|(span, of_head)| Masses { span, of_head })
+            .collect(),
+    };
     let mut again = Vec::new();
     let _turn = backend.begin(&pass, shape);
-    case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut captures);
+    case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut wanted);
     backend.read(&out, &mut again)?;
     let same = read
         .iter()
         .zip(&again)
         .all(|(a, b)| a.to_bits() == b.to_bits());
     let got: Vec<f32> = rows.iter().flat_map(|r| &r.probs).copied().collect();
-    let want: Vec<f64> = want.iter().flat_map(|w| &w.probs).copied().collect();
-    let captured = relative_error(&got, &want);
-    Ok((error, if same { captured } else { f64::INFINITY }))
+    let probs: Vec<f64> = want.iter().flat_map(|w| &w.probs).copied().collect();
+    let got_masses: Vec<f32> = mass_rows.into_iter().flatten().flatten().collect();
+    let masses: Vec<f64> = want.iter().flat_map(|w| &w.masses).copied().collect();
+    let handed_out = relative_error(&got, &probs).max(relative_error(&got_masses, &masses));
+    Ok((error, if same { handed_out } else { f64::INFINITY }))
 }
 
 /// A table of worst errors; true when all are within bounds.

@@ -1,7 +1,7 @@
 //! Kernels against the bytes they must move, or the operations they must do.
 
 use anyhow::Result;
-use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, Linear};
+use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
 use specattn_engine::cuda::CudaBackend;
 use specattn_engine::cuda::selection::{RowShape, Selector};
 
@@ -87,7 +87,13 @@ pub fn verification(
             let mut out = backend.buffer();
             let _turn = backend.begin(&pass, &shape);
             let mut attend = |i: usize| {
-                case.attend(backend, (&kv, i % layers), &pass, (&q, &mut out), &mut []);
+                case.attend(
+                    backend,
+                    (&kv, i % layers),
+                    &pass,
+                    (&q, &mut out),
+                    &mut HandOut::default(),
+                );
                 Ok(())
             };
             let launched = launched_us(backend.device(), &mut attend)?;
@@ -144,7 +150,13 @@ pub fn prefill(backend: &CudaBackend, dtype: DType) -> Result<()> {
         let mut out = backend.buffer();
         let _turn = backend.begin(&pass, &shape);
         let us = launched_us(backend.device(), |i| {
-            case.attend(backend, (&kv, i % 2), &pass, (&q, &mut out), &mut []);
+            case.attend(
+                backend,
+                (&kv, i % 2),
+                &pass,
+                (&q, &mut out),
+                &mut HandOut::default(),
+            );
             Ok(())
         })?;
         backend.finish()?;

@@ -20,8 +20,8 @@ use self::pool::{Pool, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs,
-    Span,
+    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass,
+    RotateArgs, Span,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;

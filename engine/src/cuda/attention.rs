@@ -43,12 +43,14 @@ impl AttentionCall<'_> {
     }
 }
 
-/// Where the scores of captured rows go: `[capturing span][num_heads][stride]` of one layer.
+/// Where the scores of capturing spans go: `[capturing span][tokens][num_heads][stride]` of one layer, by key.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ScoreTarget {
     pub(super) scores: u64,
-    /// `[capturing span][num_heads]`: maximum and sum, f32 each.
+    /// `[capturing span][tokens][num_heads]`: maximum and sum, f32 each.
     pub(super) statistics: u64,
+    /// Most tokens of a span.
+    pub(super) tokens: usize,
     pub(super) stride: usize,
 }
 
@@ -59,12 +61,10 @@ struct DecodeArgs {
     q: u64,
     kv: u64,
     out: u64,
-    spans: u64,
-    block_tables: u64,
-    list_numbers: u64,
-    list_starts: u64,
-    positions: u64,
     units: u64,
+    block_tables: u64,
+    list_ranges: u64,
+    list_slots: u64,
     partials: u64,
     statistics: u64,
     arrivals: u64,
@@ -73,8 +73,7 @@ struct DecodeArgs {
     num_heads: u32,
     num_kv_heads: u32,
     layer: u32,
-    slot: u32,
-    slots: u32,
+    score_tokens: u32,
     score_stride: u32,
     scale_log2: f32,
 }
@@ -134,7 +133,7 @@ impl DecodeScratch {
     }
 }
 
-/// Attention of few rows per span, dense or by list; the last tokens' scores go to `capture` where one is given.
+/// Attention of few rows per span, dense or by list; scores of the capturing spans go to `capture` where one is given.
 pub(super) fn decode(
     device: &Device,
     call: &AttentionCall<'_>,
@@ -166,25 +165,24 @@ pub(super) fn decode(
         ("HEAD_DIM", shape.head_dim as u32),
         ("ROW_TILES", row_tiles as u32),
         ("STAGES", stages),
-        ("CHUNK", decode_chunk(&shape) as u32),
+        ("CHUNK", batch.chunk() as u32),
         ("CAPTURE", u32::from(capture.is_some())),
     ];
     let kernel = device.kernel(Kernel::ATTENTION_DECODE, &options)?;
     let target = capture.unwrap_or(ScoreTarget {
         scores: 0,
         statistics: 0,
+        tokens: 0,
         stride: 0,
     });
     let args = DecodeArgs {
         q: call.q,
         kv: call.kv.layer(call.layer),
         out: call.out,
-        spans: batch.spans(),
-        block_tables: batch.block_tables(),
-        list_numbers: batch.list_numbers(),
-        list_starts: batch.list_starts(),
-        positions: batch.list_positions(),
         units: batch.units(),
+        block_tables: batch.block_tables(),
+        list_ranges: batch.list_ranges(),
+        list_slots: batch.list_slots(),
         partials: scratch.partials.address(),
         statistics: scratch.statistics.address(),
         arrivals: scratch.arrivals.address(),
@@ -193,8 +191,7 @@ pub(super) fn decode(
         num_heads: shape.num_heads as u32,
         num_kv_heads: shape.num_kv_heads as u32,
         layer: call.layer as u32,
-        slot: 0,
-        slots: 1,
+        score_tokens: target.tokens as u32,
         score_stride: target.stride as u32,
         scale_log2: call.scale_log2(),
     };

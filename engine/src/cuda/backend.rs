@@ -14,7 +14,7 @@ use super::kv_store::KvStore;
 use super::linear::{Product, out_width};
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use crate::backend::{
-    AttentionArgs, Backend, Capture, DType, Epilogue, KvShape, Linear, Pass, RotateArgs,
+    AttentionArgs, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -26,6 +26,8 @@ const HEAD_DIMS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 256];
 pub struct CudaBackend {
     device: Arc<Device>,
     half: DType,
+    /// Keys per unit of decode attention, where it is not the shape's own.
+    decode_chunk: Option<usize>,
     state: RefCell<State>,
 }
 
@@ -38,6 +40,7 @@ struct State {
     frequencies: DeviceMemory,
     scores: DeviceMemory,
     statistics: DeviceMemory,
+    masses: DeviceMemory,
 }
 
 impl CudaBackend {
@@ -61,12 +64,19 @@ impl CudaBackend {
             frequencies: memory(),
             scores: memory(),
             statistics: memory(),
+            masses: memory(),
         };
         Ok(Self {
             state: RefCell::new(state),
+            decode_chunk: None,
             device,
             half,
         })
+    }
+
+    /// Sets the keys per unit of decode attention, a multiple of 64; for tuning.
+    pub fn set_decode_chunk(&mut self, keys: usize) {
+        self.decode_chunk = Some(keys.next_multiple_of(64));
     }
 
     /// The device.
@@ -196,7 +206,7 @@ impl CudaBackend {
         q: &Buffer,
         pass: &Pass<'_>,
         args: &AttentionArgs<'_, Self>,
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
         out: &mut Buffer,
     ) -> Result<(), CudaError> {
         let shape = args.shape;
@@ -210,6 +220,7 @@ impl CudaBackend {
             decode,
             scores,
             statistics,
+            masses,
             ..
         } = &mut *state;
         let call = AttentionCall {
@@ -223,42 +234,80 @@ impl CudaBackend {
         if pass.bulk {
             return attention::prefill(&self.device, &call);
         }
-        if capture.is_empty() {
+        if wanted.captures.is_empty() && wanted.masses.is_empty() {
             return attention::decode(&self.device, &call, decode, None);
         }
-        let stride = capture
-            .iter()
-            .map(|c| c.rows.kv_len)
-            .max()
-            .unwrap_or(0)
-            .next_multiple_of(4);
-        // Numbers of capturing spans follow the pass's.
-        let spans = pass.captures.len();
-        let rows = spans * shape.num_heads;
-        scores.reserve(rows * stride * 4)?;
-        statistics.reserve(rows * 8)?;
+        let (tokens, spans) = (batch.max_span_rows(), pass.captures.len());
+        let keys = pass.spans.iter().map(|s| s.past + s.rows.len());
+        let stride = keys.max().unwrap_or(0).next_multiple_of(4);
+        let rows_of_span = tokens * shape.num_heads;
+        scores.reserve(spans * rows_of_span * stride * 4)?;
+        statistics.reserve(spans * rows_of_span * 8)?;
         let target = ScoreTarget {
             scores: scores.address(),
             statistics: statistics.address(),
+            tokens,
             stride,
         };
-        // Positions that a list leaves out have no score: probability 0.
-        self.rows()
-            .fill(target.scores, rows * stride, f32::NEG_INFINITY)?;
         attention::decode(&self.device, &call, decode, Some(target))?;
-        self.rows().score_probabilities(
-            (target.scores, target.statistics),
-            rows,
-            (stride, stride),
-        )?;
-        for c in capture {
-            let Some(number) = pass.captures.iter().position(|&span| span == c.span) else {
-                continue;
-            };
-            let kv_len = c.rows.kv_len;
-            for head in 0..shape.num_heads {
-                let row = &mut c.rows.probs[(c.slot * shape.num_heads + head) * kv_len..][..kv_len];
-                scores.read((number * shape.num_heads + head) * stride * 4, row)?;
+        let number_of = |span: usize| {
+            let number = pass.captures.iter().position(|&s| s == span);
+            number.expect("a span that hands something out is among the pass's captures")
+        };
+        let list_of = |span: usize, kv_head: usize| -> Option<&[u32]> {
+            let lists = pass.spans[span].lists?;
+            let number = lists.of_head[args.layer * shape.num_kv_heads + kv_head];
+            Some(&lists.lists[number as usize])
+        };
+        let mut by_key = Vec::new();
+        for wanted in &mut wanted.masses {
+            let first = number_of(wanted.span) * rows_of_span;
+            let span = &pass.spans[wanted.span];
+            masses.reserve(shape.num_kv_heads * stride * 4)?;
+            let captured = (
+                target.scores + (first * stride * 4) as u64,
+                target.statistics + (first * 8) as u64,
+            );
+            let to = masses.address();
+            self.rows()
+                .entry_masses(captured, span.rows.len(), shape, stride, to)?;
+            by_key.resize(shape.num_kv_heads * stride, 0.0);
+            masses.read(0, &mut by_key)?;
+            for (kv_head, row) in by_key.chunks_exact(stride).enumerate() {
+                let cached = list_of(wanted.span, kv_head).map_or(span.past, <[u32]>::len);
+                wanted.of_head[kv_head].clear();
+                wanted.of_head[kv_head].extend_from_slice(&row[..cached]);
+            }
+        }
+        for wanted in &mut wanted.captures {
+            // The last token's rows.
+            let span = &pass.spans[wanted.span];
+            let last = number_of(wanted.span) * tokens + span.rows.len() - 1;
+            let first = last * shape.num_heads;
+            let captured = (
+                target.scores + (first * stride * 4) as u64,
+                target.statistics + (first * 8) as u64,
+            );
+            self.rows()
+                .score_probabilities(captured, shape.num_heads, (stride, stride))?;
+            by_key.resize(shape.num_heads * stride, 0.0);
+            scores.read(first * stride * 4, &mut by_key)?;
+            let kv_len = wanted.rows.kv_len;
+            let to = &mut wanted.rows.probs[wanted.slot * shape.num_heads * kv_len..];
+            for ((head, row), to) in by_key
+                .chunks_exact(stride)
+                .enumerate()
+                .zip(to.chunks_exact_mut(kv_len))
+            {
+                match list_of(wanted.span, head * shape.num_kv_heads / shape.num_heads) {
+                    None => to.copy_from_slice(&row[..kv_len]),
+                    Some(list) => {
+                        for (&position, &p) in list.iter().zip(row) {
+                            to[position as usize] = p;
+                        }
+                        to[span.past..].copy_from_slice(&row[list.len()..][..span.rows.len()]);
+                    }
+                }
             }
         }
         Ok(())
@@ -315,11 +364,14 @@ impl Backend for CudaBackend {
 
     fn begin(&self, pass: &Pass<'_>, shape: &crate::backend::AttentionShape) -> Turn {
         let turn = self.device.turn();
-        let result = self.state.borrow_mut().batch.upload(
-            pass,
-            attention::decode_chunk(shape),
-            &pass.captures,
-        );
+        let chunk = self
+            .decode_chunk
+            .unwrap_or_else(|| attention::decode_chunk(shape));
+        let result = self
+            .state
+            .borrow_mut()
+            .batch
+            .upload(pass, chunk, &pass.captures);
         self.device.note(result);
         turn
     }
@@ -461,10 +513,10 @@ impl Backend for CudaBackend {
         q: &Buffer,
         pass: &Pass<'_>,
         args: &AttentionArgs<'_, Self>,
-        capture: &mut [Capture<'_>],
+        wanted: &mut HandOut<'_>,
         out: &mut Buffer,
     ) {
-        let result = self.attend(q, pass, args, capture, out);
+        let result = self.attend(q, pass, args, wanted, out);
         self.device.note(result);
     }
 

@@ -1,7 +1,8 @@
 //! [`DeviceBatch`]: a pass described to the kernels, uploaded in one copy.
 //!
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
-//! block tables, index lists, and the units of decode attention: (span, chunk of keys), those of a span in a row.
+//! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists are turned from
+//! positions into places in the cache here, which spares every block of every layer the look-up.
 
 use std::sync::Arc;
 
@@ -9,12 +10,15 @@ use super::device::Device;
 use super::error::CudaError;
 use super::memory::DeviceMemory;
 use crate::backend::Pass;
+use crate::kv_cache::BLOCK_TOKENS;
 
 /// "None" to the kernels.
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Words of a span; mirrors `Span` in prelude.cuh.
-const SPAN_WORDS: usize = 6;
+const SPAN_WORDS: usize = 4;
+/// Words of a unit; mirrors `Unit` in attention_decode.cu.
+const UNIT_WORDS: usize = 8;
 
 /// Where a section begins, in words.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,9 +29,8 @@ struct Sections {
     logit_rows: usize,
     spans: usize,
     block_tables: usize,
-    list_numbers: usize,
-    list_starts: usize,
-    list_positions: usize,
+    list_ranges: usize,
+    list_slots: usize,
     units: usize,
 }
 
@@ -37,6 +40,7 @@ pub(super) struct DeviceBatch {
     words: Vec<u32>,
     at: Sections,
     num_units: usize,
+    chunk: usize,
     num_spans: usize,
     max_span_rows: usize,
 }
@@ -49,6 +53,7 @@ impl DeviceBatch {
             words: Vec::new(),
             at: Sections::default(),
             num_units: 0,
+            chunk: 1,
             num_spans: 0,
             max_span_rows: 0,
         }
@@ -63,6 +68,7 @@ impl DeviceBatch {
     ) -> Result<(), CudaError> {
         let words = &mut self.words;
         words.clear();
+        self.chunk = chunk;
         // Sections begin on 16 bytes.
         fn section(words: &mut Vec<u32>) -> usize {
             words.resize(words.len().next_multiple_of(4), 0);
@@ -80,75 +86,91 @@ impl DeviceBatch {
         words.extend(pass.logit_rows.iter().map(|&row| row as u32));
 
         self.at.spans = section(words);
-        let (mut blocks, mut numbers) = (0, 0);
-        for (index, span) in pass.spans.iter().enumerate() {
-            let capture = captures
-                .iter()
-                .position(|&c| c == index)
-                .map_or(NONE, |c| c as u32);
-            let lists = if span.lists.is_some() {
-                numbers as u32
-            } else {
-                NONE
-            };
+        let mut blocks = 0;
+        for span in &pass.spans {
             words.extend([
                 span.rows.start as u32,
                 span.rows.len() as u32,
                 span.past as u32,
                 blocks as u32,
-                lists,
-                capture,
             ]);
             blocks += span.blocks.len();
-            numbers += span.lists.map_or(0, |l| l.of_head.len());
         }
         debug_assert_eq!(words.len() - self.at.spans, SPAN_WORDS * pass.spans.len());
         self.at.block_tables = section(words);
         for span in &pass.spans {
             words.extend_from_slice(span.blocks);
         }
-        let lists = || pass.spans.iter().filter_map(|s| s.lists);
-        self.at.list_numbers = section(words);
+        self.at.list_ranges = section(words);
         let mut first = 0;
-        for l in lists() {
-            words.extend(l.of_head.iter().map(|n| first + n));
-            first += l.lists.len() as u32;
+        for lists in pass.spans.iter().filter_map(|s| s.lists) {
+            let starts: Vec<usize> = lists
+                .lists
+                .iter()
+                .scan(first, |start, list| {
+                    let own = *start;
+                    *start += list.len();
+                    Some(own)
+                })
+                .collect();
+            for &number in &lists.of_head {
+                let number = number as usize;
+                words.extend([starts[number] as u32, lists.lists[number].len() as u32]);
+            }
+            first += lists.lists.iter().map(Vec::len).sum::<usize>();
         }
-        self.at.list_starts = section(words);
-        let mut start = 0u32;
-        words.push(start);
-        for list in lists().flat_map(|l| &l.lists) {
-            start += list.len() as u32;
-            words.push(start);
-        }
-        self.at.list_positions = section(words);
-        for list in lists().flat_map(|l| &l.lists) {
-            words.extend_from_slice(list);
+        self.at.list_slots = section(words);
+        for span in &pass.spans {
+            for list in span.lists.iter().flat_map(|l| &l.lists) {
+                words.extend(list.iter().map(|&position| {
+                    let position = position as usize;
+                    let offset = position % BLOCK_TOKENS;
+                    span.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + offset as u32
+                }));
+            }
         }
         self.at.units = section(words);
         self.num_spans = pass.spans.len();
         self.max_span_rows = 0;
+        let (mut blocks, mut ranges) = (0, 0);
         for (index, span) in pass.spans.iter().enumerate() {
             // The longest list in use: heads with shorter ones leave their last units unused.
-            let cached = match span.lists {
-                None => span.past,
-                Some(l) => l
-                    .of_head
-                    .iter()
-                    .map(|&n| l.lists[n as usize].len())
-                    .max()
-                    .unwrap_or(0),
+            let (lists, cached) = match span.lists {
+                None => (NONE, span.past),
+                Some(l) => {
+                    let lengths = l.of_head.iter().map(|&n| l.lists[n as usize].len());
+                    (ranges as u32, lengths.max().unwrap_or(0))
+                }
             };
+            let capture = captures.iter().position(|&c| c == index);
             let chunks = (cached + span.rows.len()).div_ceil(chunk);
-            words.extend((0..chunks as u32).flat_map(|c| [index as u32, c]));
+            for number in 0..chunks {
+                words.extend([
+                    index as u32,
+                    number as u32,
+                    span.rows.start as u32,
+                    span.rows.len() as u32,
+                    span.past as u32,
+                    blocks as u32,
+                    lists,
+                    capture.map_or(NONE, |c| c as u32),
+                ]);
+            }
+            blocks += span.blocks.len();
+            ranges += span.lists.map_or(0, |l| l.of_head.len());
             self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
-        self.num_units = (words.len() - self.at.units) / 2;
+        self.num_units = (words.len() - self.at.units) / UNIT_WORDS;
         let bytes = size_of_val(words.as_slice());
         if bytes > self.memory.bytes() {
             self.memory.reserve(bytes.next_power_of_two())?;
         }
         self.memory.write(0, &self.words)
+    }
+
+    /// Keys per unit.
+    pub(super) fn chunk(&self) -> usize {
+        self.chunk
     }
 
     /// Units of decode attention.
@@ -194,16 +216,12 @@ impl DeviceBatch {
         self.address(self.at.block_tables)
     }
 
-    pub(super) fn list_numbers(&self) -> u64 {
-        self.address(self.at.list_numbers)
+    pub(super) fn list_ranges(&self) -> u64 {
+        self.address(self.at.list_ranges)
     }
 
-    pub(super) fn list_starts(&self) -> u64 {
-        self.address(self.at.list_starts)
-    }
-
-    pub(super) fn list_positions(&self) -> u64 {
-        self.address(self.at.list_positions)
+    pub(super) fn list_slots(&self) -> u64 {
+        self.address(self.at.list_slots)
     }
 
     pub(super) fn units(&self) -> u64 {

@@ -170,22 +170,6 @@ impl RowKernels<'_> {
         }
     }
 
-    /// Sets f32 elements to `value`.
-    pub(super) fn fill(&self, x: u64, elements: usize, value: f32) -> Result<(), CudaError> {
-        let kernel = self.kernel(Kernel::FILL)?;
-        let elements = elements as u64;
-        // SAFETY: x holds the elements.
-        unsafe {
-            self.device.launch(
-                &kernel,
-                blocks((self.device.multiprocessors() * 4, 1, 1)),
-                |l| {
-                    l.arg(&x).arg(&value).arg(&elements);
-                },
-            )
-        }
-    }
-
     /// Fills 16-bit elements with pseudo-random numbers in ±spread.
     pub(super) fn fill_random(
         &self,
@@ -225,6 +209,31 @@ impl RowKernels<'_> {
                     l.arg(&scores).arg(&statistics).arg(&stride).arg(&length);
                 },
             )
+        }
+    }
+
+    /// Mean probability per KV head and key of one span's captured scores.
+    pub(super) fn entry_masses(
+        &self,
+        (scores, statistics): (u64, u64),
+        tokens: usize,
+        shape: AttentionShape,
+        stride: usize,
+        masses: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::ENTRY_MASSES)?;
+        let grid = ((stride as u32).div_ceil(256), shape.num_kv_heads as u32, 1);
+        let (tokens, num_heads, stride) = (tokens as u32, shape.num_heads as u32, stride as u32);
+        // SAFETY: scores holds `tokens · num_heads` rows of `stride`, masses `num_kv_heads` of them.
+        unsafe {
+            self.device.launch(&kernel, blocks(grid), |l| {
+                l.arg(&scores)
+                    .arg(&statistics)
+                    .arg(&masses)
+                    .arg(&tokens)
+                    .arg(&num_heads)
+                    .arg(&stride);
+            })
         }
     }
 }

@@ -44,9 +44,9 @@ kernels! {
     ROTATE_AND_STORE = "elementwise.cu" "rotate_and_store";
     GATED_SILU = "elementwise.cu" "gated_silu";
     ADD_BIAS = "elementwise.cu" "add_bias";
-    FILL = "elementwise.cu" "fill";
     FILL_RANDOM = "elementwise.cu" "fill_random";
     SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
+    ENTRY_MASSES = "elementwise.cu" "entry_masses";
     TOP_P = "selection.cu" "top_p";
     MIX_SOURCES = "selection.cu" "mix_sources";
     UNITE_STEPS = "selection.cu" "unite_steps";

@@ -9,7 +9,7 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out the last token's scores).
+// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out scores).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -38,107 +38,116 @@
 #define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
 #define QUERY_STRIDE (HEAD_DIM * 2 + 16)
 
+// A chunk of keys of one span. Mirrors `UNIT_WORDS` in batch.rs.
+struct Unit {
+    u32 span;      // its number; ~0: padding
+    u32 chunk;
+    u32 first_row; // of the span, among the pass's rows
+    u32 tokens;    // rows of the span
+    u32 past;      // positions cached before the pass
+    u32 blocks;    // where the span's block table begins
+    u32 lists;     // where its list ranges begin; ~0: dense
+    u32 capture;   // its number among the capturing spans; ~0: none
+};
+
 struct DecodeArgs {
     const half_bits* q;        // [rows, num_heads, HEAD_DIM]
     const half_bits* kv;       // [block][kv_head][BLOCK_TOKENS][K | V][HEAD_DIM], of one layer
     half_bits* out;            // [rows, num_heads, HEAD_DIM]
-    const Span* spans;         // [spans]
+    const Unit* units;         // [gridDim.x]
     const u32* block_tables;
-    const u32* list_numbers;   // per span with lists: [num_layers * num_kv_heads]
-    const u32* list_starts;    // [lists + 1]
-    const u32* positions;      // all lists, one after another
-    const uint2* units;        // [gridDim.x]: span, chunk; a span of ~0 is padding
+    const uint2* list_ranges;  // per span with lists: [num_layers * num_kv_heads]: where its list begins, its length
+    const u32* list_slots;     // all lists: positions in the cache, block * BLOCK_TOKENS + offset
     float* partials;           // [unit][kv_head][row tile][ROWS][HEAD_DIM], then the statistics
     float2* statistics;        // [unit][kv_head][row tile][ROWS]: maximum score, sum
     u32* arrivals;             // [span][kv_head][row tile], zero between launches
-    float* scores;             // [capturing span][slots][num_heads][score_stride]: scores * log2(e)
-    float2* score_statistics;  // [capturing span][slots][num_heads]: maximum, sum
+    float* scores;             // [capturing span][score_tokens][num_heads][score_stride]: scores * log2(e) by key
+    float2* score_statistics;  // [capturing span][score_tokens][num_heads]: maximum, sum
     u32 num_heads, num_kv_heads;
     u32 layer;
-    u32 slot, slots;           // this layer among the captured ones
-    u32 score_stride;
+    u32 score_tokens, score_stride;
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float warp_max[WARPS][ROWS], warp_sums[WARPS][ROWS];
-    __shared__ u32 last_to_arrive;
+    __shared__ u32 entries[CHUNK], last_to_arrive;
     u8* const query = shared;
     u8* const ring = shared + ROWS * QUERY_STRIDE;
 
-    const uint2 unit = a.units[blockIdx.x];
-    if (unit.x == NONE) return;
-    const Span span = a.spans[unit.x];
+    const uint4 unit_low = ((const uint4*)a.units)[2 * blockIdx.x], unit_high = ((const uint4*)a.units)[2 * blockIdx.x + 1];
+    const Unit unit = {unit_low.x, unit_low.y, unit_low.z, unit_low.w, unit_high.x, unit_high.y, unit_high.z, unit_high.w};
+    if (unit.span == NONE) return;
     const u32 kv_head = blockIdx.y, row_tile = blockIdx.z;
     const u32 group = a.num_heads / a.num_kv_heads;
     const u32 first_row = row_tile * ROWS;
-    const u32 num_rows = span.tokens * group;
+    const u32 num_rows = unit.tokens * group;
     if (first_row >= num_rows) return;
     const u32* list = nullptr;
-    u32 cached = span.past;
-    if (span.lists != NONE) {
-        const u32 number = a.list_numbers[span.lists + a.layer * a.num_kv_heads + kv_head];
-        const u32 begin = a.list_starts[number];
-        cached = a.list_starts[number + 1] - begin;
-        list = a.positions + begin;
+    u32 cached = unit.past;
+    if (unit.lists != NONE) {
+        const uint2 range = __ldg(a.list_ranges + unit.lists + a.layer * a.num_kv_heads + kv_head);
+        list = a.list_slots + range.x;
+        cached = range.y;
     }
-    const u32 num_keys = cached + span.tokens;
+    const u32 num_keys = cached + unit.tokens;
     const u32 chunks = (num_keys + CHUNK - 1) / CHUNK;
-    const u32 first_key = unit.y * CHUNK;
+    const u32 first_key = unit.chunk * CHUNK;
     if (first_key >= num_keys) return;
     const u32 end_key = min(first_key + CHUNK, num_keys);
-    const u32* const table = a.block_tables + span.blocks;
+    const u32* const table = a.block_tables + unit.blocks;
 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    // Position of a key: from the list, or counted on.
-    auto position_of = [&](u32 key) -> u32 {
-        if (key >= end_key) return NONE;
-        if (list == nullptr) return key;
-        return key < cached ? __ldg(list + key) : span.past + key - cached;
-    };
-    // Lanes 0 to 15 look after one key of a tile each.
-    auto tile_position = [&](u32 tile) -> u32 { return position_of(first_key + (tile * WARPS + warp) * TILE_KEYS + lane % 16); };
-    const u32 ring_base = shared_address(ring) + warp * STAGES * STAGE_BYTES;
-    // Starts copying a tile whose keys' positions the lanes hold.
-    auto fetch = [&](u32 tile, u32 position) {
+    // Where the chunk's entries are: resolved once, so that the loop depends on no load but its own copies.
+    for (u32 i = threadIdx.x; i < (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS; i += WARPS * 32) {
+        const u32 key = first_key + i;
         u32 entry = NONE;
-        if (position != NONE)
-            entry = (__ldg(table + position / BLOCK_TOKENS) * a.num_kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+        if (key < end_key) {
+            u32 slot;
+            if (list != nullptr && key < cached) {
+                slot = __ldg(list + key);
+            } else {
+                const u32 position = unit.past + key - cached; // for a dense span, the key itself
+                slot = __ldg(table + position / BLOCK_TOKENS) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+            }
+            entry = (slot / BLOCK_TOKENS * a.num_kv_heads + kv_head) * BLOCK_TOKENS + slot % BLOCK_TOKENS;
+        }
+        entries[i] = entry;
+    }
+    const u32 ring_base = shared_address(ring) + warp * STAGES * STAGE_BYTES;
+    // Starts copying a tile.
+    auto fetch = [&](u32 tile) {
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
+        const u32* const tile_entries = entries + (tile * WARPS + warp) * TILE_KEYS;
 #pragma unroll
         for (int i = 0; i < TILE_KEYS * PIECES / 32; ++i) {
             const u32 piece = i * 32 + lane, key = piece / PIECES, part = piece % PIECES;
-            const u32 e = __shfl_sync(FULL_WARP, entry, key);
-            const bool valid = e != NONE;
-            const half_bits* from = a.kv + u64(valid ? e : 0) * (2 * HEAD_DIM) + part * 8;
-            copy_async(base + key * ENTRY_STRIDE + part * 16, from, valid);
+            const u32 entry = tile_entries[key];
+            const bool valid = entry != NONE;
+            copy_async(base + key * ENTRY_STRIDE + part * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + part * 8, valid);
         }
     };
 
     // Tiles of this warp: every WARPS-th of the chunk.
     const u32 chunk_tiles = (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS;
     const u32 tiles = chunk_tiles > warp ? (chunk_tiles - warp + WARPS - 1) / WARPS : 0;
-    u32 ahead[STAGES];
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) ahead[s] = tile_position(s);
     // Queries to shared memory; rows past the end are zeros.
     for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 8), part = i % (HEAD_DIM / 8), row = first_row + r;
         const u32 token = row / group, head = kv_head * group + row % group;
         uint4 value = make_uint4(0, 0, 0, 0);
         if (row < num_rows)
-            value = *(const uint4*)(a.q + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + part * 8);
+            value = *(const uint4*)(a.q + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + part * 8);
         *(uint4*)(query + r * QUERY_STRIDE + part * 16) = value;
     }
+    __syncthreads();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < tiles) fetch(s, ahead[s]);
+        if (s < tiles) fetch(s);
         copy_commit();
     }
-    u32 next_position = ahead[STAGES - 1];
-    __syncthreads();
 
     float output[ROW_TILES][HEAD_DIM / 8][4];
     float maximum[ROW_TILES][2], sum[ROW_TILES][2];
@@ -164,9 +173,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         copy_wait<STAGES - 2>();
         __syncwarp();
         // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead.
-        if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1, next_position);
+        if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
         copy_commit();
-        next_position = tile_position(tile + STAGES);
 
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
         const u32 tile_key = first_key + (tile * WARPS + warp) * TILE_KEYS;
@@ -200,25 +208,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                         if (tile_key + n * 8 + lane % 4 * 2 + i % 2 >= limit[m][i / 2]) score[m][n][i] = NEGATIVE_INFINITY;
         }
 #if CAPTURE
-        if (span.capture != NONE) {
-            // The last token's rows.
-            const u32 first_wanted = (span.tokens - 1) * group;
+        if (unit.capture != NONE) {
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const u32 column = n * 8 + lane % 4 * 2 + i, key = tile_key + column;
-                    const u32 position = position_of(key);
-                    if (position == NONE) continue;
+                    const u32 key = tile_key + n * 8 + lane % 4 * 2 + i;
+                    if (key >= end_key) continue;
 #pragma unroll
                     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
                             const u32 row = first_row + m * 16 + half * 8 + lane / 4;
-                            if (row < first_wanted || row >= num_rows) continue;
-                            const u32 head = kv_head * group + row - first_wanted;
-                            const u64 at = (u64(span.capture) * a.slots + a.slot) * a.num_heads + head;
-                            a.scores[at * a.score_stride + position] = score[m][n][half * 2 + i] * a.scale_log2;
+                            if (row >= num_rows) continue;
+                            const u32 head = kv_head * group + row % group;
+                            const u64 at = (u64(unit.capture) * a.score_tokens + row / group) * a.num_heads + head;
+                            a.scores[at * a.score_stride + key] = score[m][n][half * 2 + i] * a.scale_log2;
                         }
                 }
         }
@@ -316,11 +321,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         const u32 token = row / group, head = kv_head * group + row % group;
         if (alone) {
             const float inverse = 1.0f / total;
-            *(uint2*)(a.out + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
+            *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
                 make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
-            if (d == 0 && span.capture != NONE && token + 1 == span.tokens)
-                a.score_statistics[(u64(span.capture) * a.slots + a.slot) * a.num_heads + head] = make_float2(reference, total);
+            if (d == 0 && unit.capture != NONE)
+                a.score_statistics[(u64(unit.capture) * a.score_tokens + token) * a.num_heads + head] = make_float2(reference, total);
 #endif
         } else {
             *(float4*)(a.partials + (place * ROWS + r) * HEAD_DIM + d) = value;
@@ -332,13 +337,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     // The last block of the head to arrive merges its chunks, whose units are neighbours.
     __threadfence();
     __syncthreads();
-    u32* const arrivals = a.arrivals + (u64(unit.x) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    u32* const arrivals = a.arrivals + (u64(unit.span) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
     if (threadIdx.x == 0) last_to_arrive = atomicAdd(arrivals, 1) == chunks - 1;
     __syncthreads();
     if (!last_to_arrive) return;
     __threadfence();
     if (threadIdx.x == 0) *arrivals = 0;
-    const u64 first_place = (u64(blockIdx.x - unit.y) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    const u64 first_place = (u64(blockIdx.x - unit.chunk) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
     const u64 stride = u64(a.num_kv_heads) * gridDim.z;
     for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
@@ -362,11 +367,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         }
         const float inverse = 1.0f / total;
         const u32 token = row / group, head = kv_head * group + row % group;
-        *(uint2*)(a.out + (u64(span.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
+        *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
             make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
-        if (d == 0 && span.capture != NONE && token + 1 == span.tokens)
-            a.score_statistics[(u64(span.capture) * a.slots + a.slot) * a.num_heads + head] = make_float2(top * a.scale_log2, total);
+        if (d == 0 && unit.capture != NONE)
+            a.score_statistics[(u64(unit.capture) * a.score_tokens + token) * a.num_heads + head] = make_float2(top * a.scale_log2, total);
 #endif
     }
 }

@@ -127,11 +127,6 @@ extern "C" __global__ void add_bias(float* x, const float* bias, u32 width, u32 
     if (i < elements) x[i / width * stride + i % width] += bias[i % width];
 }
 
-// x[i] = value.
-extern "C" __global__ void fill(float* x, float value, u64 elements) {
-    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) x[i] = value;
-}
-
 // Pseudo-random weights of the given spread, for benchmarks: uniform in ±spread, a hash of index and seed.
 extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64 elements) {
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) {
@@ -147,4 +142,21 @@ extern "C" __global__ void score_probabilities(float* scores, const float2* stat
     float* row = scores + u64(blockIdx.y) * stride;
     const float inverse = 1.0f / s.y;
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < length; i += gridDim.x * blockDim.x) row[i] = exp2_fast(row[i] - s.x) * inverse;
+}
+
+// Mean probability of every key over a span's tokens and the query heads of a KV head. scores: [tokens, num_heads, stride] as above;
+// masses: [num_kv_heads, stride]. Blocks are [key pieces, kv heads].
+extern "C" __global__ void entry_masses(const float* scores, const float2* statistics, float* masses, u32 tokens, u32 num_heads, u32 stride) {
+    const u32 kv_head = blockIdx.y, group = num_heads / gridDim.y;
+    const float weight = 1.0f / float(tokens * group);
+    for (u32 key = blockIdx.x * blockDim.x + threadIdx.x; key < stride; key += gridDim.x * blockDim.x) {
+        float sum = 0.0f;
+        for (u32 token = 0; token < tokens; ++token)
+            for (u32 g = 0; g < group; ++g) {
+                const u32 row = token * num_heads + kv_head * group + g;
+                const float2 s = statistics[row];
+                sum += exp2_fast(scores[u64(row) * stride + key] - s.x) / s.y;
+            }
+        masses[u64(kv_head) * stride + key] = sum * weight;
+    }
 }

@@ -92,14 +92,12 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// One span of a batch: a sequence's rows in this pass. Mirrors `DeviceSpan` in batch.rs.
+// One span of a batch: a sequence's rows in this pass. Mirrors `SPAN_WORDS` in batch.rs.
 struct Span {
     u32 first_row; // among the pass's rows
     u32 tokens;    // rows
     u32 past;      // positions cached before the pass
     u32 blocks;    // where its block table begins
-    u32 lists;     // where its row of list numbers begins, [layers * kv_heads]; ~0: dense
-    u32 capture;   // its number among the capturing spans; ~0: none
 };
 
 // Positions per KV block, as in kv_cache.rs.
