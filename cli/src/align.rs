@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use specattn_engine::{LoadOptions, Model};
+use specattn_engine::{DeviceChoice, LoadOptions, Model};
 use specattn_mask::alignment::FILE_NAME;
 use specattn_quality::{AlignOptions, Book, MapKind, Metric, align};
 
@@ -157,14 +157,13 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
 
 /// Loads a checkpoint as `args` say.
 pub(crate) fn load(folder: &Path, args: &ModelArgs) -> Result<Model, CliError> {
-    let mut options = LoadOptions {
+    let options = LoadOptions {
         kv_cache_bytes: args.kv_cache_mib << 20,
         threads: args.threads,
+        kv_dtype: args.kv_type.map(Into::into),
+        device: args.device.unwrap_or(DeviceChoice::Auto),
         ..LoadOptions::default()
     };
-    if let Some(kv_type) = args.kv_type {
-        options.kv_dtype = kv_type.into();
-    }
     let model = Model::load(folder, &options, &mut |_, _| {});
     Ok(model.map_err(specattn_quality::QualityError::from)?)
 }

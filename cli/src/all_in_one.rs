@@ -78,6 +78,9 @@ impl Plan {
         if let Some(name) = self.models.kv_type.and_then(|t| t.to_possible_value()) {
             flag("--kv-type", name.get_name().to_owned());
         }
+        if let Some(device) = self.models.device {
+            flag("--device", device.to_string());
+        }
         flag("--gateway", gateway.to_owned());
         flag("--listen", "127.0.0.1:0".to_owned());
         let drain_timeout = self.server.drain_timeout.as_millis();

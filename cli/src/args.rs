@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use specattn_engine::DeviceChoice;
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
@@ -90,7 +91,7 @@ pub struct GenerateArgs {
 
     /// Use this gateway instead of starting the services in this process
     #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
-        conflicts_with_all = ["target", "draft", "threads", "kv_cache_mib", "kv_type"])]
+        conflicts_with_all = ["target", "draft", "threads", "kv_cache_mib", "kv_type", "device"])]
     pub gateway: Option<String>,
 
     /// What the services of this process run.
@@ -277,9 +278,14 @@ pub struct ModelArgs {
     )]
     pub kv_cache_mib: usize,
 
-    /// Number type of KV entries [default: f32, with which greedy text equals a float32 reference]
+    /// Number type of KV entries [default: on the CPU f32, with which greedy text equals a float32 reference; on a GPU the
+    /// weights' type]
     #[arg(long, value_enum, value_name = "TYPE", env = "SPECATTN_KV_TYPE")]
     pub kv_type: Option<KvType>,
+
+    /// Where the models run: auto (a GPU if there is one), cpu, or cuda:N [default: auto]
+    #[arg(long, value_name = "DEVICE", env = "SPECATTN_DEVICE")]
+    pub device: Option<DeviceChoice>,
 }
 
 /// `specattn serve`.

@@ -77,6 +77,7 @@ mod tests {
             threads: 0,
             kv_cache_mib: 1,
             kv_type: None,
+            device: None,
         }
     }
 

@@ -133,6 +133,16 @@ pub trait Backend: Send {
     /// # Errors
     /// When the device has no room for it.
     fn weight(&self, tensor: Tensor) -> Result<Self::Weight, EngineError>;
+    /// A weight of that shape made up on the device, for benchmarks: vectors of ones, small pseudo-random matrices.
+    ///
+    /// # Errors
+    /// When the device has no room for it, or cannot make any.
+    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<Self::Weight, EngineError>;
+    /// (free, total) bytes of the device's own memory; `None` where it is the host's.
+    ///
+    /// # Errors
+    /// When the device does not answer.
+    fn device_memory(&self) -> Result<Option<(usize, usize)>, EngineError>;
     /// An activation buffer, empty until sized by an operation.
     fn buffer(&self) -> Self::Buffer;
     /// KV memory.

@@ -145,7 +145,7 @@ fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> EngineError {
 }
 
 /// A whole file, if it is of a sane size.
-fn read_bounded(path: &Path) -> Result<Vec<u8>, EngineError> {
+pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>, EngineError> {
     let file = File::open(path).map_err(io_error(path))?;
     let mut bytes = Vec::new();
     file.take(MAX_JSON_BYTES + 1)

@@ -11,6 +11,7 @@ pub mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod device;
 pub mod error;
 pub mod kv_cache;
 pub mod model;
@@ -21,6 +22,7 @@ pub use attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 pub use backend::DType;
 pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;
+pub use device::DeviceChoice;
 pub use error::EngineError;
 pub use kv_cache::{BlockPool, Sequence};
 pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};

@@ -1,6 +1,6 @@
 //! [`Model`]: a loaded checkpoint on a device, as the services see it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
@@ -8,9 +8,10 @@ use crate::backend::{Backend, DType, KvShape};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::cpu::{CpuBackend, Isa as CpuIsa};
+use crate::device::DeviceChoice;
 use crate::error::EngineError;
 use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
-use crate::transformer::Transformer;
+use crate::transformer::{Transformer, WeightSource};
 
 /// How to load a model.
 #[derive(Debug, Clone)]
@@ -19,10 +20,18 @@ pub struct LoadOptions {
     pub kv_cache_bytes: usize,
     /// Worker threads; 0 takes all cores. Models of one process share one pool.
     pub threads: usize,
-    /// What KV entries are stored as. f32 keeps greedy output equal to an f32 reference; the others halve the bytes.
-    pub kv_dtype: DType,
+    /// What KV entries are stored as. `None` takes f32 on the CPU, which keeps greedy output equal to an f32 reference, and the
+    /// weights' type on a GPU, which knows no other.
+    pub kv_dtype: Option<DType>,
     /// Which of [`CpuIsa::available`] to run; `None` takes the best.
     pub cpu_isa: Option<CpuIsa>,
+    /// Where the model runs.
+    pub device: DeviceChoice,
+    /// On a GPU, the share of its memory that everything in use may come to once the KV cache is made; it then takes the place of
+    /// `kv_cache_bytes`.
+    pub gpu_memory_utilization: Option<f32>,
+    /// Folder for compiled GPU kernels.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for LoadOptions {
@@ -30,8 +39,11 @@ impl Default for LoadOptions {
         Self {
             kv_cache_bytes: 1 << 30,
             threads: 0,
-            kv_dtype: DType::F32,
+            kv_dtype: None,
             cpu_isa: None,
+            device: DeviceChoice::Cpu,
+            gpu_memory_utilization: None,
+            kernel_cache: None,
         }
     }
 }
@@ -82,9 +94,30 @@ pub struct StepOutput {
 
 /// A checkpoint loaded onto a device.
 pub struct Model {
-    transformer: Transformer<CpuBackend>,
+    transformer: Box<dyn Forwards>,
     blocks: Arc<BlockPool>,
     kv_dtype: DType,
+    device: DeviceChoice,
+}
+
+/// A [`Transformer`] on whichever backend.
+trait Forwards: Send {
+    fn config(&self) -> &ModelConfig;
+    fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
+}
+
+impl<B> Forwards for Transformer<B>
+where
+    B: Backend,
+    Self: Send,
+{
+    fn config(&self) -> &ModelConfig {
+        self.config()
+    }
+
+    fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
+        self.forward(steps)
+    }
 }
 
 impl std::fmt::Debug for Model {
@@ -99,40 +132,100 @@ impl Model {
     /// Loads the checkpoint folder `dir`. `progress` hears (bytes done, bytes in all).
     ///
     /// # Errors
-    /// [`EngineError::Io`], [`EngineError::Checkpoint`] or [`EngineError::Unsupported`], naming the file at fault.
+    /// [`EngineError::Io`], [`EngineError::Checkpoint`] or [`EngineError::Unsupported`], naming the file at fault; what the
+    /// device says when it cannot be used or has no room.
     pub fn load(
         dir: &Path,
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
         let checkpoint = Checkpoint::open(dir)?;
-        let config = checkpoint.config();
-        let backend = CpuBackend::new(options.threads, options.cpu_isa)?;
+        Self::from_source(&WeightSource::Checkpoint(&checkpoint), options, progress)
+    }
+
+    /// A model of the shape that the `config.json` at `path` tells, with random weights; for benchmarks on a GPU.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn random(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
+        let bytes = crate::checkpoint::read_bounded(path)?;
+        let config = ModelConfig::parse(path, &bytes)?;
+        Self::from_source(&WeightSource::Random(&config), options, &mut |_, _| {})
+    }
+
+    fn from_source(
+        source: &WeightSource<'_>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
+        let device = options.device.decided();
+        match device {
+            DeviceChoice::Cpu | DeviceChoice::Auto => {
+                let backend = CpuBackend::new(options.threads, options.cpu_isa)?;
+                let kv_dtype = options.kv_dtype.unwrap_or(DType::F32);
+                Self::on(device, backend, source, (options, kv_dtype), progress)
+            }
+            #[cfg(feature = "cuda")]
+            DeviceChoice::Cuda(number) => {
+                let opened = crate::cuda::Device::shared(number, options.kernel_cache.clone())?;
+                let half = source.half_type()?;
+                let backend = crate::cuda::CudaBackend::new(opened, half)?;
+                let kv_dtype = options.kv_dtype.unwrap_or(half);
+                Self::on(device, backend, source, (options, kv_dtype), progress)
+            }
+            #[cfg(not(feature = "cuda"))]
+            DeviceChoice::Cuda(_) => Err(EngineError::Unsupported(
+                "a GPU: this build has no GPU support".to_owned(),
+            )),
+        }
+    }
+
+    fn on<B>(
+        device: DeviceChoice,
+        backend: B,
+        source: &WeightSource<'_>,
+        (options, kv_dtype): (&LoadOptions, DType),
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, EngineError>
+    where
+        B: Backend,
+        Transformer<B>: Send + 'static,
+    {
+        let config = source.config();
         let mut shape = KvShape {
             num_layers: config.num_layers,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             num_blocks: 0,
-            dtype: options.kv_dtype,
+            dtype: kv_dtype,
         };
-        shape.num_blocks = options.kv_cache_bytes / block_bytes(&shape);
-        if shape.num_blocks == 0 {
-            return Err(EngineError::InvalidArgument {
-                what: "KV cache budget",
-                reason: format!(
-                    "{} bytes hold no block of {} bytes",
-                    options.kv_cache_bytes,
-                    block_bytes(&shape)
-                ),
-            });
-        }
-        let kv = backend.kv(shape)?;
-        let transformer = Transformer::load(backend, &checkpoint, kv, progress)?;
+        // KV memory comes last: what weights leave of a GPU is known then.
+        let make_kv = |backend: &B| {
+            let budget = kv_budget(backend, options)?;
+            shape.num_blocks = budget / block_bytes(&shape);
+            if shape.num_blocks == 0 {
+                return Err(EngineError::InvalidArgument {
+                    what: "KV cache budget",
+                    reason: format!(
+                        "{budget} bytes hold no block of {} bytes",
+                        block_bytes(&shape)
+                    ),
+                });
+            }
+            backend.kv(shape)
+        };
+        let transformer = Transformer::load(backend, source, make_kv, progress)?;
         Ok(Self {
-            transformer,
+            transformer: Box::new(transformer),
             blocks: BlockPool::new(shape.num_blocks),
-            kv_dtype: shape.dtype,
+            kv_dtype,
+            device,
         })
+    }
+
+    /// Where the model runs.
+    pub fn device(&self) -> DeviceChoice {
+        self.device
     }
 
     /// The model's shape and identity.
@@ -232,7 +325,24 @@ impl Model {
     }
 }
 
-/// Bytes of one KV block over all layers, as the CPU stores it.
+/// Bytes for the KV cache.
+fn kv_budget<B: Backend>(backend: &B, options: &LoadOptions) -> Result<usize, EngineError> {
+    let (Some(share), Some((free, total))) =
+        (options.gpu_memory_utilization, backend.device_memory()?)
+    else {
+        return Ok(options.kv_cache_bytes);
+    };
+    if !(share > 0.0 && share <= 1.0) {
+        return Err(EngineError::InvalidArgument {
+            what: "GPU memory utilization",
+            reason: format!("{share} is not in (0, 1]"),
+        });
+    }
+    let allowed = (total as f64 * f64::from(share)) as usize;
+    Ok(allowed.saturating_sub(total - free))
+}
+
+/// Bytes of one KV block over all layers; every backend pads heads to a multiple of 16.
 fn block_bytes(shape: &KvShape) -> usize {
     let entry = 2 * shape.head_dim.next_multiple_of(16) * shape.dtype.bytes();
     shape.num_layers * shape.num_kv_heads * BLOCK_TOKENS * entry

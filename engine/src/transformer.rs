@@ -4,6 +4,8 @@
 //! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
 
 use crate::attention::{AttentionRows, EntryMasses, KvReads};
+#[cfg(feature = "cuda")]
+use crate::backend::DType;
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, Capture, Epilogue, HandOut, Linear, Masses, Pass,
     RotateArgs, Span,
@@ -56,10 +58,45 @@ pub(crate) struct Transformer<B: Backend> {
     activations: Activations<B::Buffer>,
 }
 
+/// Where weights come from.
+pub(crate) enum WeightSource<'a> {
+    /// A checkpoint folder.
+    Checkpoint(&'a Checkpoint),
+    /// Nowhere: a model of this shape with random ones.
+    Random(&'a ModelConfig),
+}
+
+impl WeightSource<'_> {
+    /// The model's configuration.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.config(),
+            Self::Random(config) => config,
+        }
+    }
+
+    /// The 16-bit type for a device that has no other: the embedding table's, bf16 where that is f32.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn half_type(&self) -> Result<DType, EngineError> {
+        let Self::Checkpoint(checkpoint) = self else {
+            return Ok(DType::Bf16);
+        };
+        let c = checkpoint.config();
+        let table = checkpoint.tensor(EMBEDDING, &[c.vocab_size, c.hidden_size])?;
+        Ok(match table.dtype() {
+            DType::F32 => DType::Bf16,
+            half => half,
+        })
+    }
+}
+
+/// The embedding table's name in checkpoints.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Brings tensors to the backend, counting bytes.
 struct Loader<'a, B: Backend> {
     backend: &'a B,
-    checkpoint: &'a Checkpoint,
+    source: &'a WeightSource<'a>,
     done: u64,
     total: u64,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -67,7 +104,11 @@ struct Loader<'a, B: Backend> {
 
 impl<B: Backend> Loader<'_, B> {
     fn weight(&mut self, name: &str, shape: &[usize]) -> Result<B::Weight, EngineError> {
-        let tensor = self.checkpoint.tensor(name, shape)?;
+        let WeightSource::Checkpoint(checkpoint) = self.source else {
+            self.done += 1;
+            return self.backend.random_weight(shape, self.done as u32);
+        };
+        let tensor = checkpoint.tensor(name, shape)?;
         let bytes = tensor.bytes().len() as u64;
         let weight = self.backend.weight(tensor)?;
         self.done += bytes;
@@ -92,7 +133,7 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn layer(&mut self, index: usize) -> Result<Layer<B::Weight>, EngineError> {
-        let c = self.checkpoint.config().clone();
+        let c = self.source.config().clone();
         let at = |name: &str| format!("model.layers.{index}.{name}");
         let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let qk_norm = if c.qk_norm {
@@ -141,25 +182,28 @@ impl<B: Backend> Loader<'_, B> {
 }
 
 impl<B: Backend> Transformer<B> {
-    /// Loads a checkpoint's weights onto `backend`; `kv` is memory for its KV cache.
+    /// Brings a model's weights to `backend`; `make_kv` then makes memory for its KV cache.
     pub(crate) fn load(
         backend: B,
-        checkpoint: &Checkpoint,
-        kv: B::Kv,
+        source: &WeightSource<'_>,
+        make_kv: impl FnOnce(&B) -> Result<B::Kv, EngineError>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
-        let config = checkpoint.config().clone();
-        let total = checkpoint.total_bytes();
+        let config = source.config().clone();
+        let total = match source {
+            WeightSource::Checkpoint(checkpoint) => checkpoint.total_bytes(),
+            WeightSource::Random(_) => 0,
+        };
         let mut loader = Loader {
             backend: &backend,
-            checkpoint,
+            source,
             done: 0,
             total,
             progress,
         };
         let table = [config.vocab_size, config.hidden_size];
         let embedding = Linear {
-            weight: loader.weight("model.embed_tokens.weight", &table)?,
+            weight: loader.weight(EMBEDDING, &table)?,
             bias: None,
         };
         let layers = (0..config.num_layers)
@@ -171,6 +215,7 @@ impl<B: Backend> Transformer<B> {
         } else {
             Some(loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?)
         };
+        let kv = make_kv(&backend)?;
         let buffer = || backend.buffer();
         let activations = Activations {
             hidden: buffer(),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use specattn_engine::{DType, LoadOptions};
+use specattn_engine::{DType, DeviceChoice, LoadOptions};
 use specattn_service::ServiceError;
 use tokio::runtime::{Builder, Runtime};
 
@@ -43,9 +43,23 @@ pub struct ModelArgs {
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub kv_cache_mib: usize,
 
-    /// Number type of KV entries; f32 keeps greedy output equal to a float32 reference
-    #[arg(long, value_enum, default_value_t = KvType::F32)]
-    pub kv_type: KvType,
+    /// Number type of KV entries [default: f32 on the CPU, which keeps greedy output equal to a float32 reference; the
+    /// weights' type on a GPU]
+    #[arg(long, value_enum)]
+    pub kv_type: Option<KvType>,
+
+    /// Where the model runs: auto (a GPU if there is one), cpu, or cuda:N
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Share of a GPU's memory that weights and KV cache may take; the cache then gets what is left of it, whatever
+    /// --kv-cache-mib says
+    #[arg(long, value_name = "SHARE")]
+    pub gpu_memory_utilization: Option<f32>,
+
+    /// Folder for compiled GPU kernels [default: .cache/specattn/kernels in the home folder]
+    #[arg(long, value_name = "DIR")]
+    pub kernel_cache: Option<PathBuf>,
 
     /// Threads of the engine; 0 takes all cores
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -115,17 +129,31 @@ impl ModelArgs {
         if !(1..=MAX_SESSIONS).contains(&self.max_sessions) {
             return refuse("--max-sessions", "must be from 1 to 65,536");
         }
+        if self
+            .gpu_memory_utilization
+            .is_some_and(|share| !(share > 0.0 && share <= 1.0))
+        {
+            return refuse("--gpu-memory-utilization", "must be in (0, 1]");
+        }
         Ok(ModelConfig {
             folder: self.model.clone(),
             options: LoadOptions {
                 kv_cache_bytes,
                 threads: self.threads,
-                kv_dtype: self.kv_type.into(),
+                kv_dtype: self.kv_type.map(Into::into),
+                device: self.device,
+                gpu_memory_utilization: self.gpu_memory_utilization,
+                kernel_cache: self.kernel_cache.clone().or_else(default_kernel_cache),
                 ..LoadOptions::default()
             },
             max_sessions: self.max_sessions,
         })
     }
+}
+
+/// Where compiled kernels are kept unless told otherwise: not in a folder that others can write to.
+fn default_kernel_cache() -> Option<PathBuf> {
+    Some(std::env::home_dir()?.join(".cache/specattn/kernels"))
 }
 
 #[cfg(test)]
@@ -136,7 +164,10 @@ mod tests {
         ModelArgs {
             model: "somewhere".into(),
             kv_cache_mib: 64,
-            kv_type: KvType::Bf16,
+            kv_type: Some(KvType::Bf16),
+            device: DeviceChoice::Cpu,
+            gpu_memory_utilization: None,
+            kernel_cache: None,
             threads: 1,
             max_sessions: 2,
         }
@@ -146,7 +177,7 @@ mod tests {
     fn sizes_become_bytes() {
         let config = args().config().unwrap();
         assert_eq!(config.options.kv_cache_bytes, 64 << 20);
-        assert_eq!(config.options.kv_dtype, DType::Bf16);
+        assert_eq!(config.options.kv_dtype, Some(DType::Bf16));
     }
 
     #[test]
@@ -162,6 +193,10 @@ mod tests {
             },
             ModelArgs {
                 max_sessions: 0,
+                ..args()
+            },
+            ModelArgs {
+                gpu_memory_utilization: Some(1.5),
                 ..args()
             },
         ] {

@@ -116,7 +116,7 @@ fn main() -> Result<()> {
     };
     let options = LoadOptions {
         threads: args.threads,
-        kv_dtype,
+        kv_dtype: Some(kv_dtype),
         ..LoadOptions::default()
     };
     let mut model =

@@ -6,9 +6,12 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
-use specattn_bench::gpu::{check_attention, check_linear, check_selection, time_kernels, timer};
-use specattn_engine::DType;
+use specattn_bench::gpu::forwards::{self, ForwardCase};
+use specattn_bench::gpu::{
+    check_attention, check_linear, check_selection, pair, time_kernels, timer,
+};
 use specattn_engine::cuda::{CudaBackend, Device, device_count};
+use specattn_engine::{DType, DeviceChoice};
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -19,6 +22,10 @@ enum Part {
     Time,
     /// A small part of `check`, for compute-sanitizer.
     Sanitize,
+    /// Greedy text of the bundled target against the CPU's.
+    Pair,
+    /// Whole forwards of public models' shapes with random weights.
+    Forwards,
 }
 
 /// Checks and times the GPU kernels.
@@ -33,6 +40,12 @@ struct Args {
     /// Folder for compiled kernels.
     #[arg(long)]
     kernel_cache: Option<PathBuf>,
+    /// Keys per unit of decode attention, in place of the default.
+    #[arg(long)]
+    chunk: Option<usize>,
+    /// The repository's root.
+    #[arg(long, default_value = ".")]
+    root: PathBuf,
 }
 
 fn main() -> Result<()> {
@@ -41,10 +54,14 @@ fn main() -> Result<()> {
         println!("SKIPPED: no GPU here");
         return Ok(());
     }
-    let device = Device::open(args.gpu, args.kernel_cache)?;
+    let device = Device::shared(args.gpu, args.kernel_cache)?;
     println!("{}\n", device.name());
-    let bf16 = CudaBackend::new(device.clone(), DType::Bf16)?;
+    let mut bf16 = CudaBackend::new(device.clone(), DType::Bf16)?;
     let f16 = CudaBackend::new(device.clone(), DType::F16)?;
+    if let Some(keys) = args.chunk {
+        bf16.set_decode_chunk(keys);
+    }
+    let choice = DeviceChoice::Cuda(args.gpu);
     let mut fine = true;
     for part in args.parts {
         match part {
@@ -67,6 +84,39 @@ fn main() -> Result<()> {
                 fine &= check_selection::check_length(&bf16, 1000)?;
                 fine &= check_linear::check_shape(&bf16, DType::Bf16, 72, [100, 36, 20])?;
                 fine &= check_attention::check_head_dim(&bf16, DType::Bf16, 64)?;
+            }
+            Part::Pair => {
+                let reference = args.root.join("tests/fixtures/greedy_bundled.json");
+                fine &= pair::compare(&args.root.join("models/target"), &reference, choice)?;
+            }
+            Part::Forwards => {
+                let bandwidth = timer::copy_bandwidth(&device)?;
+                println!(
+                    "Copy: {:.2} TB/s, bytes read and written.\n",
+                    bandwidth / 1e12
+                );
+                let configs = args.root.join("bench/gpu/configs");
+                let verify: Vec<ForwardCase> = [1, 8]
+                    .into_iter()
+                    .flat_map(|batch| {
+                        [4096, 16_384, 32_768].map(|context| ForwardCase {
+                            batch,
+                            context,
+                            tokens: 5,
+                        })
+                    })
+                    .collect();
+                for name in ["llama-3-8b", "llama-2-7b"] {
+                    let config = configs.join(format!("{name}.json"));
+                    forwards::table(&config, choice, &verify, false, bandwidth)?;
+                }
+                let draft = [4096, 16_384].map(|context| ForwardCase {
+                    batch: 1,
+                    context,
+                    tokens: 1,
+                });
+                let config = configs.join("tinyllama-1.1b.json");
+                forwards::table(&config, choice, &draft, true, bandwidth)?;
             }
             Part::Time => {
                 let bandwidth = timer::copy_bandwidth(&device)?;

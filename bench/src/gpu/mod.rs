@@ -4,6 +4,8 @@ pub mod attention_case;
 pub mod check_attention;
 pub mod check_linear;
 pub mod check_selection;
+pub mod forwards;
 pub mod numbers;
+pub mod pair;
 pub mod time_kernels;
 pub mod timer;

@@ -250,7 +250,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
                     .iter()
                     .map(|&o| {
                         Ok(Linear {
-                            weight: backend.random_weight((o, inputs), 0.02, set as u32)?,
+                            weight: backend.random_matrix((o, inputs), 0.02, set as u32)?,
                             bias: None,
                         })
                     })

@@ -173,6 +173,17 @@ impl Backend for CpuBackend {
         Ok(CpuWeight { matrix, vector })
     }
 
+    fn random_weight(&self, _shape: &[usize], _seed: u32) -> Result<CpuWeight, EngineError> {
+        // Weights stay mapped from a file here.
+        Err(EngineError::Unsupported(
+            "random weights on the CPU".to_owned(),
+        ))
+    }
+
+    fn device_memory(&self) -> Result<Option<(usize, usize)>, EngineError> {
+        Ok(None)
+    }
+
     fn buffer(&self) -> Buffer {
         Buffer::new()
     }

@@ -88,7 +88,7 @@ impl CudaBackend {
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`].
-    pub fn random_weight(
+    pub fn random_matrix(
         &self,
         (rows, cols): (usize, usize),
         spread: f32,
@@ -404,6 +404,21 @@ impl Backend for CudaBackend {
             DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
         };
         self.weight_of(&values, rows)
+    }
+
+    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<Weight, EngineError> {
+        match *shape {
+            [rows, cols] => {
+                check_width(cols)?;
+                // Spread so that a product of normed rows keeps a size near 1.
+                self.random_matrix((rows, cols), (3.0 / cols as f32).sqrt(), seed)
+            }
+            _ => self.weight_of(&vec![1.0; shape.iter().product()], 1),
+        }
+    }
+
+    fn device_memory(&self) -> Result<Option<(usize, usize)>, EngineError> {
+        Ok(Some(self.device.memory()?))
     }
 
     fn buffer(&self) -> Buffer {

@@ -5,7 +5,7 @@
 //! failures.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::cublas::sys as cublas;
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, sys};
@@ -137,6 +137,23 @@ impl Device {
             failure: Mutex::new(None),
             turn: Arc::default(),
         }))
+    }
+
+    /// The process's handle of GPU number `ordinal`, opened on first use: its models share kernels and take turns.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn shared(ordinal: usize, kernel_cache: Option<PathBuf>) -> Result<Arc<Self>, CudaError> {
+        static OPEN: Mutex<Vec<(usize, Weak<Device>)>> = Mutex::new(Vec::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|(_, device)| device.strong_count() > 0);
+        let known = open.iter().find(|(number, _)| *number == ordinal);
+        if let Some(device) = known.and_then(|(_, device)| device.upgrade()) {
+            return Ok(device);
+        }
+        let device = Self::open(ordinal, kernel_cache)?;
+        open.push((ordinal, Arc::downgrade(&device)));
+        Ok(device)
     }
 
     /// The GPU's name.

@@ -1,0 +1,182 @@
+//! Whole forwards of a model's shape with random weights, against the bytes they must read.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::Result;
+use specattn_engine::{DeviceChoice, HeadLists, LoadOptions, LogitRows, Model, Sequence, Step};
+
+use super::numbers::Numbers;
+
+/// The share of positions that the paper keeps.
+const KEPT: f32 = 0.216;
+const RUNS: usize = 9;
+const WARM_UP: usize = 3;
+/// Tokens per prompt chunk.
+const CHUNK: usize = 2048;
+
+/// One row of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardCase {
+    /// Sessions.
+    pub batch: usize,
+    /// Cached positions of each.
+    pub context: usize,
+    /// Tokens of each in a forward.
+    pub tokens: usize,
+}
+
+/// What a forward is asked for besides logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Dense,
+    Sparse,
+    Captured,
+}
+
+fn prefill(model: &mut Model, sequence: &mut Sequence, context: usize) -> Result<()> {
+    let vocab = model.config().vocab_size as u32;
+    while sequence.len() < context {
+        let n = CHUNK.min(context - sequence.len());
+        let tokens: Vec<u32> = (0..n)
+            .map(|i| ((sequence.len() + i) as u32 * 7919) % vocab)
+            .collect();
+        let step = Step {
+            sequence: &mut *sequence,
+            tokens: &tokens,
+            lists: None,
+            logits: LogitRows::None,
+            capture: &[],
+            masses: false,
+        };
+        model.forward(&mut [step])?;
+    }
+    Ok(())
+}
+
+/// The median time of a forward, in milliseconds.
+fn time(
+    model: &mut Model,
+    sequences: &mut [Sequence],
+    case: ForwardCase,
+    kind: Kind,
+    lists: &[HeadLists],
+) -> Result<f64> {
+    let layers: Vec<usize> = if kind == Kind::Captured {
+        (0..model.config().num_layers).collect()
+    } else {
+        Vec::new()
+    };
+    let tokens: Vec<u32> = (0..case.tokens as u32).map(|i| i * 31 + 5).collect();
+    let mut times = Vec::new();
+    for run in 0..WARM_UP + RUNS {
+        let mut steps: Vec<Step<'_>> = sequences
+            .iter_mut()
+            .zip(lists)
+            .map(|(sequence, lists)| {
+                sequence.truncate(case.context);
+                Step {
+                    sequence,
+                    tokens: &tokens,
+                    lists: (kind == Kind::Sparse).then_some(lists),
+                    logits: LogitRows::All,
+                    capture: &layers,
+                    masses: false,
+                }
+            })
+            .collect();
+        let start = Instant::now();
+        model.forward(&mut steps)?;
+        if run >= WARM_UP {
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Prints a table for the model that `config` describes.
+///
+/// # Errors
+/// When the device fails or has no room.
+pub fn table(
+    config: &Path,
+    device: DeviceChoice,
+    cases: &[ForwardCase],
+    captured: bool,
+    bandwidth: f64,
+) -> Result<()> {
+    let options = LoadOptions {
+        device,
+        gpu_memory_utilization: Some(0.9),
+        ..LoadOptions::default()
+    };
+    let mut model = Model::random(config, &options)?;
+    let c = model.config().clone();
+    let name = config
+        .file_stem()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let projections = c.hidden_size * (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim
+        + 3 * c.hidden_size * c.intermediate_size;
+    let weights = 2.0 * (c.num_layers * projections + c.vocab_size * c.hidden_size) as f64;
+    println!(
+        "{name}, random weights: {:.2} GB of weights per forward, {} KV blocks. Floor: weights and KV entries read once at the copy's rate. Times are the caller's, logits of every token copied to the host.\n",
+        weights / 1e9,
+        model.kv_blocks().1
+    );
+    println!(
+        "| batch | context | tokens | attention | ms | floor ms | ÷ floor |\n| --- | --- | --- | --- | --- | --- | --- |"
+    );
+    let entry = (4 * c.head_dim) as f64;
+    let heads = c.num_layers * c.num_kv_heads;
+    let mut numbers = Numbers(31);
+    for &case in cases {
+        let sequences: Result<Vec<Sequence>, _> = (0..case.batch)
+            .map(|_| model.new_sequence(case.context + case.tokens))
+            .collect();
+        let Ok(mut sequences) = sequences else {
+            println!(
+                "| {} | {} | {} | | no room | | |",
+                case.batch, case.context, case.tokens
+            );
+            continue;
+        };
+        for sequence in &mut sequences {
+            prefill(&mut model, sequence, case.context)?;
+        }
+        let lists: Vec<HeadLists> = (0..case.batch)
+            .map(|_| HeadLists {
+                lists: vec![
+                    (0..case.context as u32)
+                        .filter(|_| numbers.uniform() < KEPT)
+                        .collect(),
+                ],
+                of_head: vec![0; heads],
+            })
+            .collect();
+        let kinds: &[Kind] = if captured {
+            &[Kind::Dense, Kind::Captured]
+        } else {
+            &[Kind::Dense, Kind::Sparse]
+        };
+        for &kind in kinds {
+            let ms = time(&mut model, &mut sequences, case, kind, &lists)?;
+            let entries: usize = match kind {
+                Kind::Sparse => lists.iter().map(|l| l.lists[0].len() + case.tokens).sum(),
+                _ => case.batch * (case.context + case.tokens),
+            };
+            let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
+            println!(
+                "| {} | {} | {} | {} | {ms:.2} | {floor:.2} | {:.2} |",
+                case.batch,
+                case.context,
+                case.tokens,
+                format!("{kind:?}").to_lowercase(),
+                ms / floor
+            );
+        }
+    }
+    println!();
+    Ok(())
+}
