@@ -26,3 +26,7 @@ deny:
 # Time forwards against the bytes they must read.
 bench-engine *args:
     cargo run --release -p specattn-bench --bin engine -- {{args}}
+
+# Check the GPU kernels against oracles and time them (needs an NVIDIA GPU).
+bench-gpu *parts="check time pair forwards":
+    cargo run --release -p specattn-bench --bin gpu -- {{parts}}

@@ -377,16 +377,21 @@ impl<B: Backend> Transformer<B> {
             );
             let mut logits = Vec::new();
             backend.read(&a.logits, &mut logits)?;
-            let mut rest = logits.as_slice();
+            let mut first = 0;
             for (step, output) in steps.iter().zip(outputs.iter_mut()) {
-                let count = match step.logits {
-                    LogitRows::None => 0,
-                    LogitRows::Last => 1,
-                    LogitRows::All | LogitRows::Verify => step.tokens.len(),
-                };
-                let (own, others) = rest.split_at(count * vocab);
-                output.logits = own.to_vec();
-                rest = others;
+                let len = vocab
+                    * match step.logits {
+                        LogitRows::None => 0,
+                        LogitRows::Last => 1,
+                        LogitRows::All | LogitRows::Verify => step.tokens.len(),
+                    };
+                if len > 0 && len == logits.len() {
+                    // The only step with logits, the usual case: they need no copy.
+                    output.logits = std::mem::take(&mut logits);
+                } else if len > 0 {
+                    output.logits = logits[first..first + len].to_vec();
+                    first += len;
+                }
             }
         }
         backend.finish()?;

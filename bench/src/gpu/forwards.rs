@@ -59,7 +59,7 @@ fn time(
     model: &mut Model,
     sequences: &mut [Sequence],
     case: ForwardCase,
-    kind: Kind,
+    (kind, logits): (Kind, LogitRows),
     lists: &[HeadLists],
 ) -> Result<f64> {
     let layers: Vec<usize> = if kind == Kind::Captured {
@@ -79,7 +79,7 @@ fn time(
                     sequence,
                     tokens: &tokens,
                     lists: (kind == Kind::Sparse).then_some(lists),
-                    logits: LogitRows::All,
+                    logits,
                     capture: &layers,
                     masses: false,
                 }
@@ -119,15 +119,18 @@ pub fn table(
         .unwrap_or_default();
     let projections = c.hidden_size * (c.num_heads + 2 * c.num_kv_heads + c.num_heads) * c.head_dim
         + 3 * c.hidden_size * c.intermediate_size;
-    let weights = 2.0 * (c.num_layers * projections + c.vocab_size * c.hidden_size) as f64;
+    let layers = 2.0 * (c.num_layers * projections) as f64;
+    let head = 2.0 * (c.vocab_size * c.hidden_size) as f64;
     println!(
-        "{name}, random weights: {:.2} GB of weights per forward, {} KV blocks. Floor: weights and KV entries read once at the copy's rate. Times are the caller's, logits of every token copied to the host.\n",
-        weights / 1e9,
+        "{name}, random weights: {:.2} GB in the layers, {:.2} GB in the head, {} KV blocks. Floor: weights and KV entries read once at the copy's rate. Times are the caller's; with logits, those of every token are copied to the host.\n",
+        layers / 1e9,
+        head / 1e9,
         model.kv_blocks().1
     );
     println!(
-        "| batch | context | tokens | attention | ms | floor ms | ÷ floor |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| batch | context | tokens | attention | layers ms | floor ms | ÷ floor | with logits ms | floor ms | ÷ floor |"
     );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     let entry = (4 * c.head_dim) as f64;
     let heads = c.num_layers * c.num_kv_heads;
     let mut numbers = Numbers(31);
@@ -161,19 +164,23 @@ pub fn table(
             &[Kind::Dense, Kind::Sparse]
         };
         for &kind in kinds {
-            let ms = time(&mut model, &mut sequences, case, kind, &lists)?;
             let entries: usize = match kind {
                 Kind::Sparse => lists.iter().map(|l| l.lists[0].len() + case.tokens).sum(),
                 _ => case.batch * (case.context + case.tokens),
             };
-            let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
+            let mut cells = Vec::new();
+            for (logits, weights) in [(LogitRows::None, layers), (LogitRows::All, layers + head)] {
+                let ms = time(&mut model, &mut sequences, case, (kind, logits), &lists)?;
+                let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
+                cells.push(format!("{ms:.2} | {floor:.2} | {:.2}", ms / floor));
+            }
             println!(
-                "| {} | {} | {} | {} | {ms:.2} | {floor:.2} | {:.2} |",
+                "| {} | {} | {} | {} | {} |",
                 case.batch,
                 case.context,
                 case.tokens,
                 format!("{kind:?}").to_lowercase(),
-                ms / floor
+                cells.join(" | ")
             );
         }
     }

@@ -166,9 +166,18 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn memory(&self) -> Result<(usize, usize), CudaError> {
-        self.context
-            .mem_get_info()
-            .map_err(CudaError::driver("asking for free memory"))
+        let ask = || {
+            // Memory of dropped buffers rests in the driver's pool until it is told to let go.
+            self.stream.synchronize()?;
+            let mut pool = std::ptr::null_mut();
+            // SAFETY: the device is open and the pool is its own; trimming frees only what nobody holds.
+            unsafe {
+                sys::cuDeviceGetDefaultMemPool(&mut pool, self.context.cu_device()).result()?;
+                sys::cuMemPoolTrimTo(pool, 0).result()?;
+            }
+            self.context.mem_get_info()
+        };
+        ask().map_err(CudaError::driver("asking for free memory"))
     }
 
     /// The stream that all work goes down.

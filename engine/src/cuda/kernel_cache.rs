@@ -18,7 +18,7 @@ use super::error::CudaError;
 const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 
 /// A kernel: an entry point of one of the source files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Kernel {
     /// Name of the entry point.
     pub(super) name: &'static str,
@@ -48,13 +48,12 @@ kernels! {
     SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
     ENTRY_MASSES = "elementwise.cu" "entry_masses";
     TOP_P = "selection.cu" "top_p";
-    MIX_SOURCES = "selection.cu" "mix_sources";
     UNITE_STEPS = "selection.cu" "unite_steps";
     BUILD_LISTS = "selection.cu" "build_lists";
-    GREEDY_AND_NORMALISER = "sampling.cu" "greedy_and_normaliser";
 }
 
-type Key = (Kernel, Vec<(&'static str, u32)>);
+/// Entry point and options; names are unique among the files, and hashing a source at every launch would cost more than the launch.
+type Key = (&'static str, Vec<(&'static str, u32)>);
 
 /// Compiled kernels of one device.
 pub(super) struct KernelCache {
@@ -85,7 +84,7 @@ impl KernelCache {
         kernel: Kernel,
         options: &[(&'static str, u32)],
     ) -> Result<CudaFunction, CudaError> {
-        let key = (kernel, options.to_vec());
+        let key = (kernel.name, options.to_vec());
         if let Some(function) = self
             .functions
             .read()

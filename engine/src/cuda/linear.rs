@@ -69,26 +69,29 @@ impl Product<'_> {
 
     /// The kernel for few rows: weights are streamed once per 64 rows, and a row's bits depend on nothing but the row.
     pub(super) fn stream(&self, device: &Device) -> Result<(), CudaError> {
-        let column_tiles = match self.rows.div_ceil(8) {
-            0 => return Ok(()),
-            1 => 1,
-            2 => 2,
-            3 | 4 => 4,
-            _ => 8,
-        };
+        if self.rows == 0 {
+            return Ok(());
+        }
+        let column_tiles = self.rows.div_ceil(8).min(8) as u32;
         let matrices = if self.epilogue == Epilogue::SwiGlu {
             2
         } else {
             1
         };
-        // With many rows, tiles share a block so that they share its reads of x.
-        let out_tiles: u32 = if column_tiles > 2 && matrices == 1 {
+        // With many rows, a warp takes two tiles of outputs for one load of x.
+        // For gate and up, more than 40 rows would not fit the registers that way.
+        let most = if matrices == 2 { 5 } else { 8 };
+        let warp_tiles: u32 = if (3..=most).contains(&column_tiles) {
             2
         } else {
             1
         };
-        let warps = SPLITS * out_tiles * matrices;
-        let stages: u32 = if warps > 8 { 5 } else { 6 };
+        let warps = SPLITS * matrices;
+        let stages: u32 = match (warp_tiles, matrices) {
+            (1, 1) => 6,
+            (2, 2) => 3,
+            _ => 5,
+        };
         let epilogue = match self.epilogue {
             Epilogue::Store => 0,
             Epilogue::Add => 1,
@@ -97,7 +100,7 @@ impl Product<'_> {
         let options = [
             ("HALF_IS_F16", u32::from(self.half_is_f16)),
             ("COLUMN_TILES", column_tiles),
-            ("OUT_TILES", out_tiles),
+            ("TILES", warp_tiles),
             ("STAGES", stages),
             ("EPILOGUE", epilogue),
         ];
@@ -117,11 +120,11 @@ impl Product<'_> {
                 outputs: outputs as u32,
                 first_tile: tiles as u32,
             };
-            if self.epilogue != Epilogue::SwiGlu {
-                tiles += outputs.div_ceil(TILE_OUTPUTS);
-            } else {
-                tiles = outputs.div_ceil(TILE_OUTPUTS);
-            }
+            // Gate and up are computed by the same blocks; others begin on a block of their own.
+            let own = outputs
+                .div_ceil(TILE_OUTPUTS)
+                .next_multiple_of(warp_tiles as usize);
+            tiles = if matrices == 2 { own } else { tiles + own };
         }
         let args = LinearArgs {
             x: self.x,
@@ -133,12 +136,12 @@ impl Product<'_> {
         };
         let launch = LaunchShape {
             grid: (
-                (tiles as u32).div_ceil(out_tiles),
+                tiles as u32 / warp_tiles,
                 (self.rows as u32).div_ceil(8 * column_tiles),
                 1,
             ),
             threads: warps * 32,
-            shared_bytes: warps * stages * 2048,
+            shared_bytes: warps * stages * warp_tiles * 2048,
         };
         // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
         unsafe {

@@ -1,4 +1,4 @@
-//! Masks on the device: mixtures of captured rows, top-p, union and granularity, index lists.
+//! Masks on the device: top-p, union and granularity, index lists.
 
 use std::sync::Arc;
 

@@ -6,13 +6,13 @@
 // both are loaded 16 bytes a lane. The eight sums of an output are added in a fixed order: a row's bits depend on neither
 // the other rows nor their number.
 //
-// Options: COLUMN_TILES (8 rows of x each); OUT_TILES (16 outputs each) per block; STAGES; EPILOGUE.
+// Options: COLUMN_TILES (8 rows of x each); TILES (16 outputs each) per warp, which share a load of x; STAGES; EPILOGUE.
 
 #ifndef COLUMN_TILES
 #define COLUMN_TILES 1
 #endif
-#ifndef OUT_TILES
-#define OUT_TILES 1
+#ifndef TILES
+#define TILES 1
 #endif
 #ifndef STAGES
 #define STAGES 6
@@ -24,16 +24,17 @@
 
 #define SPLITS 8
 #define TILE_INPUTS 64
-#define STAGE_BYTES (16 * TILE_INPUTS * 2)
+#define TILE_BYTES (16 * TILE_INPUTS * 2)
+#define STAGE_BYTES (TILES * TILE_BYTES)
 #define MATRICES (EPILOGUE == 2 ? 2 : 1)
-#define WARPS (SPLITS * OUT_TILES * MATRICES)
+#define WARPS (SPLITS * MATRICES)
 #define COLUMNS (8 * COLUMN_TILES)
 
 struct Projection {
     const half_bits* weight; // [outputs, inputs]
     const float* bias;       // [outputs] or null
     u32 outputs;
-    u32 first_tile;          // of 16 outputs, among all projections'
+    u32 first_tile;          // of 16 outputs, among all projections': a multiple of TILES
 };
 
 struct LinearArgs {
@@ -49,22 +50,19 @@ __device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
     return (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 ? 2 : 1) linear(const LinearArgs a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 1 ? 2 : 1) linear(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 split = warp % SPLITS, tile_of_block = warp / SPLITS;
+    const u32 split = warp % SPLITS, matrix = warp / SPLITS;
     const u32 first_row = blockIdx.y * COLUMNS;
     const u32 rows = min(a.rows - first_row, COLUMNS);
     const half_bits* const x = a.x + u64(first_row) * a.inputs;
-    // Which 16 outputs of which projection this warp computes.
-    u32 tile = blockIdx.x * OUT_TILES + tile_of_block / MATRICES;
-    u32 number = EPILOGUE == 2 ? tile_of_block % 2 : 0;
-    if (EPILOGUE == 0)
-        number = number_of(a, tile);
+    // Which outputs of which projection this block computes; gate and up are a warp group each.
+    const u32 first_tile = blockIdx.x * TILES;
+    const u32 number = EPILOGUE == 2 ? matrix : number_of(a, first_tile);
     // By selection: an index would copy the arguments to local memory.
     const Projection p = number == 0 ? a.projections[0] : number == 1 ? a.projections[1] : a.projections[2];
-    if (EPILOGUE == 0) tile -= p.first_tile;
-    const u32 first_out = tile * 16;
+    const u32 first_out = (first_tile - (EPILOGUE == 2 ? 0 : p.first_tile)) * 16;
 
     const u32 input_tiles = (a.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
     const u32 tiles = input_tiles > split ? (input_tiles - split + SPLITS - 1) / SPLITS : 0;
@@ -73,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 ? 2 : 1) lin
         const u32 to = ring + t % STAGES * STAGE_BYTES;
         const u32 first_input = (t * SPLITS + split) * TILE_INPUTS;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4 * TILES; ++i) {
             const u32 row = i * 4 + lane / 8, part = lane % 8, input = first_input + part * 8;
             const bool valid = first_out + row < p.outputs && input < a.inputs;
             copy_async(to + row * 128 + (part ^ (row % 2 * 4)) * 16,
@@ -86,11 +84,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 ? 2 : 1) lin
         copy_commit();
     }
 
-    float sums[COLUMN_TILES][4];
+    float sums[TILES][COLUMN_TILES][4];
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c)
+    for (int o = 0; o < TILES; ++o)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[c][i] = 0.0f;
+        for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[o][c][i] = 0.0f;
     const u32 row = lane / 4;
     // The lane's 16 bytes of x for half a tile; zeros past the ends.
     auto load_x = [&](uint4 (&v)[COLUMN_TILES], u32 t, u32 half) {
@@ -116,13 +116,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 ? 2 : 1) lin
             if (half == 0) load_x(next, t, 1);
             else load_x(next, t + 1, 0);
             const u32 part = (half * 4 + lane % 4) ^ (row % 2 * 4);
-            const uint4 low = *(const uint4*)(stage + row * 128 + part * 16);
-            const uint4 high = *(const uint4*)(stage + (row + 8) * 128 + part * 16);
-            const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
-            for (int c = 0; c < COLUMN_TILES; ++c) {
-                mma(sums[c], first, v[c].x, v[c].y);
-                mma(sums[c], second, v[c].z, v[c].w);
+            for (int o = 0; o < TILES; ++o) {
+                const uint4 low = *(const uint4*)(stage + o * TILE_BYTES + row * 128 + part * 16);
+                const uint4 high = *(const uint4*)(stage + o * TILE_BYTES + (row + 8) * 128 + part * 16);
+                const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+                for (int c = 0; c < COLUMN_TILES; ++c) {
+                    mma(sums[o][c], first, v[c].x, v[c].y);
+                    mma(sums[o][c], second, v[c].z, v[c].w);
+                }
             }
         }
         __syncwarp();
@@ -130,43 +133,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 ? 2 : 1) lin
     copy_wait<0>();
     __syncthreads();
 
-    // partial: [tile of block][split][column][16 outputs], padded against bank conflicts.
+    // partial: [matrix][tile][split][column][16 outputs], padded against bank conflicts.
     float* const partial = (float*)shared;
     const u32 pitch = 17;
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c)
+    for (int o = 0; o < TILES; ++o)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            partial[(warp * COLUMNS + c * 8 + lane % 4 * 2 + i % 2) * pitch + row + i / 2 * 8] = sums[c][i];
+        for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                partial[(((matrix * TILES + o) * SPLITS + split) * COLUMNS + c * 8 + lane % 4 * 2 + i % 2) * pitch + row + i / 2 * 8] = sums[o][c][i];
     __syncthreads();
-    auto total = [&](u32 t, u32 column, u32 o) {
+    auto total = [&](u32 tile, u32 column, u32 o) {
         float s = 0.0f;
 #pragma unroll
-        for (int k = 0; k < SPLITS; ++k) s += partial[((t * SPLITS + k) * COLUMNS + column) * pitch + o];
+        for (int k = 0; k < SPLITS; ++k) s += partial[((tile * SPLITS + k) * COLUMNS + column) * pitch + o];
         return s;
     };
-    for (u32 i = threadIdx.x; i < OUT_TILES * COLUMNS * 16; i += WARPS * 32) {
-        const u32 o = i % 16, column = i / 16 % COLUMNS, t = i / 16 / COLUMNS;
-        if (column >= rows) continue;
-        const u32 out_tile = blockIdx.x * OUT_TILES + t;
-        u32 out = out_tile * 16 + o, before = 0;
-        Projection q = a.projections[0];
-        if (EPILOGUE == 0) {
-            const u32 n = number_of(a, out_tile);
-            if (n > 0) q = a.projections[1], before = a.projections[0].outputs;
-            if (n > 1) q = a.projections[2], before += a.projections[1].outputs;
-            out -= q.first_tile * 16;
-        }
-        if (out >= q.outputs) continue;
+    u32 before = 0;
+    if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
+    if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
+    for (u32 i = threadIdx.x; i < TILES * COLUMNS * 16; i += WARPS * 32) {
+        const u32 o = i % (TILES * 16), column = i / (TILES * 16), t = o / 16;
+        const u32 out = first_out + o;
+        if (column >= rows || out >= p.outputs) continue;
         const u64 at = u64(first_row + column) * a.out_stride + before + out;
         if (EPILOGUE == 2) {
-            float gate = total(2 * t, column, o), up = total(2 * t + 1, column, o);
+            float gate = total(t, column, o % 16), up = total(TILES + t, column, o % 16);
             if (a.projections[0].bias) gate += a.projections[0].bias[out];
             if (a.projections[1].bias) up += a.projections[1].bias[out];
             ((half_bits*)a.out)[at] = to_half(gate / (1.0f + __expf(-gate)) * up);
         } else {
-            float y = total(t, column, o);
-            if (q.bias) y += q.bias[out];
+            float y = total(t, column, o % 16);
+            if (p.bias) y += p.bias[out];
             float* const to = (float*)a.out + at;
             *to = EPILOGUE == 1 ? *to + y : y;
         }

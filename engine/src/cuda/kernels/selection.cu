@@ -1,10 +1,9 @@
-// Masks on the device: source rows, top-p selection, union over steps, granularity, packed bits, index lists.
+// Masks on the device: top-p selection, union over steps, granularity, packed bits, index lists.
 //
 // Top-p works on fixed-point masses, units of 2^-31: sums are exact and free of order, so the mass condition holds exactly in
 // this arithmetic and a row's selection never depends on how it was summed. A row is read from memory once, into
-// registers, while the next one is copied into shared memory. One entry in VALUES guesses the threshold by the mass below it, which many
-// small entries share, so a sample knows it well; the guess is bracketed on the whole row and bisected until few entries are
-// left between the bounds, and one warp settles those without a barrier.
+// registers, while the next one is copied into shared memory; the threshold is bisected between its neighbours in steps of
+// equal ratio until few entries are left between the bounds, and one warp settles those without a barrier.
 //
 // Options: THREADS and VALUES (entries per thread, a multiple of 4): rows of up to THREADS * VALUES entries.
 
@@ -30,16 +29,12 @@ struct TopPArgs {
 
 __device__ __forceinline__ u32 warp_sum_u32(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
 
-// Sums over the block of several numbers at once; `scratch` alternates between calls so that one barrier serves.
-template <int N> __device__ __forceinline__ void block_sums(u32 (&x)[N], u32 (*scratch)[32]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        x[i] = warp_sum_u32(x[i]);
-        if (threadIdx.x % 32 == 0) scratch[i][threadIdx.x / 32] = x[i];
-    }
+// A sum over the block; `scratch` alternates between calls so that one barrier serves.
+__device__ __forceinline__ u32 block_sum(u32 x, u32* scratch) {
+    x = warp_sum_u32(x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = warp_sum_u32(threadIdx.x % 32 < WARPS ? scratch[i][threadIdx.x % 32] : 0);
+    return warp_sum_u32(threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
 }
 
 // The middle of a < b by ratio: halves the distance of their float bit patterns, which are nearly logarithms.
@@ -50,7 +45,7 @@ __device__ __forceinline__ u32 middle(u32 a, u32 b) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a) {
     extern __shared__ __align__(16) float ahead[]; // [THREADS * VALUES]; each thread reads only what it copied
-    __shared__ u32 scratch[2][3][32], few[FEW], few_count, answer;
+    __shared__ u32 scratch[2][32], few[FEW], few_count, answer;
     const u32 lane = threadIdx.x % 32;
     auto fetch = [&](u32 row) {
         if (row < a.num_rows)
@@ -66,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
     for (u32 row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
         copy_wait<0>();
         u32 mass[VALUES];
-        u32 totals[1] = {0};
+        u32 total = 0;
 #pragma unroll
         for (int j = 0; j < VALUES / 4; ++j) {
             const u32 at = j * THREADS + threadIdx.x;
@@ -78,58 +73,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
                 // NaN and negative entries weigh nothing; what lies past the end does not count.
                 const bool counts = at * 4 + e < a.length;
                 mass[j * 4 + e] = counts ? u32(__float2uint_rn(fminf(fmaxf(x[e], 0.0f), 1.0f) * UNIT)) : 0;
-                totals[0] += mass[j * 4 + e];
+                total += mass[j * 4 + e];
             }
         }
         fetch(row + gridDim.x);
-        // The sample: each warp takes another stretch of the row.
-        u32 sample = 0;
-#pragma unroll
-        for (int j = 0; j < VALUES / 4; ++j) sample |= mass[j * 4] & (0u - u32(threadIdx.x / 32 % (VALUES / 4) == j));
-        few[threadIdx.x] = sample;
-        block_sums(totals, scratch[turn ^= 1]);
-        const u32 total = totals[0];
+        total = block_sum(total, scratch[turn ^= 1]);
         const u32 wanted = u32(min(u64(ceil(double(a.p) * double(total))), u64(total)));
-        // Invariant: mass at or above `reaches` is at least `wanted`, mass at or above `fails`, which is `below`, is less.
-        u32 reaches = 1, fails = NONE, below = 0, above_reaches = NONE, above_fails = 0;
+        // Invariant: mass at or above `reaches` is at least `wanted`, mass at or above `fails` is less.
+        u32 reaches = 1, fails = NONE, below = 0; // below: the mass at `fails`
+        u32 probe = max(total / max(a.length, 1u), 2u), stride = 4;
+        auto weigh = [&](u32 threshold) {
+            u32 sum = 0;
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) sum += mass[i] >= threshold ? mass[i] : 0;
+            return block_sum(sum, scratch[turn ^= 1]);
+        };
         u32 threshold = NONE;
         if (wanted > 0) {
-            if (threadIdx.x < 32) {
-                const u32 tail = (total - wanted) / VALUES;
-                u32 low = 1, high = u32(UNIT) + 1;
-                while (high - low > low / 16 + 1) {
-                    const u32 probe = middle(low, high);
-                    u32 sum = 0;
-#pragma unroll
-                    for (int i = 0; i < WARPS; ++i) sum += few[i * 32 + lane] < probe ? few[i * 32 + lane] : 0;
-                    if (warp_sum_u32(sum) <= tail) low = probe;
-                    else high = probe;
-                }
-                if (lane == 0) answer = low;
-            }
-            __syncthreads();
-            const u32 guess = answer;
-            // From below the guess upwards, or downwards where that fails, in growing steps; then by halves.
-            u32 growth = 2;
-            for (u32 probe = max(guess - guess / 8, 2u); fails - reaches > 1 && above_reaches - above_fails > FEW;) {
-                u32 sums[2] = {0, 0};
-#pragma unroll
-                for (int i = 0; i < VALUES; ++i)
-                    if (mass[i] >= probe) sums[0] += mass[i], ++sums[1];
-                block_sums(sums, scratch[turn ^= 1]);
-                if (sums[0] >= wanted) reaches = probe, above_reaches = sums[1];
-                else fails = probe, below = sums[0], above_fails = sums[1];
-                if (fails == NONE) {
-                    probe = u32(min(u64(reaches) + max(u64(reaches) * growth / 8, u64(1)), u64(NONE - 1)));
-                    growth *= growth;
-                } else if (above_reaches == NONE) {
-                    probe = max(fails - fails / 4, reaches + 1);
-                    if (growth > 4) probe = middle(reaches, fails);
-                    growth *= growth;
+            // Gallop from the mean until the answer is bracketed.
+            while (probe > reaches && probe < fails) {
+                const u32 m = weigh(probe);
+                if (m >= wanted) {
+                    reaches = probe;
+                    probe = u32(min(u64(probe) * stride, u64(NONE)));
                 } else {
-                    probe = middle(reaches, fails);
+                    fails = probe, below = m;
+                    probe /= stride;
                 }
-                growth = min(growth, 65536u);
+                stride = min(stride * stride, 65536u);
+            }
+            u32 between = NONE;
+            while (fails - reaches > 1) {
+                // A sixteenth of an octave apart, a count is worth its pass.
+                if (fails - reaches <= reaches / 16 + 1) {
+                    u32 count = 0;
+#pragma unroll
+                    for (int i = 0; i < VALUES; ++i) count += mass[i] >= reaches && mass[i] < fails;
+                    between = block_sum(count, scratch[turn ^= 1]);
+                    if (between <= FEW) break;
+                }
+                const u32 probe = middle(reaches, fails), m = weigh(probe);
+                if (m >= wanted) reaches = probe;
+                else fails = probe, below = m;
             }
             if (fails - reaches > 1) {
                 if (threadIdx.x == 0) few_count = 0;
@@ -139,12 +124,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
                     if (mass[i] >= reaches && mass[i] < fails) few[atomicAdd(&few_count, 1)] = mass[i];
                 __syncthreads();
                 if (threadIdx.x < 32) {
-                    const u32 count = few_count;
+                    u32 candidate[FEW / 32];
+#pragma unroll
+                    for (int i = 0; i < FEW / 32; ++i) candidate[i] = i * 32 + lane < few_count ? few[i * 32 + lane] : 0;
                     while (fails - reaches > 1) {
                         const u32 probe = reaches + (fails - reaches) / 2;
                         u32 sum = 0;
-#pragma unroll 8
-                        for (u32 i = lane; i < count; i += 32) sum += few[i] >= probe ? few[i] : 0;
+#pragma unroll
+                        for (int i = 0; i < FEW / 32; ++i) sum += candidate[i] >= probe ? candidate[i] : 0;
                         if (below + warp_sum_u32(sum) >= wanted) reaches = probe;
                         else fails = probe;
                     }
@@ -170,28 +157,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
         if (threadIdx.x == 0) a.thresholds[row] = threshold;
         __syncthreads();
     }
-}
-
-struct MixArgs {
-    const float* scores;      // [steps][source rows of heads][score_stride]: scores * log2(e)
-    const float2* statistics; // [steps][heads]: maximum, sum
-    const float* weights;     // [sources, heads]
-    float* rows;              // [steps, sources, stride]
-    u32 heads, sources, score_stride, stride, length;
-};
-
-// Source rows: fixed mixtures of the draft's heads, row = sum of weight * 2^(score - maximum) / sum. Blocks are [positions, sources, steps].
-extern "C" __global__ void mix_sources(const MixArgs a) {
-    const u32 position = blockIdx.x * blockDim.x + threadIdx.x, source = blockIdx.y, step = blockIdx.z;
-    if (position >= a.length) return;
-    float sum = 0.0f;
-    for (u32 head = 0; head < a.heads; ++head) {
-        const float weight = a.weights[source * a.heads + head];
-        if (weight == 0.0f) continue;
-        const float2 s = a.statistics[u64(step) * a.heads + head];
-        sum += weight / s.y * exp2_fast(a.scores[(u64(step) * a.heads + head) * a.score_stride + position] - s.x);
-    }
-    a.rows[(u64(step) * a.sources + source) * a.stride + position] = sum;
 }
 
 // Union over steps, then granularity: a group of `granularity` positions is kept when any member is. The result is the packed
