@@ -109,10 +109,12 @@ async fn a_draft_killed_within_a_run_changes_nothing() {
     cluster.is_idle().await;
 }
 
-/// Replays what crossed: every forward after the prompt, with `length` tokens to a run. The verify worker waits for its
-/// draft, so that every pass takes a round along once the draft has begun.
+/// Replays what crossed: every forward after the prompt. Once a run has its length the next round is dense and begins with
+/// the run. The verify worker waits for its draft, so that every pass takes a round along once the draft has begun.
 fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &LayerMap) -> Recount {
-    let length = request.check.unwrap().confirm_length.unwrap() as usize;
+    let check = request.check.unwrap();
+    let length = check.confirm_length.or(check.refresh_every).unwrap() as usize;
+    let provisional = request.mode() == Mode::Exact;
     let mut decoder = Decoder::new(Limits::default());
     let mut last: Option<(&Propose, Option<RoundMask>)> = None;
     let mut at = Recount {
@@ -286,5 +288,31 @@ async fn every_read_is_counted() {
         let seen = (recount.checks, recount.provisional, recount.confirmed);
         assert_eq!(told, seen, "{name}");
         assert!(stats.confirmed_tokens < stats.provisional_tokens);
+    }
+}
+
+/// The leash: dense passes are counted like any other, divergences stay under the bound, and p gives way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_leash_holds_and_its_reads_are_counted() {
+    let prompt = texts::book(2_000);
+    for max_kl in [0.002, 0.02] {
+        let mut request = open_request(&prompt, 300);
+        request.mode = Mode::Sparse.into();
+        request.mask.as_mut().unwrap().mask_p = Some(0.9);
+        request.check = Some(CheckPolicy {
+            refresh_every: Some(24),
+            max_kl: Some(max_kl),
+            ..CheckPolicy::default()
+        });
+        let sampling = request.sampling.as_mut().unwrap();
+        (sampling.temperature, sampling.seed) = (0.8, Some(5));
+        let (recount, stats) = run(request, 300).await;
+        println!("max_kl {max_kl}: {stats:?}");
+        assert_eq!(Count::told(&stats), recount.count);
+        assert_eq!(stats.check_forwards, recount.checks);
+        assert_eq!(stats.provisional_tokens, 0);
+        assert!(stats.kl_samples > 150 && stats.kl_mean > 0.0, "{stats:?}");
+        assert!(stats.kl_mean < f64::from(max_kl), "{stats:?}");
+        assert!(stats.kv_entries_read < stats.kv_entries_dense);
     }
 }

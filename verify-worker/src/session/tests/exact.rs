@@ -361,3 +361,34 @@ fn a_refresh_feeds_the_run_again_and_commits_on() {
     assert_eq!(bench.run(), Ending::Length);
     assert_eq!(bench.session.tokens, right);
 }
+
+#[test]
+fn a_leash_measures_every_token_and_tightens() {
+    let mut bench = Bench::new(SessionSpec {
+        mode: Mode::Sparse,
+        check: CheckedCheckPolicy {
+            refresh_every: Some(4),
+            max_kl: Some(0.01),
+            ..CheckedCheckPolicy::default()
+        },
+        mask_p: Some(0.9),
+        ..spec(200)
+    });
+    bench.misread = |_| true;
+    let mut drafter = Drafter::join(&mut bench);
+    let first = bench.session.spec.policy.p;
+    bench.step();
+    for _ in 0..6 {
+        let guess = guesses(&bench, &drafter.view, 2);
+        drafter.propose(&mut bench, &guess);
+        bench.step();
+        drafter.listen(&guess);
+    }
+    // Logits of one at one token and zero at fifteen, shifted by a token between the passes.
+    let e = std::f64::consts::E;
+    let (kl, samples) = bench.session.oversight.divergence();
+    assert!(samples >= 6, "{samples}");
+    assert!((kl - (e - 1.0) / (e + 15.0)).abs() < 1e-6, "{kl}");
+    let told = drafter.mask_p.unwrap();
+    assert!(told > first && told == bench.session.spec.policy.p);
+}
