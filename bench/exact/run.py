@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 # Bytes per token of English prose with the bundled tokenizer, to cut prompts by.
 BYTES_PER_TOKEN = 3.95
@@ -66,10 +67,13 @@ class Server:
             file.write(text)
             file.flush()
             line = [self.program, "generate", "--gateway", self.url, "--prompt-file", file.name, "--json", "--quiet"]
-            done = subprocess.run(line + flags, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(flags)}: {done.stderr}")
-        return json.loads(done.stdout)
+            for _ in range(5):
+                done = subprocess.run(line + flags, capture_output=True, text=True, check=False)
+                if done.returncode == 0:
+                    return json.loads(done.stdout)
+                # A machine that stood still has missed heartbeats; the workers come back.
+                time.sleep(3)
+        sys.exit(f"{' '.join(flags)}: {done.stderr}")
 
     def stop(self):
         self.process.terminate()
