@@ -27,11 +27,11 @@ const FIRST_MASS: usize = 6;
 const LENGTHS: [usize; 14] = [0, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64];
 
 /// f falls like the mass left out to this power: measured on the bundled pair, books at 4,096 tokens.
-const KEPT_EXPONENT: f64 = -1.05;
+const KEPT_EXPONENT: f64 = -1.0;
 /// 1 − a rises like it to this power, measured likewise.
-const MISS_EXPONENT: f64 = 0.9;
+const MISS_EXPONENT: f64 = 0.85;
 /// f and 1 − a at a mass of 0.9 before anything is known.
-const FIRST_KEPT: f64 = 0.19;
+const FIRST_KEPT: f64 = 0.16;
 const FIRST_MISS: f64 = 0.04;
 /// Tokens per round before anything is known.
 const FIRST_YIELD: f64 = 2.5;
@@ -185,9 +185,14 @@ impl Controller {
         let confirmed = 1.0 - (self.miss.get() * left_out.powf(MISS_EXPONENT)).clamp(1e-4, 1.0);
         let tokens = self.tokens.get().max(1.0);
         let costs = self.lengths.iter().map(|&length| {
-            let whole = confirmed.powi(length as i32);
+            // A run ends with the round in which it reaches its length.
+            let whole_run = match length {
+                0 => 0.0,
+                _ => length as f64 + (tokens - 1.0) / 2.0,
+            };
+            let whole = confirmed.powf(whole_run);
             let run = confirmed * (1.0 - whole) / (1.0 - confirmed);
-            let cost = 1.0 + length as f64 / tokens * kept;
+            let cost = 1.0 + whole_run / tokens * kept;
             (length, cost / (run + 1.0 + whole * (tokens - 1.0)))
         });
         costs

@@ -82,8 +82,8 @@ const LAWS: [(Law, f64); 5] = [
     // As its priors say.
     (
         Law {
-            kept: (0.19, -1.05),
-            miss: (0.04, 0.9),
+            kept: (0.16, -1.0),
+            miss: (0.04, 0.85),
             draft: 0.5,
         },
         1.1,
