@@ -158,19 +158,15 @@ fn recount(crossed: &[Crossed], request: &OpenRequest, limit: usize, map: &Layer
                 let left = limit - at.tokens;
                 let fresh = last.take().filter(|(p, _)| p.base as usize == at.tokens);
                 match fresh {
-                    Some((p, mask)) if left > 1 => {
-                        let gamma = drafted(p).min(left - 1);
-                        if at.run < length {
-                            // The last round reached the limit, and its run stood.
-                            at.count
-                                .forward(at.tokens - 1, gamma + 1, mask.as_ref(), map);
-                            at.judged(gamma, left - 1);
-                            at.run += left;
+                    Some((p, Some(mask))) if left > 1 && at.run < length => {
+                        at.last_round(drafted(p), limit, &mask, map);
+                        if provisional {
                             at.check(0, at.run, map);
-                        } else {
-                            at.check(gamma, at.run, map);
-                            at.judged(gamma, left - 1);
                         }
+                    }
+                    Some((p, _)) if left > 1 => {
+                        at.check(drafted(p).min(left - 1), at.run, map);
+                        at.judged(drafted(p).min(left - 1), left - 1);
                     }
                     _ if at.run > 0 => {
                         at.check(0, at.run, map);
