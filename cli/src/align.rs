@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use specattn_engine::{DeviceChoice, LoadOptions, Model};
 use specattn_mask::alignment::FILE_NAME;
+use specattn_quality::align::Remember;
 use specattn_quality::{AlignOptions, Book, MapKind, Metric, align};
 
 use crate::args::ModelArgs;
@@ -47,6 +48,18 @@ pub struct AlignArgs {
     /// Attention rows recorded per window; memory grows with rows, context and the heads of both models
     #[arg(long, value_name = "N", default_value_t = AlignOptions::default().rows)]
     pub rows: usize,
+
+    /// What a round leaves of what the target's memory held before it, in [0, 1)
+    #[arg(long, value_name = "SHARE", default_value_t = Remember::default().decay)]
+    pub memory_decay: f32,
+
+    /// How much more than p the target's memory covers, in log-odds
+    #[arg(long, value_name = "X", default_value_t = Remember::default().p_offset, allow_negative_numbers = true)]
+    pub memory_offset: f32,
+
+    /// Leave the target's own memory out [default for the maps layer and head: out]
+    #[arg(long)]
+    pub no_memory: bool,
 
     /// The pair.
     #[command(flatten)]
@@ -119,6 +132,10 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
         context: context.min(longest),
         windows: args.windows,
         rows: args.rows,
+        memory: (args.map == MapArg::Mixture && !args.no_memory).then_some(Remember {
+            decay: args.memory_decay,
+            p_offset: args.memory_offset,
+        }),
     };
     let books = args
         .text

@@ -9,6 +9,7 @@ use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
 use crate::align::AlignArgs;
+use crate::eval::EvalArgs;
 
 /// Speculative decoding in which the draft model tells the target model what to attend to.
 #[derive(Debug, Parser)]
@@ -48,6 +49,14 @@ pub enum Command {
             draft heads that is closest to it. Writes alignment.json beside the target, where a verify worker finds it."
     )]
     Align(AlignArgs),
+    /// Measure what masks cost in quality, beside other methods at the same budget
+    #[command(
+        long_about = "Measure what masks cost in quality, beside other methods at the same budget.\n\n\
+            Reads long texts teacher-forced, exactly as served: a dense prompt, then rounds of draft steps, masks and masked \
+            target forwards, whose KV entries stay. Reports mean KL to the dense target, top-1 agreement, perplexity, KV \
+            entries kept and mask bytes."
+    )]
+    Eval(EvalArgs),
 }
 
 /// Where `serve` listens unless told otherwise.

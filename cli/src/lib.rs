@@ -9,6 +9,7 @@ pub mod align;
 pub mod all_in_one;
 pub mod args;
 pub mod error;
+pub mod eval;
 pub mod generate;
 pub mod models;
 pub mod output;

@@ -75,6 +75,29 @@ pub struct Pass<'a> {
     pub bulk: bool,
 }
 
+impl<'a> Pass<'a> {
+    /// The same pass of one span, reading `lists`.
+    pub(crate) fn reading<'b>(&self, lists: &'b HeadLists) -> Pass<'b>
+    where
+        'a: 'b,
+    {
+        let spans = self.spans.iter().map(|span| Span {
+            rows: span.rows.clone(),
+            past: span.past,
+            blocks: span.blocks,
+            lists: Some(lists),
+        });
+        Pass {
+            tokens: self.tokens.clone(),
+            positions: self.positions.clone(),
+            spans: spans.collect(),
+            logit_rows: self.logit_rows.clone(),
+            captures: self.captures.clone(),
+            bulk: false,
+        }
+    }
+}
+
 /// The shape of attention in every layer.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionShape {
@@ -188,6 +211,17 @@ pub trait Backend: Send {
         wanted: &mut HandOut<'_>,
         out: &mut Self::Buffer,
     );
+    /// Keys of positions `0..len` of a block table on the host, `[num_kv_heads, len, width]`, and the width: head_dim,
+    /// padded. For [`crate::KeyChooser`]s only; `None` where the device does not offer it.
+    fn keys(
+        &self,
+        _kv: &Self::Kv,
+        _layer: usize,
+        _blocks: &[u32],
+        _len: usize,
+    ) -> Option<(Vec<f32>, usize)> {
+        None
+    }
     /// Copies a buffer to the host, as f32.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod backend;
 pub mod checkpoint;
+pub mod chooser;
 pub mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -20,6 +21,7 @@ mod transformer;
 
 pub use attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 pub use backend::DType;
+pub use chooser::{KeyChooser, LayerKeys};
 pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;
 pub use device::DeviceChoice;

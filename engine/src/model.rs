@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 use crate::backend::{Backend, DType, KvShape};
 use crate::checkpoint::Checkpoint;
+use crate::chooser::KeyChooser;
 use crate::config::ModelConfig;
 use crate::cpu::{CpuBackend, Isa as CpuIsa};
 use crate::device::DeviceChoice;
@@ -104,6 +105,11 @@ pub struct Model {
 trait Forwards: Send {
     fn config(&self) -> &ModelConfig;
     fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
+    fn forward_choosing(
+        &mut self,
+        step: &mut Step<'_>,
+        chooser: &mut dyn KeyChooser,
+    ) -> Result<Option<StepOutput>, EngineError>;
 }
 
 impl<B> Forwards for Transformer<B>
@@ -117,6 +123,14 @@ where
 
     fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
         self.forward(steps)
+    }
+
+    fn forward_choosing(
+        &mut self,
+        step: &mut Step<'_>,
+        chooser: &mut dyn KeyChooser,
+    ) -> Result<Option<StepOutput>, EngineError> {
+        self.forward_choosing(step, chooser)
     }
 }
 
@@ -272,6 +286,27 @@ impl Model {
             self.check(step)?;
         }
         self.transformer.forward(steps)
+    }
+
+    /// Runs one step whose reads `chooser` chooses layer by layer; the step's own lists are not looked at.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], and [`EngineError::InvalidArgument`] on a device that offers no keys.
+    ///
+    /// # Panics
+    /// When the chooser lists positions that are not cached, or not in order.
+    pub fn forward_choosing(
+        &mut self,
+        step: &mut Step<'_>,
+        chooser: &mut dyn KeyChooser,
+    ) -> Result<StepOutput, EngineError> {
+        step.lists = None;
+        self.check(step)?;
+        let output = self.transformer.forward_choosing(step, chooser)?;
+        output.ok_or_else(|| EngineError::InvalidArgument {
+            what: "chooser",
+            reason: "this device offers no keys".to_owned(),
+        })
     }
 
     /// Everything the kernels rely on.

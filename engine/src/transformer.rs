@@ -3,7 +3,7 @@
 //! Pre-norm blocks: x += Attention(norm(x)); x += MLP(norm(x)) with a gated SiLU MLP, rotary positions, grouped-query
 //! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
 
-use crate::attention::{AttentionRows, EntryMasses, KvReads};
+use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 #[cfg(feature = "cuda")]
 use crate::backend::DType;
 use crate::backend::{
@@ -11,6 +11,7 @@ use crate::backend::{
     RotateArgs, Span,
 };
 use crate::checkpoint::Checkpoint;
+use crate::chooser::{KeyChooser, LayerKeys};
 use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
@@ -263,16 +264,32 @@ impl<B: Backend> Transformer<B> {
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
         for (step, output) in steps.iter_mut().zip(&mut outputs) {
             if is_bulk(step) {
-                self.pass(&mut [step], &mut [output], true)?;
+                self.pass(&mut [step], &mut [output], true, None)?;
             } else {
                 small.push(step);
                 small_outputs.push(output);
             }
         }
         if !small.is_empty() {
-            self.pass(&mut small, &mut small_outputs, false)?;
+            self.pass(&mut small, &mut small_outputs, false, None)?;
         }
         Ok(outputs)
+    }
+
+    /// Runs one checked step without lists, whose reads `chooser` chooses; `None` where the device cannot.
+    pub(crate) fn forward_choosing(
+        &mut self,
+        step: &mut Step<'_>,
+        chooser: &mut dyn KeyChooser,
+    ) -> Result<Option<StepOutput>, EngineError> {
+        let keys = self.backend.keys(&self.kv, 0, step.sequence.blocks(), 0);
+        if keys.is_none() {
+            return Ok(None);
+        }
+        let mut output = self.output_of(step);
+        output.kv.read = 0;
+        self.pass(&mut [step], &mut [&mut output], false, Some(chooser))?;
+        Ok(Some(output))
     }
 
     /// An output with room for captured rows, and the step's KV reads.
@@ -314,6 +331,7 @@ impl<B: Backend> Transformer<B> {
         steps: &mut [&mut Step<'_>],
         outputs: &mut [&mut StepOutput],
         bulk: bool,
+        mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
         let pass = layout(steps, bulk);
         let shape = AttentionShape {
@@ -322,6 +340,7 @@ impl<B: Backend> Transformer<B> {
             head_dim: self.config.head_dim,
         };
         let eps = self.config.rms_norm_eps;
+        let mut reads = 0;
         let (backend, kv, a) = (&self.backend, &self.kv, &mut self.activations);
         let _turn = backend.begin(&pass, &shape);
         backend.embed(&self.embedding.weight, &pass, &mut a.hidden);
@@ -345,7 +364,19 @@ impl<B: Backend> Transformer<B> {
                 kv,
                 layer: index,
             };
-            backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
+            if let Some(chooser) = &mut chooser {
+                let lists = chosen_lists(backend, &a.q, &pass, &attend, &mut **chooser)?;
+                let tokens = pass.tokens.len() as u64;
+                reads += lists
+                    .lists
+                    .iter()
+                    .map(|l| l.len() as u64 + tokens)
+                    .sum::<u64>();
+                let narrowed = pass.reading(&lists);
+                backend.attention(&a.q, &narrowed, &attend, &mut wanted, &mut a.attended);
+            } else {
+                backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
+            }
             backend.linear(
                 &a.attended,
                 &[&layer.output],
@@ -396,12 +427,51 @@ impl<B: Backend> Transformer<B> {
         }
         backend.finish()?;
         drop(pass);
-        for step in steps {
+        for (step, output) in steps.iter_mut().zip(outputs) {
             let tokens = step.tokens.len();
             step.sequence.extend(tokens);
+            output.kv.read += reads;
         }
         Ok(())
     }
+}
+
+/// What `chooser` lets the only span of `pass` read in one layer.
+fn chosen_lists<B: Backend>(
+    backend: &B,
+    q: &B::Buffer,
+    pass: &Pass<'_>,
+    args: &AttentionArgs<'_, B>,
+    chooser: &mut dyn KeyChooser,
+) -> Result<HeadLists, EngineError> {
+    let span = &pass.spans[0];
+    let mut queries = Vec::new();
+    backend.read(q, &mut queries)?;
+    let (keys, width) = backend
+        .keys(args.kv, args.layer, span.blocks, span.past)
+        .expect("the device was asked before");
+    let kv_heads = args.shape.num_kv_heads;
+    let view = LayerKeys {
+        q: &queries,
+        keys: &keys,
+        width,
+        num_heads: args.shape.num_heads,
+        num_kv_heads: kv_heads,
+    };
+    let lists = chooser.choose(args.layer, &view);
+    // The kernels rely on it.
+    let sound = |list: &Vec<u32>| {
+        list.windows(2).all(|w| w[0] < w[1])
+            && list.last().is_none_or(|&p| (p as usize) < span.past)
+    };
+    assert!(
+        lists.len() == kv_heads && lists.iter().all(sound),
+        "a chooser lists cached positions for every KV head"
+    );
+    Ok(HeadLists {
+        of_head: (0..=args.layer).flat_map(|_| 0..kv_heads as u32).collect(),
+        lists,
+    })
 }
 
 /// Lays the steps' tokens out as rows.

@@ -2,7 +2,7 @@
 //!
 //! ```json
 //! {
-//!   "version": 1,
+//!   "version": 2,
 //!   "target": { "checkpoint_hash": "…", "layers": 8, "heads": 2 },
 //!   "draft": { "checkpoint_hash": "…", "layers": 3, "heads": 3 },
 //!   "text": { "files": [ { "name": "book.txt", "sha256": "…" } ], "tokens": 65536 },
@@ -10,12 +10,13 @@
 //!   "sources": [ { "terms": [ { "layer": 0, "head": 1, "weight": 1.0 } ] } ],
 //!   "of_head": [ [ 0, 0 ], … ],
 //!   "divergences": [ [ 0.31, 0.27 ], … ],
-//!   "p_of_head": [ [ 0.95, 0.9 ], … ]
+//!   "memory": { "decay": 0.9, "p_offset": [ [ 1.0, 0.5 ], … ] }
 //! }
 //! ```
 //!
-//! `heads` are KV heads of the target and query heads of the draft. `of_head`, `divergences` and the optional
-//! `p_of_head` are `[target layers][target KV heads]`. Fields that this version does not know are an error.
+//! `heads` are KV heads of the target and query heads of the draft. `of_head`, `divergences` and
+//! `p_offset` are `[target layers][target KV heads]`. `memory` may be absent. Fields that this
+//! version does not know are an error.
 
 use std::fs;
 use std::path::Path;
@@ -24,13 +25,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::MaskError;
 use crate::layer_map::{LayerMap, PairShape, check_shape, invalid};
+use crate::memory::MemoryRule;
 use crate::source::Source;
 
 /// The file's name beside the target's checkpoint.
 pub const FILE_NAME: &str = "alignment.json";
 
 /// Version of the format written here, and the only one read.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Where a layer map comes from.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,7 +131,7 @@ struct File {
     of_head: Vec<Vec<u32>>,
     divergences: Vec<Vec<f32>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    p_of_head: Option<Vec<Vec<f32>>>,
+    memory: Option<MemoryRule>,
 }
 
 /// What is read first, so that a newer file is called newer and not malformed.
@@ -162,7 +164,7 @@ impl LayerMap {
         let map = Self {
             sources: file.sources,
             of_head: file.of_head,
-            p_of_head: file.p_of_head,
+            memory: file.memory,
             calibration: Some(Calibration {
                 target: file.target,
                 draft: file.draft,
@@ -199,7 +201,7 @@ impl LayerMap {
             sources: self.sources.clone(),
             of_head: self.of_head.clone(),
             divergences,
-            p_of_head: self.p_of_head.clone(),
+            memory: self.memory.clone(),
         };
         let mut json = serde_json::to_string_pretty(&file)?;
         json.push('\n');
@@ -239,7 +241,10 @@ mod tests {
 
     fn calibrated() -> LayerMap {
         LayerMap {
-            p_of_head: Some(vec![vec![0.9, 0.95]; 8]),
+            memory: Some(MemoryRule {
+                decay: 0.5,
+                p_offset: vec![vec![0.25, -1.0]; 8],
+            }),
             calibration: Some(Calibration {
                 target: ModelIdentity {
                     checkpoint_hash: "ab".into(),
@@ -284,13 +289,13 @@ mod tests {
 
     #[test]
     fn newer_versions_are_named_even_when_their_fields_differ() {
-        let error = LayerMap::from_json(br#"{"version": 2, "novel": true}"#).unwrap_err();
-        assert!(matches!(error, MaskError::UnknownVersion { found: 2, .. }));
+        let error = LayerMap::from_json(br#"{"version": 3, "novel": true}"#).unwrap_err();
+        assert!(matches!(error, MaskError::UnknownVersion { found: 3, .. }));
     }
 
     #[test]
     fn what_is_no_map_is_refused() {
-        for text in ["", "[]", "{}", r#"{"version": 1}"#, r#"{"version": -1}"#] {
+        for text in ["", "[]", "{}", r#"{"version": 2}"#, r#"{"version": -1}"#] {
             let error = LayerMap::from_json(text.as_bytes()).unwrap_err();
             assert_eq!(error.label(), "json", "{text}");
         }

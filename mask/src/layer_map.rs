@@ -5,6 +5,7 @@
 
 use crate::alignment::Calibration;
 use crate::error::MaskError;
+use crate::memory::MemoryRule;
 use crate::source::{Source, layers_in_use};
 
 /// Most sources in use.
@@ -30,8 +31,8 @@ pub struct LayerMap {
     pub sources: Vec<Source>,
     /// `[target_layers][target_kv_heads]`: index into `sources`.
     pub of_head: Vec<Vec<u32>>,
-    /// `[target_layers][target_kv_heads]`: a probability mass of its own for each KV head; absent: the session's.
-    pub p_of_head: Option<Vec<Vec<f32>>>,
+    /// How the target's own memory adds to the selections; `None`: not at all.
+    pub memory: Option<MemoryRule>,
     /// Where the map comes from; `None`: proportional depth.
     pub calibration: Option<Calibration>,
 }
@@ -59,7 +60,7 @@ impl LayerMap {
         Self {
             sources,
             of_head,
-            p_of_head: None,
+            memory: None,
             calibration: None,
         }
     }
@@ -77,8 +78,8 @@ impl LayerMap {
     /// Checks that the map fits a pair of models.
     ///
     /// # Errors
-    /// [`MaskError::InvalidMap`] for a wrong shape, a source out of range or unused, too many sources, a mass outside
-    /// `(0, 1]`; [`MaskError::InvalidSource`] for a source that is no mixture of the draft's heads.
+    /// [`MaskError::InvalidMap`] for a wrong shape, a source out of range or unused, too many sources, a a memory rule
+    /// out of range; [`MaskError::InvalidSource`] for a source that is no mixture of the draft's heads.
     pub fn validate(&self, pair: &PairShape) -> Result<(), MaskError> {
         if self.sources.len() > MAX_SOURCES {
             let found = self.sources.len();
@@ -98,14 +99,14 @@ impl LayerMap {
         if let Some(unused) = used.iter().position(|used| !used) {
             return invalid(format!("source {unused} is not used"));
         }
-        if let Some(p_of_head) = &self.p_of_head {
-            check_shape("p_of_head", p_of_head, pair)?;
-            if let Some(p) = p_of_head
-                .iter()
-                .flatten()
-                .find(|&&p| !(p > 0.0 && p <= 1.0))
-            {
-                return invalid(format!("mass {p} is not in (0, 1]"));
+        if let Some(memory) = &self.memory {
+            check_shape("memory.p_offset", &memory.p_offset, pair)?;
+            if !(0.0..1.0).contains(&memory.decay) {
+                return invalid(format!("decay {} is not in [0, 1)", memory.decay));
+            }
+            let mut offsets = memory.p_offset.iter().flatten();
+            if let Some(offset) = offsets.find(|x| !x.is_finite()) {
+                return invalid(format!("offset {offset} is not finite"));
             }
         }
         if let Some(calibration) = &self.calibration {
@@ -163,6 +164,13 @@ mod tests {
         assert_eq!(one.source_of(1, 0), None);
     }
 
+    fn memory(decay: f32, offset: f32, layers: usize) -> MemoryRule {
+        MemoryRule {
+            decay,
+            p_offset: vec![vec![offset; 2]; layers],
+        }
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let ok = LayerMap::proportional(8, 2, 3, 3);
@@ -177,8 +185,9 @@ mod tests {
             with(|m| m.of_head[3][0] = 3),
             with(|m| m.sources.push(Source::layer_mean(0, 3))),
             with(|m| m.sources = vec![Source::layer_mean(0, 3); 257]),
-            with(|m| m.p_of_head = Some(vec![vec![0.9; 2]; 7])),
-            with(|m| m.p_of_head = Some(vec![vec![0.0; 2]; 8])),
+            with(|m| m.memory = Some(memory(0.5, 0.0, 7))),
+            with(|m| m.memory = Some(memory(1.0, 0.0, 8))),
+            with(|m| m.memory = Some(memory(0.5, f32::NAN, 8))),
         ];
         for map in bad {
             assert_eq!(map.validate(&PAIR).unwrap_err().label(), "invalid_map");

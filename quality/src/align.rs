@@ -10,7 +10,7 @@
 
 use specattn_engine::Model;
 use specattn_mask::alignment::{CalibrationText, ModelIdentity};
-use specattn_mask::{Calibration, LayerMap, PairShape, Source, Term};
+use specattn_mask::{Calibration, LayerMap, MemoryRule, PairShape, Source, Term};
 
 use crate::cluster::{Clusters, cluster};
 use crate::divergence::Metric;
@@ -50,17 +50,38 @@ pub struct AlignOptions {
     pub windows: usize,
     /// Rows recorded per window.
     pub rows: usize,
+    /// How the target's own memory adds to mixtures; `None`: not at all.
+    pub memory: Option<Remember>,
+}
+
+/// A memory rule that is the same for every KV head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Remember {
+    /// What a round leaves of the scores before it, in `[0, 1)`.
+    pub decay: f32,
+    /// Log-odds above those of the session's p.
+    pub p_offset: f32,
+}
+
+impl Default for Remember {
+    fn default() -> Self {
+        Self {
+            decay: 0.9,
+            p_offset: 1.0,
+        }
+    }
 }
 
 impl Default for AlignOptions {
     fn default() -> Self {
         Self {
             kind: MapKind::default(),
-            max_sources: 8,
+            max_sources: 6,
             metric: Metric::default(),
             context: 8_192,
             windows: 1,
             rows: 96,
+            memory: Some(Remember::default()),
         }
     }
 }
@@ -123,6 +144,14 @@ pub fn align(
         metric: options.metric.description().to_owned(),
         divergences: divergences(&recording, &map, options.metric),
     };
+    map.memory = options.memory.map(|rule| MemoryRule {
+        decay: rule.decay,
+        p_offset: map
+            .of_head
+            .iter()
+            .map(|heads| vec![rule.p_offset; heads.len()])
+            .collect(),
+    });
     map.calibration = Some(calibration);
     map.validate(&recording.pair)?;
     Ok(map)

@@ -140,6 +140,7 @@ mod tests {
             len,
             target: follows.iter().flat_map(|&head| row(head)).collect(),
             draft: (0..2).flat_map(row).collect(),
+            memory: vec![0.0; 4 * len],
         };
         let recording = Recording {
             pair: PairShape {

@@ -37,6 +37,9 @@ pub enum QualityError {
         /// Why it cannot be.
         reason: String,
     },
+    /// What a service makes of masks failed.
+    #[error("masks as served: {0}")]
+    Served(String),
     /// A model failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -53,6 +56,7 @@ impl QualityError {
             Self::Tokenizer(_) => "tokenizer",
             Self::ShortText { .. } => "short_text",
             Self::InvalidOption { .. } => "invalid_option",
+            Self::Served(_) => "served",
             Self::Engine(error) => error.label(),
             Self::Mask(error) => error.label(),
         }

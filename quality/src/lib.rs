@@ -8,6 +8,7 @@ pub mod align;
 pub mod cluster;
 pub mod divergence;
 pub mod error;
+pub mod eval;
 pub mod layer_alignment;
 pub mod mixture;
 pub mod recording;

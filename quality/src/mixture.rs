@@ -16,25 +16,35 @@ const TOLERANCE: f32 = 1e-3;
 /// Keeps divisions finite where every draft head's probability rounds to zero.
 const FLOOR: f32 = 1e-12;
 
-/// The weights, one per draft head, of the mixture nearest to the target's KV heads `heads` together.
+/// The weights, one per draft head, of the mixture nearest to the target's KV heads `heads` together, where each head
+/// also has its own memory to draw on: a further component whose weight is not the draft's and is left out of the sum.
 pub fn fit(recording: &Recording, heads: &[usize]) -> Vec<f32> {
     let count = recording.draft_heads();
-    let mut weights = vec![1.0 / count as f32; count];
-    let mut next = vec![0.0f64; count];
-    let (mut mixed, mut ratio) = (Vec::new(), Vec::new());
+    let mut weights = vec![1.0 / (count + 1) as f32; count];
+    let mut of_memory = vec![1.0 / (count + 1) as f32; heads.len()];
+    let (mut mixed, mut ratio, mut own) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..MAX_ITERATIONS {
-        next.fill(0.0);
+        let mut next = vec![0.0f64; count];
+        let mut next_of_memory = vec![0.0f64; heads.len()];
         for sample in &recording.samples {
             mix(&weights, &sample.draft, sample.len, &mut mixed);
             ratio.clear();
             ratio.resize(sample.len, 0.0);
-            for &head in heads {
-                for (sum, &t) in ratio.iter_mut().zip(sample.target_row(head)) {
-                    *sum += t;
+            for (index, &head) in heads.iter().enumerate() {
+                let memory = sample.memory_row(head);
+                own.clear();
+                own.extend(
+                    sample
+                        .target_row(head)
+                        .iter()
+                        .zip(&mixed)
+                        .zip(memory)
+                        .map(|((&t, &m), &r)| t / (m + of_memory[index] * r).max(FLOOR)),
+                );
+                next_of_memory[index] += f64::from(of_memory[index] * dot(&own, memory));
+                for (sum, &x) in ratio.iter_mut().zip(&own) {
+                    *sum += x;
                 }
-            }
-            for (ratio, &m) in ratio.iter_mut().zip(&mixed) {
-                *ratio /= m.max(FLOOR);
             }
             for (head, next) in next.iter_mut().enumerate() {
                 if weights[head] > 0.0 {
@@ -42,18 +52,29 @@ pub fn fit(recording: &Recording, heads: &[usize]) -> Vec<f32> {
                 }
             }
         }
+        // A head's memory and the draft's heads share the head's mass; the draft's weights are the heads' together.
+        let each = recording.samples.len() as f64;
         let total: f64 = next.iter().sum();
         if total <= 0.0 {
             break;
         }
         let mut moved = 0.0f32;
         for (weight, &next) in weights.iter_mut().zip(&next) {
-            let new = (next / total) as f32;
+            let new = (next / (each * heads.len() as f64)) as f32;
             moved = moved.max((new - *weight).abs());
             *weight = new;
         }
+        for (weight, &next) in of_memory.iter_mut().zip(&next_of_memory) {
+            *weight = (next / each) as f32;
+        }
         if moved < TOLERANCE {
             break;
+        }
+    }
+    let total: f32 = weights.iter().sum();
+    if total > 0.0 {
+        for weight in &mut weights {
+            *weight /= total;
         }
     }
     weights
@@ -124,7 +145,13 @@ mod tests {
                 }
                 let mut target = Vec::new();
                 mix(weights, &draft, len, &mut target);
-                Sample { len, target, draft }
+                let memory = vec![0.0; len];
+                Sample {
+                    len,
+                    target,
+                    draft,
+                    memory,
+                }
             })
             .collect();
         Recording {

@@ -3,13 +3,16 @@
 //! A target row is the mean over the query heads that share a KV head, since they share what is read; a draft row is one
 //! query head's. Rows of a sample have one entry per position, the query's own included, and sum to 1.
 
-use specattn_engine::{LogitRows, Model, Sequence, Step};
+use specattn_engine::{LogitRows, Model, Sequence, Step, StepOutput};
 use specattn_mask::PairShape;
 
 use crate::error::QualityError;
 
 /// Prompt tokens per forward.
 const CHUNK: usize = 512;
+
+/// Tokens before a row that stand for the rounds the target remembers.
+const REMEMBERED: usize = 10;
 
 /// Both models' rows at one position.
 #[derive(Debug, Clone)]
@@ -20,12 +23,20 @@ pub struct Sample {
     pub target: Vec<f32>,
     /// `[draft_layers * draft_heads, len]`.
     pub draft: Vec<f32>,
+    /// `[target_layers * target_kv_heads, len]`: what the target's heads attended to over the tokens before, as its
+    /// memory would hold it; sums to less than 1 where those tokens attended to themselves.
+    pub memory: Vec<f32>,
 }
 
 impl Sample {
     /// Row of the target's KV head `head`, counted through all layers.
     pub fn target_row(&self, head: usize) -> &[f32] {
         &self.target[head * self.len..][..self.len]
+    }
+
+    /// What the target's KV head `head` remembers.
+    pub fn memory_row(&self, head: usize) -> &[f32] {
+        &self.memory[head * self.len..][..self.len]
     }
 
     /// Row of the draft's head `head`, counted through all layers.
@@ -95,12 +106,14 @@ pub fn record(
         let ends = (sampling.first.max(1)..=window.len()).step_by(sampling.stride.max(1));
         for end in ends {
             let group = target.config().num_heads / target.config().num_kv_heads;
+            let memory = masses_before(target, &mut target_sequence, &window[..end])?;
             let heads = rows_at(target, &mut target_sequence, &window[..end])?;
             let draft_rows = rows_at(draft, &mut draft_sequence, &window[..end])?;
             samples.push(Sample {
                 len: end,
                 target: group_means(&heads, end, group),
                 draft: draft_rows,
+                memory,
             });
             progress((done + end) as u64, total as u64);
         }
@@ -127,23 +140,58 @@ fn rows_at(
     forward(model, sequence, &text[last..], &layers)
 }
 
+/// Extends `sequence` to the last token of `text` exclusive, and returns what the [`REMEMBERED`] tokens before it weighed
+/// on the average: `[layers * kv heads, text.len()]`.
+fn masses_before(
+    model: &mut Model,
+    sequence: &mut Sequence,
+    text: &[u32],
+) -> Result<Vec<f32>, QualityError> {
+    let last = text.len() - 1;
+    let first = last.saturating_sub(REMEMBERED);
+    while sequence.len() < first {
+        let end = first.min(sequence.len() + CHUNK);
+        forward(model, sequence, &text[sequence.len()..end], &[])?;
+    }
+    let mut memory = Vec::new();
+    if sequence.len() < last {
+        let tokens = &text[sequence.len()..last];
+        let output = step(model, sequence, tokens, &[], true)?;
+        for masses in output.masses.unwrap_or_default().of_head {
+            let start = memory.len();
+            memory.extend(masses);
+            memory.resize(start + text.len(), 0.0);
+        }
+    }
+    Ok(memory)
+}
+
 fn forward(
     model: &mut Model,
     sequence: &mut Sequence,
     tokens: &[u32],
     capture: &[usize],
 ) -> Result<Vec<f32>, QualityError> {
-    let tokens = &tokens[..tokens.len().min(CHUNK)];
+    let rows = step(model, sequence, tokens, capture, false)?.attention;
+    Ok(rows.map_or_else(Vec::new, |rows| rows.probs))
+}
+
+fn step(
+    model: &mut Model,
+    sequence: &mut Sequence,
+    tokens: &[u32],
+    capture: &[usize],
+    masses: bool,
+) -> Result<StepOutput, QualityError> {
     let mut outputs = model.forward(&mut [Step {
-        sequence: &mut *sequence,
+        sequence,
         tokens,
         lists: None,
         logits: LogitRows::None,
         capture,
-        masses: false,
+        masses,
     }])?;
-    let rows = outputs.pop().and_then(|output| output.attention);
-    Ok(rows.map_or_else(Vec::new, |rows| rows.probs))
+    Ok(outputs.remove(0))
 }
 
 /// Means over groups of `group` consecutive rows of `len` entries.

@@ -70,12 +70,18 @@ impl Count {
     }
 }
 
-/// The map the verify worker serves the bundled draft with.
+/// The bundled map without the target's memory, whose additions no mask shows: for an outside count of what is read.
 pub fn layer_map() -> LayerMap {
-    let path = process::target().join("alignment.json");
-    if path.exists() {
-        LayerMap::load(&path).unwrap()
-    } else {
-        LayerMap::proportional(LAYERS as u32, KV_HEADS as u32, 3, 3)
-    }
+    let mut map = LayerMap::load(&process::target().join("alignment.json")).unwrap();
+    map.memory = None;
+    map
+}
+
+/// That map as a file for a verify worker's `--alignment`, in a folder that lives as long as the value.
+pub fn layer_map_file() -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("alignment.json");
+    layer_map().save(&file).unwrap();
+    let file = file.to_str().unwrap().to_owned();
+    (folder, file)
 }

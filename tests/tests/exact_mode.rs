@@ -4,7 +4,7 @@
 
 use specattn_mask::{Decoder, LayerMap, Limits, RoundMask};
 use specattn_proto::v1::{CheckPolicy, FinishReason, Mode, OpenRequest, Propose, SessionStats};
-use specattn_tests::count::{Count, layer_map};
+use specattn_tests::count::{Count, layer_map, layer_map_file};
 use specattn_tests::process::{DRAFT, VERIFY};
 use specattn_tests::proxy::{Crossed, Proxy};
 use specattn_tests::session::open_request;
@@ -240,7 +240,9 @@ impl Recount {
 }
 
 async fn run(request: OpenRequest, tokens: u32) -> (Recount, SessionStats) {
-    let verify = Process::worker(VERIFY, &["--draft-timeout-ms", "30000"]).await;
+    let (_folder, file) = layer_map_file();
+    let line = ["--draft-timeout-ms", "30000", "--alignment", &file];
+    let verify = Process::worker(VERIFY, &line).await;
     let draft = Process::worker(DRAFT, &[]).await;
     let proxy = Proxy::start(verify.channel().await).await;
     let limit = request.token_ids.len() + tokens as usize;

@@ -4,7 +4,7 @@
 
 use specattn_mask::{Decoder, LayerMap, Limits, RoundMask};
 use specattn_proto::v1::{FinishReason, Mode, OpenRequest, Propose, SessionStats};
-use specattn_tests::count::{Count, layer_map};
+use specattn_tests::count::{Count, layer_map, layer_map_file};
 use specattn_tests::process::{DRAFT, VERIFY};
 use specattn_tests::proxy::{Crossed, Proxy};
 use specattn_tests::session::open_request;
@@ -119,7 +119,8 @@ async fn run(
     tokens: u32,
     drafting: &[&str],
 ) -> (Count, SessionStats, f64, String) {
-    let verify = Process::worker(VERIFY, &[]).await;
+    let (_folder, file) = layer_map_file();
+    let verify = Process::worker(VERIFY, &["--alignment", &file]).await;
     let draft = Process::worker(DRAFT, drafting).await;
     let proxy = Proxy::start(verify.channel().await).await;
     let limit = request.token_ids.len() + tokens as usize;

@@ -267,7 +267,7 @@ impl EngineLoop {
             lists: session.lists(),
             logits: session.logit_rows(),
             capture: &[],
-            masses: false,
+            masses: session.wants_masses(),
             sequence,
         };
         self.load.add_tokens(step.tokens.len());

@@ -24,5 +24,6 @@ mod wire;
 mod worker;
 
 pub use args::{Args, Config};
+pub use masks::{MaskReader, Masking};
 pub use specattn_worker::WorkerError;
 pub use worker::Worker;

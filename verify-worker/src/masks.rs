@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use specattn_engine::{HeadLists, ModelConfig};
+use specattn_engine::{EntryMasses, HeadLists, ModelConfig};
+use specattn_mask::memory::shifted_mass;
 use specattn_mask::{
-    Decoder, LayerMap, Limits, MaskError, MaskPolicy, PairShape, alignment, read_list,
+    Decoder, HeadMemory, LayerMap, Limits, MaskError, MaskPolicy, PairShape, alignment, read_list,
 };
 use specattn_proto::v1::ModelInfo;
 use specattn_proto::{Fault, limits};
@@ -110,16 +111,27 @@ fn found_beside(path: &Path) -> Option<LayerMap> {
 
 /// Decodes one link's masks, in the order in which they were encoded, and expands them to index lists.
 #[derive(Debug)]
-pub(crate) struct MaskReader {
+pub struct MaskReader {
     map: Arc<LayerMap>,
     policy: MaskPolicy,
     decoder: Decoder,
+    /// A list for each source; for each KV head where heads remember.
     lists: HeadLists,
+    /// One per KV head; none where the map has no memory.
+    memory: Vec<Remembering>,
+}
+
+/// What a KV head remembers, and how much of it is read again.
+#[derive(Debug)]
+struct Remembering {
+    scores: HeadMemory,
+    /// Log-odds above those of the session's p.
+    p_offset: f32,
 }
 
 /// What a mask came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Masking {
+pub enum Masking {
     /// [`MaskReader::lists`] holds what each head reads.
     Ready,
     /// The mask is a delta against one that is not held: the round goes dense and a full mask is asked for.
@@ -128,20 +140,32 @@ pub(crate) enum Masking {
 
 impl MaskReader {
     /// A reader for masks over at most `max_context` positions.
-    pub(crate) fn new(map: Arc<LayerMap>, policy: MaskPolicy, max_context: usize) -> Self {
+    pub fn new(map: Arc<LayerMap>, policy: MaskPolicy, max_context: usize) -> Self {
         let decoder = Decoder::new(Limits {
             max_context,
             max_sources: map.sources.len(),
         });
+        let offsets = map.memory.iter().flat_map(|rule| &rule.p_offset).flatten();
+        let memory = offsets
+            .map(|&p_offset| Remembering {
+                scores: HeadMemory::default(),
+                p_offset,
+            })
+            .collect::<Vec<_>>();
         let lists = HeadLists {
-            lists: Vec::new(),
-            of_head: map.of_head.iter().flatten().copied().collect(),
+            lists: vec![Vec::new(); memory.len()],
+            of_head: if memory.is_empty() {
+                map.of_head.iter().flatten().copied().collect()
+            } else {
+                (0..memory.len() as u32).collect()
+            },
         };
         Self {
             map,
             policy,
             decoder,
             lists,
+            memory,
         }
     }
 
@@ -150,11 +174,16 @@ impl MaskReader {
         &self.map
     }
 
+    /// Changes the mass that selections are to reach: the share that is read by memory moves with it.
+    pub(crate) fn set_p(&mut self, p: f32) {
+        self.policy.p = p;
+    }
+
     /// Decodes the mask of a round that builds on `base` committed tokens.
     ///
     /// # Errors
     /// [`Fault::InvalidArgument`] for bytes that are no mask of this session.
-    pub(crate) fn read(&mut self, bytes: &[u8], base: usize) -> Result<Masking, Fault> {
+    pub fn read(&mut self, bytes: &[u8], base: usize) -> Result<Masking, Fault> {
         let mask = match self.decoder.decode(bytes) {
             Ok(mask) => mask,
             Err(MaskError::MissingBase) => return Ok(Masking::MissingBase),
@@ -171,24 +200,46 @@ impl MaskReader {
                 "mask of {found:?} (context, granularity, sources) in a round of {expected:?}"
             )));
         }
-        self.lists.lists.clear();
-        let read = mask
-            .sources
-            .iter()
-            .map(|s| read_list(s, &self.policy, base));
-        self.lists.lists.extend(read);
+        if self.memory.is_empty() {
+            let read = |set| read_list(set, &self.policy, base);
+            self.lists.lists = mask.sources.iter().map(read).collect();
+            return Ok(Masking::Ready);
+        }
+        let sources = self.map.of_head.iter().flatten();
+        let heads = self.lists.lists.iter_mut().zip(&self.memory);
+        for ((list, memory), &source) in heads.zip(sources) {
+            let mut selection = mask.sources[source as usize].clone();
+            let p = shifted_mass(self.policy.p, memory.p_offset);
+            memory.scores.select(p, &mut selection);
+            selection.fill_groups(self.policy.granularity as usize);
+            *list = read_list(&selection, &self.policy, base);
+        }
         Ok(Masking::Ready)
     }
 
     /// What each KV head reads by the last mask that was [`Masking::Ready`].
-    pub(crate) fn lists(&self) -> &HeadLists {
+    pub fn lists(&self) -> &HeadLists {
         &self.lists
+    }
+
+    /// Whether the forward of a masked round should say what its entries weighed.
+    pub fn wants_masses(&self) -> bool {
+        !self.memory.is_empty()
+    }
+
+    /// Takes what the entries of [`MaskReader::lists`] weighed in the round.
+    pub fn observe(&mut self, masses: &EntryMasses) {
+        let Some(rule) = &self.map.memory else { return };
+        let heads = self.memory.iter_mut().zip(&self.lists.lists);
+        for ((memory, list), masses) in heads.zip(&masses.of_head) {
+            memory.scores.observe(list, masses, rule.decay);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use specattn_mask::{Encoder, PositionSet, RoundMask};
+    use specattn_mask::{Encoder, MemoryRule, PositionSet, RoundMask};
 
     use super::*;
 
@@ -217,11 +268,56 @@ mod tests {
         let (mut reader, mut encoder) = (reader(), Encoder::new());
         let bytes = encoder.encode(&mask(9, [&[3, 4], &[]]));
         assert_eq!(reader.read(&bytes, 10), Ok(Masking::Ready));
-        assert_eq!(reader.lists().lists, [vec![0, 3, 4, 8], vec![0, 8]]);
-        assert_eq!(reader.lists().of_head, [0, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(of_layers(&reader, [0, 2]), [vec![0, 3, 4, 8], vec![0, 8]]);
         let delta = encoder.encode(&mask(12, [&[5], &[6]]));
         assert_eq!(reader.read(&delta, 13), Ok(Masking::Ready));
-        assert_eq!(reader.lists().lists, [vec![0, 5, 11], vec![0, 6, 11]]);
+        assert_eq!(of_layers(&reader, [1, 3]), [vec![0, 5, 11], vec![0, 6, 11]]);
+    }
+
+    /// The lists of two layers, the same for both of their heads.
+    fn of_layers(reader: &MaskReader, layers: [usize; 2]) -> [Vec<u32>; 2] {
+        layers.map(|layer| {
+            let of_head = |head: usize| {
+                let index = reader.lists().of_head[2 * layer + head] as usize;
+                reader.lists().lists[index].clone()
+            };
+            assert_eq!(of_head(0), of_head(1));
+            of_head(0)
+        })
+    }
+
+    #[test]
+    fn what_a_head_found_heavy_is_read_again() {
+        let mut map = LayerMap::proportional(4, 2, 2, 3);
+        map.memory = Some(MemoryRule {
+            decay: 0.5,
+            p_offset: vec![vec![0.0; 2]; 4],
+        });
+        let policy = MaskPolicy {
+            sink_tokens: 1,
+            window_tokens: 2,
+            ..MaskPolicy::default()
+        };
+        let mut reader = MaskReader::new(Arc::new(map), policy, 100);
+        assert!(reader.wants_masses());
+        let mut encoder = Encoder::new();
+        let bytes = encoder.encode(&mask(9, [&[3, 4], &[]]));
+        assert_eq!(reader.read(&bytes, 10), Ok(Masking::Ready));
+        // Only the first head of the first layer, which read 0, 3, 4 and 8, found anything heavy.
+        let mut masses = EntryMasses {
+            of_head: reader
+                .lists()
+                .lists
+                .iter()
+                .map(|l| vec![0.0; l.len()])
+                .collect(),
+        };
+        masses.of_head[0] = vec![0.01, 0.9, 0.0, 0.0];
+        reader.observe(&masses);
+        let bytes = encoder.encode(&mask(12, [&[5], &[]]));
+        assert_eq!(reader.read(&bytes, 13), Ok(Masking::Ready));
+        assert_eq!(reader.lists().lists[0], [0, 3, 5, 11]);
+        assert_eq!(reader.lists().lists[1], [0, 5, 11]);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use specattn_proto::{Fault, SessionId};
 
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
+use crate::masks::MaskReader;
 use crate::oversight::{Mode, Oversight};
 use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
@@ -195,6 +196,12 @@ impl Session {
         }
     }
 
+    /// Whether that forward must say what the entries of those lists weighed.
+    pub(crate) fn wants_masses(&self) -> bool {
+        let masks = self.link.as_ref().and_then(|link| link.masks.as_ref());
+        self.lists().is_some() && masks.is_some_and(MaskReader::wants_masses)
+    }
+
     /// Logits that forward must yield.
     pub(crate) fn logit_rows(&self) -> LogitRows {
         match self.pass {
@@ -286,6 +293,11 @@ impl Session {
         output: &StepOutput,
     ) -> Result<Option<Ending>, EngineError> {
         self.stats.add_forward(output.kv);
+        if let Some(masses) = &output.masses
+            && let Some(masks) = self.link.as_mut().and_then(|link| link.masks.as_mut())
+        {
+            masks.observe(masses);
+        }
         let m = self.tokens.len();
         let provisional = self.oversight.is_provisional();
         let q = self.distributions(&output.logits, m, 0)?;

@@ -67,6 +67,21 @@ impl KvStore {
         self.padded_dim
     }
 
+    /// Keys of positions `0..len` of a block table, widened: `[num_kv_heads, len, padded_dim]`.
+    pub(super) fn keys<E: Element>(&self, layer: usize, blocks: &[u32], len: usize) -> Vec<f32> {
+        let kv = self.layer::<E>(layer);
+        let mut keys = Vec::with_capacity(self.shape.num_kv_heads * len * self.padded_dim);
+        for kv_head in 0..self.shape.num_kv_heads {
+            for position in 0..len {
+                let entry = kv.entry(blocks, position, kv_head);
+                // SAFETY: an entry holds padded_dim elements of K first, and no forward writes while this borrows.
+                let key = unsafe { std::slice::from_raw_parts(entry, self.padded_dim) };
+                keys.extend(key.iter().map(|&x| x.to_f32()));
+            }
+        }
+        keys
+    }
+
     /// One layer as elements of `E`, which must be the store's type.
     pub(super) fn layer<E: Element>(&self, layer: usize) -> LayerKv<E> {
         assert_eq!(

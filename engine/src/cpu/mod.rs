@@ -284,6 +284,21 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn keys(
+        &self,
+        kv: &KvStore,
+        layer: usize,
+        blocks: &[u32],
+        len: usize,
+    ) -> Option<(Vec<f32>, usize)> {
+        let keys = match kv.dtype() {
+            DType::F32 => kv.keys::<f32>(layer, blocks, len),
+            DType::Bf16 => kv.keys::<half::bf16>(layer, blocks, len),
+            DType::F16 => kv.keys::<half::f16>(layer, blocks, len),
+        };
+        Some((keys, kv.padded_dim()))
+    }
+
     fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<(), EngineError> {
         out.clear();
         out.extend_from_slice(x);

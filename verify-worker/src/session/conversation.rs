@@ -199,6 +199,9 @@ impl Session {
             self.spec.policy.p = p;
             if let Some(link) = &mut self.link {
                 link.mask_p = Some(p);
+                if let Some(masks) = &mut link.masks {
+                    masks.set_p(p);
+                }
             }
         }
     }

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What masks cost in quality: every method over the given books. Writes eval.md, eval.csv and eval.svg into OUT.
+# SPECATTN names the program (default: built here); JOBS the processes (default: all cores); further flags go to FLAGS.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+[ $# -gt 0 ] || { echo "usage: $0 BOOK.txt..." >&2; exit 64; }
+if [ -z "${SPECATTN:-}" ]; then
+  (cd "$root" && cargo build --release -p specattn-cli)
+  SPECATTN=$root/target/release/specattn
+fi
+# shellcheck disable=SC2086
+exec "$SPECATTN" eval --text "$@" --target "$root/models/target" --draft "$root/models/draft" \
+  --paper-map "$here/paper-map.json" --capture-every 1 --jobs "${JOBS:-$(nproc)}" --out "${OUT:-$here/results}" \
+  ${FLAGS:-}

@@ -1,0 +1,86 @@
+//! Rounds over a window: the loop that every method is measured in.
+
+use specattn_engine::{LogitRows, Model, Step};
+
+use crate::error::QualityError;
+use crate::eval::dense::Reference;
+use crate::eval::figures::Figures;
+use crate::eval::method::{Choice, Masker};
+
+/// Draft tokens per round: the gateway's default.
+pub const ROUND_DRAFT: usize = 4;
+
+/// Prompt tokens per forward, as the verify worker processes them.
+const CHUNK: usize = 512;
+
+/// A stretch of text: a prompt, then tokens to be judged on.
+#[derive(Debug, Clone, Copy)]
+pub struct Window<'a> {
+    /// All its tokens.
+    pub tokens: &'a [u32],
+    /// How many of them are prompt; at least 1.
+    pub prompt: usize,
+}
+
+/// Runs `masker` over the window, which `reference` describes. `progress` hears of tokens done.
+///
+/// # Errors
+/// [`QualityError`] when a model or the masker fails.
+pub fn run(
+    target: &mut Model,
+    window: &Window<'_>,
+    reference: &Reference,
+    masker: &mut dyn Masker,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Figures, QualityError> {
+    let tokens = window.tokens;
+    let mut sequence = target.new_sequence(tokens.len())?;
+    while sequence.len() + 1 < window.prompt {
+        let past = sequence.len();
+        let end = (window.prompt - 1).min(past + CHUNK);
+        target.forward(&mut [Step {
+            sequence: &mut sequence,
+            tokens: &tokens[past..end],
+            lists: None,
+            logits: LogitRows::None,
+            capture: &[],
+            masses: false,
+        }])?;
+    }
+    masker.start(tokens, sequence.len())?;
+    let vocab_size = target.config().vocab_size;
+    let mut figures = Figures::default();
+    let mut base = window.prompt;
+    // A whole round commits its draft tokens and one more, all of which must be in the text.
+    while base + ROUND_DRAFT < tokens.len() {
+        let masses = masker.wants_masses();
+        let mut step = Step {
+            sequence: &mut sequence,
+            tokens: &tokens[base - 1..base + ROUND_DRAFT],
+            lists: None,
+            logits: LogitRows::All,
+            capture: &[],
+            masses,
+        };
+        let output = match masker.choose(tokens, base, ROUND_DRAFT)? {
+            Choice::ByKeys(chooser) => target.forward_choosing(&mut step, chooser)?,
+            Choice::Dense => target.forward(&mut [step])?.remove(0),
+            Choice::Lists(lists) => {
+                step.lists = Some(lists);
+                target.forward(&mut [step])?.remove(0)
+            }
+        };
+        masker.settle(&output);
+        for (row, logits) in output.logits.chunks_exact(vocab_size).enumerate() {
+            let position = base - 1 + row;
+            figures.judge(reference.row(position), logits, tokens[position + 1]);
+        }
+        figures.kv.read += output.kv.read;
+        figures.kv.dense += output.kv.dense;
+        figures.rounds += 1;
+        figures.mask_bytes += masker.mask_bytes() as u64;
+        base += ROUND_DRAFT + 1;
+        progress(ROUND_DRAFT as u64 + 1);
+    }
+    Ok(figures)
+}

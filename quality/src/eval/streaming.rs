@@ -1,0 +1,51 @@
+//! StreamingLLM (Xiao et al. 2024): the first positions and a sliding window, the same for every head.
+
+use specattn_engine::HeadLists;
+
+use crate::error::QualityError;
+use crate::eval::method::{Choice, Masker};
+
+/// Sinks and a window that together are a share of the context.
+#[derive(Debug)]
+pub struct Streaming {
+    sink_tokens: usize,
+    /// Share of the cached positions that is read.
+    budget: f64,
+    lists: HeadLists,
+}
+
+impl Streaming {
+    /// For a target of `heads` KV heads over all layers.
+    pub fn new(sink_tokens: usize, budget: f64, heads: usize) -> Self {
+        Self {
+            sink_tokens,
+            budget,
+            lists: HeadLists {
+                lists: vec![Vec::new()],
+                of_head: vec![0; heads],
+            },
+        }
+    }
+}
+
+impl Masker for Streaming {
+    fn start(&mut self, _tokens: &[u32], _cached: usize) -> Result<(), QualityError> {
+        Ok(())
+    }
+
+    fn choose(
+        &mut self,
+        _tokens: &[u32],
+        base: usize,
+        _draft: usize,
+    ) -> Result<Choice<'_>, QualityError> {
+        let cached = base - 1;
+        let sinks = self.sink_tokens.min(cached);
+        let window = ((cached as f64 * self.budget) as usize).saturating_sub(sinks);
+        let from = cached.saturating_sub(window).max(sinks);
+        let list = &mut self.lists.lists[0];
+        list.clear();
+        list.extend((0..sinks).chain(from..cached).map(|p| p as u32));
+        Ok(Choice::Lists(&self.lists))
+    }
+}
