@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 
-# Bytes per token of English prose with the bundled tokenizer, to cut prompts by.
-BYTES_PER_TOKEN = 3.95
+# Bytes per token of English prose with the bundled tokenizer, at least: prompts are cut by it and must fit the context.
+BYTES_PER_TOKEN = 3.6
 
 
 def arguments():
