@@ -235,6 +235,15 @@ impl MaskReader {
             memory.scores.observe(list, masses, rule.decay);
         }
     }
+
+    /// Takes what all entries weighed in a dense pass.
+    pub fn observe_dense(&mut self, masses: &EntryMasses) {
+        let Some(rule) = &self.map.memory else { return };
+        for (memory, masses) in self.memory.iter_mut().zip(&masses.of_head) {
+            let all: Vec<u32> = (0..masses.len() as u32).collect();
+            memory.scores.observe(&all, masses, rule.decay);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -318,6 +327,15 @@ mod tests {
         assert_eq!(reader.read(&bytes, 13), Ok(Masking::Ready));
         assert_eq!(reader.lists().lists[0], [0, 3, 5, 11]);
         assert_eq!(reader.lists().lists[1], [0, 5, 11]);
+        // A dense pass over 14 entries finds what no mask has named.
+        let mut masses = EntryMasses {
+            of_head: vec![vec![0.0; 14]; 8],
+        };
+        masses.of_head[1][7] = 0.8;
+        reader.observe_dense(&masses);
+        let bytes = encoder.encode(&mask(15, [&[5], &[]]));
+        assert_eq!(reader.read(&bytes, 16), Ok(Masking::Ready));
+        assert_eq!(reader.lists().lists[1], [0, 5, 7, 14]);
     }
 
     #[test]

@@ -196,10 +196,11 @@ impl Session {
         }
     }
 
-    /// Whether that forward must say what the entries of those lists weighed.
+    /// Whether that forward must say what the entries that it reads weighed: all of them in a dense pass, which sees
+    /// what masks have missed.
     pub(crate) fn wants_masses(&self) -> bool {
         let masks = self.link.as_ref().and_then(|link| link.masks.as_ref());
-        self.lists().is_some() && masks.is_some_and(MaskReader::wants_masses)
+        !matches!(self.pass, Pass::Prefill) && masks.is_some_and(MaskReader::wants_masses)
     }
 
     /// Logits that forward must yield.
@@ -293,9 +294,7 @@ impl Session {
         output: &StepOutput,
     ) -> Result<Option<Ending>, EngineError> {
         self.stats.add_forward(output.kv);
-        if let Some(masses) = &output.masses
-            && let Some(masks) = self.link.as_mut().and_then(|link| link.masks.as_mut())
-        {
+        if let (Some(masses), Some(masks)) = (&output.masses, self.masks()) {
             masks.observe(masses);
         }
         let m = self.tokens.len();
@@ -347,6 +346,9 @@ impl Session {
         output: &StepOutput,
     ) -> Result<Option<Ending>, EngineError> {
         self.stats.add_forward(output.kv);
+        if let (Some(masses), Some(masks)) = (&output.masses, self.masks()) {
+            masks.observe_dense(masses);
+        }
         let (first, n) = (self.dense_until(), self.committed());
         let run = std::mem::take(&mut self.run);
         // Rows before the first uncommitted token have nothing to decide.
@@ -384,6 +386,10 @@ impl Session {
         }
         self.commit(n, &output.logits[known * self.vocab_size..])?;
         Ok(ending)
+    }
+
+    fn masks(&mut self) -> Option<&mut MaskReader> {
+        self.link.as_mut()?.masks.as_mut()
     }
 
     /// The tokens from index `from` on are committed; `logits` are the rows they were drawn from.
