@@ -39,7 +39,9 @@ fn stream(tokenizer: &Arc<Tokenizer>, prompt: &[u32], tokens: &[u32]) -> String 
     let mut text = String::new();
     for &token in tokens {
         text.push_str(&detokenizer.push(token).unwrap());
-        assert!(detokenizer.window.len() <= LONGEST_WINDOW + CONTEXT_TOKENS);
+        // A cut at the longest window, the context it waits for, and then a character under way.
+        let most = LONGEST_WINDOW + CONTEXT_TOKENS + UNFINISHED;
+        assert!(detokenizer.window.len() <= most);
     }
     text + &detokenizer.finish().unwrap()
 }
