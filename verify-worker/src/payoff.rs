@@ -3,7 +3,8 @@
 //! A round commits more tokens than a step alone and takes longer. Both are timed as the client feels them, from one
 //! commit to the next. While rounds commit fewer tokens a second than steps alone, the session decodes alone and tries a
 //! few rounds again later, each time later than before. What a session finds is where the next one of about its length
-//! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew.
+//! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew; it
+//! starts alone and its first trial is short.
 //!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
 //! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
@@ -26,6 +27,9 @@ const ENOUGH: f64 = 0.95;
 /// Steps alone after the first failed trial, and the most after any.
 const REST_FIRST: u32 = 128;
 const REST_MOST: u32 = 1_024;
+/// Steps alone before the first trial of a session that expects it to fail: many sessions are shorter than the rest that
+/// an earlier one came to, and a finding that nobody tries again would last for ever.
+const REST_AT_START: u32 = 32;
 
 /// What earlier sessions found, by the power of two below the context's length: the steps to rest before a trial; 0 where
 /// drafts paid or nothing is known.
@@ -105,7 +109,7 @@ impl Payoff {
         let rest = findings.of(context).load(Ordering::Relaxed);
         let (phase, left) = match rest {
             0 => (Phase::Drafted, TRIAL_ROUNDS),
-            _ => (Phase::Resting, rest),
+            _ => (Phase::Resting, REST_AT_START),
         };
         Self {
             findings,
