@@ -1,6 +1,6 @@
 //! Quality: layer maps fitted on calibration text, and what masks made by them cost.
 //!
-//! [`align`] records the attention of a pair of models on the same text and fits the map that says which mixture of
+//! [`align()`] records the attention of a pair of models on the same text and fits the map that says which mixture of
 //! draft heads each KV head of the target follows. The crate knows models and masks; it knows no services.
 #![forbid(unsafe_code)]
 
