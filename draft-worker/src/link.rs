@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
@@ -42,6 +42,7 @@ pub(crate) struct Link {
     engine: EngineSession,
     answers: Streaming<SpeculateResponse>,
     failed: oneshot::Receiver<Fault>,
+    round_trip: Duration,
 }
 
 impl Link {
@@ -67,6 +68,7 @@ impl Link {
                 .map_err(|s| Fault::from_status(&s))?;
             Ok::<_, Fault>((wire::welcome(welcome, &model.config, known)?, answers))
         };
+        let began = Instant::now();
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await
             .map_err(|_| Fault::Unavailable("the verify worker does not answer".to_owned()))??;
@@ -76,9 +78,15 @@ impl Link {
             engine,
             answers,
             failed,
+            round_trip: began.elapsed(),
         };
         link.tell_welcome(welcome).await?;
         Ok(link)
+    }
+
+    /// The time from Join to Welcome.
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     async fn tell_welcome(&self, welcome: Welcome) -> Result<(), Fault> {

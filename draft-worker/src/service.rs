@@ -82,7 +82,7 @@ impl DraftService for Service {
         let link = self.take_up(attach).await?;
         let (events, stream) = mpsc::channel(ATTACH_EVENTS);
         events
-            .try_send(Ok(wire::attached()))
+            .try_send(Ok(wire::attached(link.round_trip())))
             .map_err(|_| Fault::Internal("a fresh channel has no room".to_owned()))?;
         tokio::spawn(link.run(events));
         Ok(Response::new(ReceiverStream::new(stream)))

@@ -1,5 +1,7 @@
 //! Raw messages to checked values, and proposals to raw messages. Generated types end here.
 
+use std::time::Duration;
+
 use specattn_engine::ModelConfig;
 use specattn_engine::sampling::DraftToken;
 use specattn_mask::{Source, Term};
@@ -186,10 +188,13 @@ pub(crate) fn answer(response: v1::SpeculateResponse) -> Result<Answer, Fault> {
     }
 }
 
-/// An event of the `Attach` stream.
-pub(crate) fn attached() -> v1::AttachResponse {
+/// An event of the `Attach` stream: the verify worker has welcomed the draft after this time.
+pub(crate) fn attached(round_trip: Duration) -> v1::AttachResponse {
+    let attached = v1::Attached {
+        round_trip_us: u64::try_from(round_trip.as_micros()).unwrap_or(u64::MAX),
+    };
     v1::AttachResponse {
-        event: Some(v1::attach_response::Event::Attached(v1::Attached {})),
+        event: Some(v1::attach_response::Event::Attached(attached)),
     }
 }
 

@@ -54,6 +54,8 @@ impl Default for LoadOptions {
 pub enum LogitRows {
     /// None: prompt chunks.
     None,
+    /// None, with the bits that one step per token would give: tokens that were once decoded and are processed again.
+    Replay,
     /// The last token's.
     Last,
     /// Every token's.

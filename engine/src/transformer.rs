@@ -257,8 +257,9 @@ impl<B: Backend> Transformer<B> {
         steps: &mut [Step<'_>],
     ) -> Result<Vec<StepOutput>, EngineError> {
         let is_bulk = |s: &Step<'_>| {
+            let exact = matches!(s.logits, LogitRows::Verify | LogitRows::Replay);
             let plain = s.lists.is_none() && s.capture.is_empty() && !s.masses;
-            plain && s.logits != LogitRows::Verify && s.tokens.len() >= BULK_TOKENS
+            plain && !exact && s.tokens.len() >= BULK_TOKENS
         };
         let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
@@ -412,7 +413,7 @@ impl<B: Backend> Transformer<B> {
             for (step, output) in steps.iter().zip(outputs.iter_mut()) {
                 let len = vocab
                     * match step.logits {
-                        LogitRows::None => 0,
+                        LogitRows::None | LogitRows::Replay => 0,
                         LogitRows::Last => 1,
                         LogitRows::All | LogitRows::Verify => step.tokens.len(),
                     };
@@ -491,7 +492,7 @@ fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
             .extend((past..past + step.tokens.len()).map(|p| p as u32));
         let rows = start..pass.tokens.len();
         pass.logit_rows.extend(match step.logits {
-            LogitRows::None => rows.end..rows.end,
+            LogitRows::None | LogitRows::Replay => rows.end..rows.end,
             LogitRows::Last => rows.end - 1..rows.end,
             LogitRows::All | LogitRows::Verify => rows.clone(),
         });

@@ -94,3 +94,40 @@ fn greedy_tokens_equal_transformers() {
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
+
+#[test]
+fn tokens_that_are_processed_again_leave_the_bits_of_their_decoding() {
+    let options = LoadOptions {
+        kv_cache_bytes: 64 << 20,
+        threads: 0,
+        ..LoadOptions::default()
+    };
+    let mut model = Model::load(&root().join("models/target"), &options, &mut |_, _| {})
+        .expect("the bundled target");
+    let prompt: Vec<u32> = (0..40).map(|i| 300 + 7 * i).collect();
+    let decoded: Vec<u32> = (0..100).map(|i| 500 + 11 * i).collect();
+    let mut logits_after = |chunk: usize| -> Vec<f32> {
+        let mut sequence = model.new_sequence(200).expect("room");
+        let mut run = |tokens: &[u32], logits| {
+            let step = Step {
+                sequence: &mut sequence,
+                tokens,
+                lists: None,
+                logits,
+                capture: &[],
+                masses: false,
+            };
+            model.forward(&mut [step]).expect("a valid step").remove(0)
+        };
+        run(&prompt, LogitRows::None);
+        for tokens in decoded.chunks(chunk) {
+            run(tokens, LogitRows::Replay);
+        }
+        run(&[7], LogitRows::Last).logits
+    };
+    let bits = |logits: Vec<f32>| -> Vec<u32> { logits.iter().map(|x| x.to_bits()).collect() };
+    let one_by_one = bits(logits_after(1));
+    for chunk in [7, 64, 100] {
+        assert!(bits(logits_after(chunk)) == one_by_one, "chunks of {chunk}");
+    }
+}

@@ -84,6 +84,8 @@ struct State {
     told: usize,
     /// Where to a withdrawal went that the stream has yet to tell of.
     rolled_back: Option<usize>,
+    /// What the session has cost so far.
+    progress: Stats,
     /// How the session ended, until the stream has told.
     end: Option<(Ending, Stats)>,
     failure: Option<Fault>,
@@ -139,6 +141,11 @@ impl Outbox {
             // What was provisional is committed now, or withdrawn.
             state.provisional = None;
         });
+    }
+
+    /// Notes what the session has cost so far; it travels with the next message of committed tokens.
+    pub(crate) fn progress(&self, stats: Stats) {
+        lock(&self.shared).progress = stats;
     }
 
     /// Tells of all tokens that are provisional now.
@@ -204,6 +211,13 @@ pub(crate) struct Events {
     /// Runs from a message of committed tokens to the earliest time of the next.
     pause: Option<Pin<Box<Sleep>>>,
     on_abandoned: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Events {
+    /// What the session has cost so far.
+    pub(crate) fn progress(&self) -> Stats {
+        lock(&self.shared).progress
+    }
 }
 
 impl State {

@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::draft_link::{LinkEvent, LinkId};
 use crate::draft_reads::ClaimBound;
 use crate::engine_loop::Command;
-use crate::events::{self, Events};
+use crate::events::{self, Event, Events};
 use crate::masks::LayerMaps;
 use crate::wire;
 
@@ -232,9 +232,10 @@ impl Stream for OpenEvents {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let event = std::task::ready!(Pin::new(&mut self.events).poll_next(context));
-        let response =
-            |event| wire::open_response(event, self.kv_entry_bytes).map_err(Status::from);
-        Poll::Ready(event.map(response))
+        Poll::Ready(event.map(|event| {
+            let progress = matches!(event, Event::Committed { .. }).then(|| self.events.progress());
+            wire::open_response(event, progress, self.kv_entry_bytes).map_err(Status::from)
+        }))
     }
 }
 

@@ -206,6 +206,7 @@ impl Session {
     /// Logits that forward must yield.
     pub(crate) fn logit_rows(&self) -> LogitRows {
         match self.pass {
+            Pass::Prefill if self.replays() => LogitRows::Replay,
             Pass::Prefill => LogitRows::None,
             Pass::Masked(_) | Pass::Dense(_) => LogitRows::Verify,
         }
@@ -216,7 +217,7 @@ impl Session {
         self.input.clear();
         let first = self.dense_until() - 1;
         if self.cached < first {
-            let end = first.min(self.cached + PREFILL_CHUNK);
+            let end = self.prefill_end(first);
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::Prefill;
             return Plan::Run;
@@ -236,6 +237,29 @@ impl Session {
         }
         self.begin(Vec::new(), false);
         Plan::Run
+    }
+
+    /// Where the chunk of known tokens that is processed next ends; all of them end at `first`.
+    ///
+    /// The chunks of a prompt are the same whatever follows it, so that a session that was opened again with tokens it had
+    /// decoded elsewhere has the bits it had there.
+    fn prefill_end(&self, first: usize) -> usize {
+        let end = first.min(self.cached + PREFILL_CHUNK);
+        if self.replays() {
+            end
+        } else {
+            end.min(self.prompt_end())
+        }
+    }
+
+    /// Prompt tokens that are processed as a prompt: the last one is the first forward's input.
+    fn prompt_end(&self) -> usize {
+        self.spec.prompt_tokens - 1
+    }
+
+    /// Whether the known tokens that come next were decoded before.
+    fn replays(&self) -> bool {
+        self.cached >= self.prompt_end()
     }
 
     /// Makes a pass of a round, or of no draft tokens at all.
@@ -397,6 +421,7 @@ impl Session {
         self.cached = self.tokens.len() - 1;
         self.stats.completion_tokens += (self.tokens.len() - from) as u64;
         let logprobs = self.logprobs(from, logits)?;
+        self.outbox.progress(self.stats);
         self.outbox.commit(&self.tokens[from..], logprobs);
         Ok(())
     }

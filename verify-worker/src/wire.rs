@@ -13,6 +13,7 @@ use crate::draft_reads::ClaimBound;
 use crate::events::{Ending, Event};
 use crate::oversight::Mode;
 use crate::session::SessionSpec;
+use crate::stats::Stats;
 
 /// Checks an `OpenRequest` against the model.
 pub(crate) fn session_spec(
@@ -175,11 +176,16 @@ pub(crate) fn proposal_part(
     })
 }
 
-/// An event of the `Open` stream of a target whose KV entries have `kv_entry_bytes` bytes.
+/// An event of the `Open` stream of a target whose KV entries have `kv_entry_bytes` bytes; `progress` is what the session
+/// has cost so far, for [`Event::Committed`].
 ///
 /// # Errors
 /// The status that ends the stream, for [`Event::Failed`].
-pub(crate) fn open_response(event: Event, kv_entry_bytes: u32) -> Result<v1::OpenResponse, Fault> {
+pub(crate) fn open_response(
+    event: Event,
+    progress: Option<Stats>,
+    kv_entry_bytes: u32,
+) -> Result<v1::OpenResponse, Fault> {
     let event = match event {
         Event::Opened => open_response::Event::Opened(v1::Opened {}),
         Event::Committed {
@@ -190,6 +196,7 @@ pub(crate) fn open_response(event: Event, kv_entry_bytes: u32) -> Result<v1::Ope
             start: start as u64,
             token_ids: tokens,
             logprobs: logprobs.into_iter().map(token_logprobs).collect(),
+            stats: progress.map(|stats| stats.report(kv_entry_bytes)),
         }),
         Event::Provisional { start, tokens } => {
             open_response::Event::Provisional(v1::Provisional {

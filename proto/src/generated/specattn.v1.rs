@@ -356,7 +356,11 @@ pub mod attach_response {
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Attached {}
+pub struct Attached {
+    /// Microseconds from Join to Welcome: the round trip to the verify worker, and its engine's wait. 0: not measured.
+    #[prost(uint64, tag = "1")]
+    pub round_trip_us: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Detached {
     /// Why, for logs.
@@ -1835,6 +1839,9 @@ pub struct Committed {
     /// One per token when asked for, else empty.
     #[prost(message, repeated, tag = "3")]
     pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
+    /// What the session has cost so far at this worker; a gateway that loses the worker knows no more than the last of these.
+    #[prost(message, optional, tag = "4")]
+    pub stats: ::core::option::Option<SessionStats>,
 }
 /// Tokens that masked attention let through and no dense pass has confirmed yet: all there are, in place of what an
 /// earlier Provisional said.

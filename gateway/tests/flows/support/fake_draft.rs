@@ -61,7 +61,7 @@ impl DraftService for FakeDraft {
         }
         let (sender, receiver) = mpsc::channel(1);
         let attached = AttachResponse {
-            event: Some(Event::Attached(Attached {})),
+            event: Some(Event::Attached(Attached::default())),
         };
         sender.try_send(Ok(attached)).unwrap();
         // Stays until the gateway drops the stream.

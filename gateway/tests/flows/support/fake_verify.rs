@@ -214,6 +214,7 @@ async fn play(
             start: script.wrong_start.unwrap_or((prompt + done) as u64),
             token_ids: tokens.clone(),
             logprobs,
+            stats: None,
         };
         if script.looks_ahead {
             let (start, end) = (prompt + done, prompt + done + tokens.len());
