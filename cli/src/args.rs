@@ -9,6 +9,7 @@ use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
 use crate::align::AlignArgs;
+use crate::bench::BenchArgs;
 use crate::eval::EvalArgs;
 
 /// Speculative decoding in which the draft model tells the target model what to attend to.
@@ -57,6 +58,8 @@ pub enum Command {
             entries kept and mask bytes."
     )]
     Eval(EvalArgs),
+    /// Measure a running system, or one in this process, from a client's seat
+    Bench(BenchArgs),
 }
 
 /// Where `serve` listens unless told otherwise.

@@ -8,6 +8,7 @@
 pub mod align;
 pub mod all_in_one;
 pub mod args;
+pub mod bench;
 pub mod error;
 pub mod eval;
 pub mod generate;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use specattn_cli::args::{Cli, Command};
 use specattn_cli::error::EXIT_USAGE;
-use specattn_cli::{CliError, align, eval, generate, serve, status};
+use specattn_cli::{CliError, align, bench, eval, generate, serve, status};
 use specattn_service::{ServiceError, telemetry};
 
 fn main() -> ExitCode {
@@ -33,7 +33,7 @@ fn run(command: &Command) -> Result<u8, CliError> {
     match command {
         Command::Generate(args) => telemetry::init(&args.telemetry)?,
         Command::Serve(args) => telemetry::init(&args.telemetry)?,
-        Command::Status(_) | Command::Align(_) | Command::Eval(_) => {}
+        Command::Status(_) | Command::Align(_) | Command::Eval(_) | Command::Bench(_) => {}
     }
     // One thread for all messages: they never change threads on their way, and the engines have the other cores.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -50,6 +50,7 @@ fn run(command: &Command) -> Result<u8, CliError> {
             Command::Status(args) => status::run(args).await.map(|()| 0),
             Command::Align(args) => align::run(args).map(|()| 0),
             Command::Eval(args) => eval::run(args).map(|()| 0),
+            Command::Bench(args) => bench::run(args).await.map(|()| 0),
         }
     });
     // A model that is still loading on a blocking thread must not hold up the exit.

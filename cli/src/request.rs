@@ -28,20 +28,34 @@ pub fn build(args: &GenerateArgs) -> Result<v1::GenerateRequest, CliError> {
     if text.len() > MAX_PROMPT_BYTES {
         return Err(prompt_too_long());
     }
-    let mode = match args.mode {
-        Mode::Dense => v1::Mode::Dense,
-        Mode::Sparse => v1::Mode::Sparse,
-        Mode::Exact => v1::Mode::Exact,
-    };
-    let speculation = &args.speculation;
     let request = v1::GenerateRequest {
         prompt: Some(Prompt::Text(text)),
-        sampling: Some(sampling(&args.sampling)),
         limits: Some(v1::Limits {
             max_tokens: Some(args.max_tokens),
             stop_token_ids: args.stop.stop_token.clone(),
             ignore_eos: args.stop.ignore_eos,
         }),
+        stop: args.stop.stop.clone(),
+        deadline_ms: args.stop.deadline_ms,
+        ..decoding(args.mode, &args.sampling, &args.speculation)
+    };
+    check_ranges(&request)?;
+    Ok(request)
+}
+
+/// A request without prompt, limits and stops: how tokens are to be found.
+pub(crate) fn decoding(
+    mode: Mode,
+    sampled: &SamplingArgs,
+    speculation: &SpeculationArgs,
+) -> v1::GenerateRequest {
+    let mode = match mode {
+        Mode::Dense => v1::Mode::Dense,
+        Mode::Sparse => v1::Mode::Sparse,
+        Mode::Exact => v1::Mode::Exact,
+    };
+    v1::GenerateRequest {
+        sampling: Some(sampling(sampled)),
         mode: mode.into(),
         draft: Some(v1::DraftPolicy {
             draft_length: draft_length(speculation),
@@ -54,21 +68,17 @@ pub fn build(args: &GenerateArgs) -> Result<v1::GenerateRequest, CliError> {
             window_tokens: speculation.window,
             granularity: speculation.granularity,
         }),
-        stop: args.stop.stop.clone(),
-        deadline_ms: args.stop.deadline_ms,
         check: Some(v1::CheckPolicy {
             confirm_length: speculation.confirm_length,
             refresh_every: speculation.refresh_every,
             max_kl: speculation.max_kl,
         }),
-        provisional: false,
-    };
-    check_ranges(&request)?;
-    Ok(request)
+        ..v1::GenerateRequest::default()
+    }
 }
 
 /// Asks the gateway's own questions before anything is started, but for those that need the model.
-fn check_ranges(request: &v1::GenerateRequest) -> Result<(), CliError> {
+pub(crate) fn check_ranges(request: &v1::GenerateRequest) -> Result<(), CliError> {
     const ANY_VOCABULARY: usize = usize::MAX;
     let check = || {
         validate::sampling(request.sampling.as_ref(), ANY_VOCABULARY)?;

@@ -316,3 +316,89 @@ fn serve_status_and_a_remote_generate_work_together() {
     signal(&server.child, "TERM");
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
 }
+
+#[test]
+fn bench_serve_measures_loads_and_writes_its_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let text_file = folder.path().join("book.txt");
+    std::fs::write(&text_file, "The sea was calm that night. ".repeat(50)).unwrap();
+    let out = folder.path().join("results");
+    let output = run(&[
+        "bench",
+        "serve",
+        "--concurrency",
+        "1,3",
+        "--duration",
+        "2",
+        "--warmup",
+        "0.2",
+        "--prompt-tokens",
+        "uniform:20,60",
+        "--output-tokens",
+        "16",
+        "--mode",
+        "dense",
+        "--goodput",
+        "ttft:60000",
+        "--text",
+        text_file.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+        "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let loads = report["loads"].as_array().unwrap();
+    assert_eq!(loads.len(), 2);
+    for load in loads {
+        assert!(load["completed"].as_u64().unwrap() > 0, "{load}");
+        assert!(load["errors"].as_object().unwrap().is_empty(), "{load}");
+        assert_eq!(load["good_share"], 1.0);
+        assert!(load["tokens_per_second"].as_f64().unwrap() > 0.0);
+        assert!(
+            load["ttft_ms"]["p50"].as_f64().unwrap() <= load["e2e_ms"]["p50"].as_f64().unwrap()
+        );
+        assert_eq!(load["workers"].as_array().unwrap().len(), 2);
+    }
+    for file in ["serve.md", "serve.json", "serve.svg"] {
+        assert!(
+            std::fs::metadata(out.join(file)).unwrap().len() > 0,
+            "{file}"
+        );
+    }
+
+    // A gateway that runs already; an open loop.
+    let server = Server::start();
+    let output = run(&[
+        "bench",
+        "serve",
+        "--gateway",
+        &server.url,
+        "--rates",
+        "8",
+        "--duration",
+        "2",
+        "--warmup",
+        "0",
+        "--prompt-tokens",
+        "30",
+        "--output-tokens",
+        "4",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let table = text(&output.stdout);
+    assert!(
+        table.contains("clients of a gateway") && table.contains("| 8 |"),
+        "{table}"
+    );
+
+    for line in [
+        &["bench", "serve"][..],
+        &["bench", "serve", "--rate", "0"],
+        &["bench", "serve", "--rate", "1", "--concurrency", "1"],
+        &["bench", "serve", "--rate", "1", "--prompt-tokens", "few"],
+        &["bench", "serve", "--rate", "1", "--goodput", "ttft"],
+    ] {
+        assert_eq!(run(line).status.code(), Some(64), "{line:?}");
+    }
+}
