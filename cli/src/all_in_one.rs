@@ -12,6 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, ValueEnum};
+use specattn_gateway::HttpArgs;
 use specattn_proto::Fault;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
@@ -45,6 +46,8 @@ pub struct Plan {
     show_progress: bool,
     /// How the gateway is reached and how long it drains.
     pub server: ServerConfig,
+    /// What the gateway's HTTP API says and takes.
+    pub http: HttpArgs,
     /// Where the gateway listens; `None`: a free loopback port.
     pub listener: Option<TcpListener>,
 }
@@ -60,6 +63,7 @@ impl Plan {
             models: args.clone(),
             show_progress,
             server: ServerConfig::default(),
+            http: HttpArgs::default(),
             listener: None,
         })
     }
@@ -114,6 +118,7 @@ impl AllInOne {
         let gateway = specattn_gateway::serve(
             specattn_gateway::Config {
                 server: plan.server.clone(),
+                http: plan.http.clone(),
                 ..specattn_gateway::Config::new(&plan.folders.target)
             },
             listener,

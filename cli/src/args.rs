@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use specattn_engine::DeviceChoice;
+use specattn_gateway::HttpArgs;
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
@@ -314,6 +315,10 @@ pub struct ServeArgs {
     /// Show no progress
     #[arg(short, long)]
     pub quiet: bool,
+
+    /// What the HTTP API says and takes.
+    #[command(flatten)]
+    pub http: HttpArgs,
 
     /// Where the gateway listens; the workers take free loopback ports.
     #[command(flatten)]

@@ -15,6 +15,7 @@ use crate::error::CliError;
 pub async fn run(args: &ServeArgs) -> Result<(), CliError> {
     let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet)?;
     plan.server = args.server.config()?;
+    plan.http = args.http.clone();
     let stop = shutdown::on_signal()?;
     plan.listener = Some(args.server.bind().await?);
     let mut services = tokio::select! {

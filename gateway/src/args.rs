@@ -60,6 +60,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub mask_granularity: u32,
 
+    /// What the HTTP API says and takes.
+    #[command(flatten)]
+    pub http: HttpArgs,
+
     /// Where to listen, how to be reached, how to stop.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -69,11 +73,26 @@ pub struct Args {
     pub telemetry: TelemetryArgs,
 }
 
+/// What the HTTP API says and takes.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "HTTP API")]
+pub struct HttpArgs {
+    /// Name that HTTP clients ask for; may be given several times [default: the checkpoint's name]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
+
+    /// File with the Jinja template that writes conversations as text [default: the checkpoint's own]
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+}
+
 /// A gateway's checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Folder with the target model's tokenizer.json.
     pub tokenizer_dir: PathBuf,
+    /// What the HTTP API says and takes.
+    pub http: HttpArgs,
     /// How the server is reached and how it stops.
     pub server: ServerConfig,
     /// Verify workers that do not register themselves.
@@ -97,6 +116,7 @@ impl Config {
     pub fn new(tokenizer_dir: impl Into<PathBuf>) -> Self {
         Self {
             tokenizer_dir: tokenizer_dir.into(),
+            http: HttpArgs::default(),
             server: ServerConfig::default(),
             verify_endpoints: Vec::new(),
             draft_endpoints: Vec::new(),
@@ -145,6 +165,7 @@ impl TryFrom<&Args> for Config {
         };
         Ok(Self {
             tokenizer_dir: args.tokenizer.clone(),
+            http: args.http.clone(),
             server: args.server.config()?,
             verify_endpoints: args.verify_endpoint.clone(),
             draft_endpoints: args.draft_endpoint.clone(),

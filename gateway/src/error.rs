@@ -15,6 +15,14 @@ pub enum GatewayError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The chat template cannot be used.
+    #[error("cannot use the chat template {path}: {reason}")]
+    ChatTemplate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// An argument is out of range.
     #[error("{argument} {reason}")]
     Argument {
@@ -36,6 +44,7 @@ impl GatewayError {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Tokenizer { .. } => "tokenizer",
+            Self::ChatTemplate { .. } => "chat_template",
             Self::Argument { .. } => "argument",
             Self::Task(_) => "task",
             Self::Service(error) => error.label(),

@@ -4,6 +4,8 @@
 //! client through `completion` (token ids to text, stop strings) and `delivery` (a bounded buffer), while
 //! `attachment` keeps a draft worker on the session for as long as one is to be had. `registry` knows the workers.
 //!
+//! `openai` is the same API over HTTP, in the shape of OpenAI's.
+//!
 //! The gateway never sees logits, masks or weights. Speculation is an accelerator: nothing here waits for a draft.
 
 mod args;
@@ -14,6 +16,7 @@ mod detokenizer;
 mod error;
 mod generation_service;
 mod known_workers;
+mod openai;
 mod opening;
 mod plan;
 mod preview;
@@ -35,7 +38,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use args::{Args, Config};
+pub use args::{Args, Config, HttpArgs};
 pub use error::GatewayError;
 
 use registry::Registry;
@@ -93,6 +96,7 @@ pub async fn serve(
     let served = Server::new()
         .with(generation)
         .with(registry)
+        .with_http(openai::router(Arc::clone(&gateway))?)
         .serve(listener, &server_config, shutdown)
         .await;
 

@@ -76,6 +76,22 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The token ids of a text that already holds the special tokens it wants.
+    pub(crate) fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, Fault> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|error| Fault::InvalidArgument(format!("cannot tokenize text: {error}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of one token by itself, special ones too; bytes that are no UTF-8 become U+FFFD.
+    pub(crate) fn token_text(&self, token: u32) -> Result<String, Fault> {
+        self.inner
+            .decode(&[token], false)
+            .map_err(|error| Fault::Internal(format!("cannot decode tokens: {error}")))
+    }
+
     /// The text of tokens, special ones left out; bytes that are no UTF-8 become U+FFFD.
     pub(crate) fn decode(&self, tokens: &[u32]) -> Result<String, Fault> {
         self.inner

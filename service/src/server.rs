@@ -86,6 +86,7 @@ impl ServerConfig {
 pub struct Server {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
+    http: Option<axum::Router>,
 }
 
 impl Server {
@@ -111,6 +112,13 @@ impl Server {
         self
     }
 
+    /// Adds plain HTTP routes beside the gRPC services, on the same port.
+    #[must_use]
+    pub fn with_http(mut self, router: axum::Router) -> Self {
+        self.http = Some(router);
+        self
+    }
+
     /// Serves on `listener` until `shutdown` is cancelled and the drain is over.
     ///
     /// # Errors
@@ -127,6 +135,12 @@ impl Server {
         self.routes.add_service(reflection().build_v1()?);
         self.routes.add_service(reflection().build_v1alpha()?);
 
+        let mut routes = self.routes.routes();
+        let speaks_http = self.http.is_some();
+        if let Some(http) = self.http {
+            routes = routes.into_axum_router().merge(http).into();
+        }
+
         let cut = CancellationToken::new();
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -135,7 +149,8 @@ impl Server {
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .http2_keepalive_interval(Some(PING_AFTER))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
-            .add_routes(self.routes.routes())
+            .accept_http1(speaks_http)
+            .add_routes(routes)
             .serve_with_incoming_shutdown(
                 connection::accept(listener, cut.clone()),
                 shutdown.clone().cancelled_owned(),

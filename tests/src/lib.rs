@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod count;
 pub mod process;
 pub mod proxy;
+pub mod python;
 pub mod raw;
 pub mod session;
 pub mod stranger;

@@ -3,5 +3,6 @@
 
 mod generation;
 mod hostile;
+mod openai;
 mod support;
 mod workers;

@@ -1,0 +1,222 @@
+//! The OpenAI-compatible HTTP API, on the same port as gRPC.
+//!
+//! A request takes this way: `request` reads its fields, `prompt` and `chat_template` make token ids of what it asks
+//! about, and each choice becomes one session of `GenerationService`, started in this process; `answer` words what comes
+//! back, at once or through `stream` as server-sent events. Nothing is decided here: limits, defaults and failures are
+//! those of the gRPC API, and `error` puts them into OpenAI's shape.
+
+mod answer;
+mod chat_template;
+mod error;
+mod logprobs;
+mod prompt;
+mod request;
+mod stream;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use specattn_proto::v1::generation_service_server::GenerationService;
+use specattn_proto::v1::{GenerateRequest, WorkerRole};
+use specattn_proto::{Fault, limits};
+
+use crate::Gateway;
+use crate::delivery::ClientStream;
+use crate::error::GatewayError;
+use answer::Wording;
+use chat_template::ChatTemplate;
+use error::ApiError;
+use request::{ChatRequest, CompletionRequest, Generation};
+
+/// Most choices of a request: prompts times `n`.
+const MAX_CHOICES: usize = 128;
+
+/// The request header that names the client for fair queueing; gRPC clients send it as metadata.
+const CLIENT_HEADER: &str = "x-client-id";
+
+/// What the handlers share.
+struct Api {
+    gateway: Arc<Gateway>,
+    template: Option<ChatTemplate>,
+}
+
+/// The routes under `/v1`.
+///
+/// # Errors
+/// [`GatewayError::ChatTemplate`] when `--chat-template` names no readable template.
+pub(crate) fn router(gateway: Arc<Gateway>) -> Result<Router, GatewayError> {
+    let template = ChatTemplate::find(&gateway.config)?;
+    let api = Arc::new(Api { gateway, template });
+    Ok(Router::new()
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/{*rest}", axum::routing::any(no_such_path))
+        .layer(DefaultBodyLimit::max(limits::MAX_SESSION_MESSAGE_BYTES))
+        .with_state(api))
+}
+
+async fn completions(
+    State(api): State<Arc<Api>>,
+    headers: HeaderMap,
+    body: Result<Json<CompletionRequest>, JsonRejection>,
+) -> Result<Response, ApiError> {
+    let Json(request) = body?;
+    let model = api.model_named(request.common.model.as_deref())?;
+    let (prompts, generation) = request.into_parts()?;
+    let wording = Wording::completion(model, &generation);
+    api.answer(wording, prompts, generation, &headers).await
+}
+
+async fn chat_completions(
+    State(api): State<Arc<Api>>,
+    headers: HeaderMap,
+    body: Result<Json<ChatRequest>, JsonRejection>,
+) -> Result<Response, ApiError> {
+    let Json(request) = body?;
+    let model = api.model_named(request.common.model.as_deref())?;
+    let (conversation, generation) = request.into_parts()?;
+    if api.template.is_none() {
+        return Err(ApiError::invalid(
+            "messages",
+            "this model has no chat template: use /v1/completions, or start the gateway with --chat-template",
+        ));
+    }
+    let shared = Arc::clone(&api);
+    let prompt = tokio::task::spawn_blocking(move || match &shared.template {
+        Some(template) => {
+            prompt::of_conversation(&conversation, template, &shared.gateway.tokenizer)
+        }
+        None => unreachable!("looked at before"),
+    })
+    .await
+    .map_err(|error| Fault::Internal(format!("rendering the conversation failed: {error}")))??;
+    let wording = Wording::chat(model, &generation);
+    api.answer(wording, vec![prompt], generation, &headers)
+        .await
+}
+
+async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
+    let list: Vec<Value> = api
+        .model_names()
+        .iter()
+        .map(|name| model_card(name))
+        .collect();
+    Json(json!({"object": "list", "data": list}))
+}
+
+async fn model(
+    State(api): State<Arc<Api>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    Ok(Json(model_card(&api.model_named(Some(&name))?)))
+}
+
+async fn no_such_path() -> ApiError {
+    Fault::NotFound("no such path in this API".to_owned()).into()
+}
+
+fn model_card(name: &str) -> Value {
+    json!({"id": name, "object": "model", "created": 0, "owned_by": "specattn"})
+}
+
+impl Api {
+    /// Names that requests may ask for: those given on the command line, else those of the verify workers' checkpoints.
+    fn model_names(&self) -> Vec<String> {
+        let given = &self.gateway.config.http.served_model_name;
+        if !given.is_empty() {
+            return given.clone();
+        }
+        let workers = self.gateway.registry.candidates(WorkerRole::Verify);
+        let mut names: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.model.name.clone())
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// The model that a request means; one without a name means the first.
+    fn model_named(&self, name: Option<&str>) -> Result<String, ApiError> {
+        let names = self.model_names();
+        match name {
+            Some(name) if names.iter().any(|known| known == name) => Ok(name.to_owned()),
+            // Before any worker is there nothing can be said of names: the session's own error tells more.
+            Some(name) if names.is_empty() => Ok(name.to_owned()),
+            Some(name) => Err(ApiError::unknown_model(name, &names)),
+            None => Ok(names.into_iter().next().unwrap_or_default()),
+        }
+    }
+
+    /// Runs every choice as a session of its own.
+    async fn answer(
+        self: Arc<Self>,
+        wording: Wording,
+        prompts: Vec<prompt::Prompt>,
+        generation: Generation,
+        headers: &HeaderMap,
+    ) -> Result<Response, ApiError> {
+        let count = prompts.len().saturating_mul(generation.choices_per_prompt);
+        if count == 0 || count > MAX_CHOICES {
+            let reason =
+                format!("{count} choices asked for; between 1 and {MAX_CHOICES} are possible");
+            return Err(ApiError::invalid("n", reason));
+        }
+        let mut requests = Vec::with_capacity(count);
+        let mut echoes = Vec::with_capacity(count);
+        for prompt in &prompts {
+            for choice in 0..generation.choices_per_prompt {
+                requests.push(generation.request(prompt, choice)?);
+                echoes.push(if generation.echo {
+                    prompt.text(&self.gateway.tokenizer)?
+                } else {
+                    String::new()
+                });
+            }
+        }
+        let opening = requests
+            .into_iter()
+            .map(|request| self.open(request, headers));
+        let streams = futures_util::future::try_join_all(opening).await?;
+        let tokenizer = Arc::clone(&self.gateway.tokenizer);
+        if generation.stream {
+            Ok(stream::events(wording, streams, echoes, tokenizer).into_response())
+        } else {
+            let answer = answer::collect(wording, streams, echoes, tokenizer).await?;
+            Ok(Json(answer).into_response())
+        }
+    }
+
+    async fn open(
+        &self,
+        request: GenerateRequest,
+        headers: &HeaderMap,
+    ) -> Result<ClientStream, Fault> {
+        let mut request = tonic::Request::new(request);
+        let client = headers
+            .get(CLIENT_HEADER)
+            .and_then(|value| value.to_str().ok());
+        if let Some(client) = client.and_then(|client| client.parse().ok()) {
+            request.metadata_mut().insert(CLIENT_HEADER, client);
+        }
+        match self.gateway.generate(request).await {
+            Ok(response) => Ok(response.into_inner()),
+            Err(status) => Err(Fault::from_status(&status)),
+        }
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
+}
