@@ -10,6 +10,7 @@ use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
 
 use crate::error::GatewayError;
+use crate::known_workers::NAME_SCHEME;
 
 /// SpecAttn gateway: the client API in front of verify and draft workers.
 #[derive(Debug, Clone, clap::Parser)]
@@ -19,11 +20,13 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub tokenizer: PathBuf,
 
-    /// URI of a verify worker that does not register itself; may be given several times
+    /// URI of a verify worker that does not register itself, or dns://NAME:PORT for all addresses of a name; may be given
+    /// several times
     #[arg(long, value_name = "URI", value_delimiter = ',')]
     pub verify_endpoint: Vec<String>,
 
-    /// URI of a draft worker that does not register itself; may be given several times
+    /// URI of a draft worker that does not register itself, or dns://NAME:PORT for all addresses of a name; may be given
+    /// several times
     #[arg(long, value_name = "URI", value_delimiter = ',')]
     pub draft_endpoint: Vec<String>,
 
@@ -139,7 +142,9 @@ impl TryFrom<&Args> for Config {
             ("--draft-endpoint", &args.draft_endpoint),
         ] {
             for uri in endpoints {
-                validate::endpoint("endpoint", uri).map_err(|e| bad(argument, e.reason))?;
+                // A name stands for endpoints of the usual form.
+                let plain = uri.replacen(NAME_SCHEME, "http://", 1);
+                validate::endpoint("endpoint", &plain).map_err(|e| bad(argument, e.reason))?;
             }
         }
         if args.max_sessions == 0 {

@@ -1,6 +1,11 @@
 //! Workers that do not register themselves: the gateway asks each endpoint on its lists how it is, at the pace of
 //! heartbeats, and treats the answers as heartbeats.
+//!
+//! An entry `dns://NAME:PORT` stands for every address of a name, looked up again and again: Kubernetes' headless services
+//! list the pods that are ready under one name.
 
+use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +17,7 @@ use specattn_proto::v1::{
 use specattn_proto::{Fault, limits};
 use specattn_service::channel;
 use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use crate::Gateway;
@@ -23,6 +29,15 @@ const MISSED_ANSWERS: u32 = 3;
 /// Longest wait for one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Pause between two look-ups of a name.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Most addresses of a name that are watched.
+const MAX_ADDRESSES: usize = 1_024;
+
+/// What a list entry that stands for all addresses of a name begins with.
+pub(crate) const NAME_SCHEME: &str = "dns://";
+
 /// Starts a task per listed endpoint; they end when the drain begins.
 pub(crate) fn watch(gateway: &Arc<Gateway>) {
     let lists = [
@@ -31,22 +46,71 @@ pub(crate) fn watch(gateway: &Arc<Gateway>) {
     ];
     for (role, endpoints) in lists {
         for endpoint in endpoints {
-            let known = KnownWorker {
-                gateway: Arc::clone(gateway),
-                role,
-                endpoint: endpoint.clone(),
-            };
-            gateway.tasks.spawn(async move {
-                let shutdown = known.gateway.shutdown.clone();
-                tokio::select! {
-                    fault = known.watch() => {
-                        tracing::error!(endpoint = known.endpoint, %fault, "cannot watch this worker");
-                    }
-                    () = shutdown.cancelled() => {}
+            match endpoint.strip_prefix(NAME_SCHEME) {
+                Some(name) => {
+                    let names = NamedWorkers {
+                        gateway: Arc::clone(gateway),
+                        role,
+                        name: name.to_owned(),
+                    };
+                    let shutdown = gateway.shutdown.clone();
+                    gateway.tasks.spawn(async move {
+                        shutdown.run_until_cancelled_owned(names.watch()).await;
+                    });
                 }
-            });
+                None => KnownWorker::start(gateway, role, endpoint.clone(), &gateway.shutdown),
+            }
         }
     }
+}
+
+/// All workers behind a name.
+struct NamedWorkers {
+    gateway: Arc<Gateway>,
+    role: WorkerRole,
+    /// Host and port.
+    name: String,
+}
+
+impl NamedWorkers {
+    /// Looks the name up again and again. An address that is not listed any more is watched no longer once its worker is
+    /// gone: a name server that fails takes no worker away.
+    async fn watch(&self) -> std::convert::Infallible {
+        let mut watched: HashMap<SocketAddr, CancellationToken> = HashMap::new();
+        let mut ticks = tokio::time::interval(LOOKUP_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let found: Vec<SocketAddr> = match tokio::net::lookup_host(&self.name).await {
+                Ok(found) => found.take(MAX_ADDRESSES).collect(),
+                Err(error) => {
+                    tracing::debug!(name = self.name, %error, "the name has no address");
+                    continue;
+                }
+            };
+            watched.retain(|address, stop| {
+                let stays = found.contains(address)
+                    || self.gateway.registry.knows(self.role, &uri(*address));
+                if !stays {
+                    tracing::info!(name = self.name, %address, "address is not listed any more");
+                    stop.cancel();
+                }
+                stays
+            });
+            for address in found {
+                if watched.contains_key(&address) || watched.len() >= MAX_ADDRESSES {
+                    continue;
+                }
+                let stop = self.gateway.shutdown.child_token();
+                KnownWorker::start(&self.gateway, self.role, uri(address), &stop);
+                watched.insert(address, stop);
+            }
+        }
+    }
+}
+
+fn uri(address: SocketAddr) -> String {
+    format!("http://{address}")
 }
 
 struct KnownWorker {
@@ -56,6 +120,21 @@ struct KnownWorker {
 }
 
 impl KnownWorker {
+    /// Watches an endpoint in a task of its own until `stop` is cancelled.
+    fn start(gateway: &Arc<Gateway>, role: WorkerRole, endpoint: String, stop: &CancellationToken) {
+        let known = Self {
+            gateway: Arc::clone(gateway),
+            role,
+            endpoint,
+        };
+        let stop = stop.clone();
+        gateway.tasks.spawn(async move {
+            if let Some(fault) = stop.run_until_cancelled(known.watch()).await {
+                tracing::error!(endpoint = known.endpoint, %fault, "cannot watch this worker");
+            }
+        });
+    }
+
     /// Asks again and again; ends only when the endpoint cannot be one.
     async fn watch(&self) -> Fault {
         let channel = match channel::connect_lazy(&self.endpoint) {

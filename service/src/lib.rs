@@ -9,6 +9,7 @@ mod backoff;
 pub mod channel;
 mod connection;
 mod error;
+mod metrics;
 pub mod registration;
 pub mod server;
 pub mod shutdown;

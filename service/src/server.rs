@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -19,6 +20,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::connection;
 use crate::error::ServiceError;
+use crate::metrics;
 
 /// Most streams that one connection may have open.
 const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
@@ -86,7 +88,7 @@ impl ServerConfig {
 pub struct Server {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
-    http: Option<axum::Router>,
+    http: axum::Router,
 }
 
 impl Server {
@@ -115,8 +117,14 @@ impl Server {
     /// Adds plain HTTP routes beside the gRPC services, on the same port.
     #[must_use]
     pub fn with_http(mut self, router: axum::Router) -> Self {
-        self.http = Some(router);
+        self.http = self.http.merge(router);
         self
+    }
+
+    /// Shows `registry` at `/metrics`.
+    #[must_use]
+    pub fn with_metrics(self, registry: Registry) -> Self {
+        self.with_http(metrics::router(registry))
     }
 
     /// Serves on `listener` until `shutdown` is cancelled and the drain is over.
@@ -135,11 +143,8 @@ impl Server {
         self.routes.add_service(reflection().build_v1()?);
         self.routes.add_service(reflection().build_v1alpha()?);
 
-        let mut routes = self.routes.routes();
-        let speaks_http = self.http.is_some();
-        if let Some(http) = self.http {
-            routes = routes.into_axum_router().merge(http).into();
-        }
+        let speaks_http = self.http.has_routes();
+        let routes = self.routes.routes().into_axum_router().merge(self.http);
 
         let cut = CancellationToken::new();
         let serving = tonic::transport::Server::builder()
@@ -150,7 +155,7 @@ impl Server {
             .http2_keepalive_interval(Some(PING_AFTER))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
             .accept_http1(speaks_http)
-            .add_routes(routes)
+            .add_routes(routes.into())
             .serve_with_incoming_shutdown(
                 connection::accept(listener, cut.clone()),
                 shutdown.clone().cancelled_owned(),

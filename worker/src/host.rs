@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::engine_thread::EngineThread;
 use crate::error::WorkerError;
 use crate::load::LoadGauge;
+use crate::metrics;
 
 /// What the engine thread gets to end once nothing can reach it any more.
 const ENGINE_END: Duration = Duration::from_secs(5);
@@ -66,6 +67,7 @@ impl Host {
         if let Some(address) = address {
             tracing::info!(%address, "serving");
         }
+        let router = router.with_metrics(metrics::registry(self.role, self.load));
         tokio::select! {
             served = router.serve(listener, &self.server, shutdown) => served?,
             () = self.engine.ended() => return Err(WorkerError::EngineDied),

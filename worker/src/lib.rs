@@ -11,6 +11,7 @@ mod error;
 pub mod host;
 pub mod inbox;
 mod load;
+mod metrics;
 pub mod served_model;
 
 pub use engine_thread::EngineThread;

@@ -224,7 +224,12 @@ async fn listed_workers_need_not_register() {
     let draft_worker = draft.start(None).await;
     let mut config = quick_config();
     config.verify_endpoints = vec![verify_worker.uri.clone()];
-    config.draft_endpoints = vec![draft_worker.uri.clone(), "http://127.0.0.1:1".to_owned()];
+    // By name, as behind a headless service; and one that is not there.
+    let port = draft_worker.uri.rsplit_once(':').unwrap().1;
+    config.draft_endpoints = vec![
+        format!("dns://localhost:{port}"),
+        "http://127.0.0.1:1".to_owned(),
+    ];
     let gateway = start_gateway(config).await;
     let mut client = Client::new(&gateway).await;
     client.wait_for_workers(2).await;
