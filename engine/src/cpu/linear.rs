@@ -1,18 +1,18 @@
 //! Projections: `out = x · Wᵀ + b`, weights in their stored type, sums in f32.
 //!
-//! Few rows: [`SmallKernel`] reads every weight once, widens it in registers and multiplies it with up to
-//! `TILE_TOKENS` rows; a row's sums run over the inputs in one fixed order, so their bits do not depend on the other
-//! rows. Many rows (`bulk`): the weights of a stretch of outputs are widened once and the product is left to the `gemm`
-//! library.
+//! The outputs are cut into stretches, one per task of the pool. [`SmallKernel`] computes a stretch so that a row's bits
+//! do not depend on the other rows; [`BulkKernel`] is for prompt chunks (`bulk`), where they may.
 
+mod bulk;
+mod small;
+
+use self::bulk::BulkKernel;
+use self::small::SmallKernel;
 use super::matrix::Matrix;
-use super::memory::Scratch;
 use super::pool::{Pool, SharedSlice};
-use super::simd::{Element, Isa, Kernel, Simd};
+use super::simd::{Isa, Simd};
 use crate::backend::{DType, Epilogue};
 
-/// Rows whose sums one small-kernel chunk holds at a time.
-const TOKEN_BLOCK: usize = 16;
 /// Outputs per chunk of a bulk product.
 const BULK_OUTPUTS: usize = 192;
 
@@ -187,212 +187,5 @@ unsafe fn silu<S: Simd>(x: S::F) -> S::F {
     unsafe {
         let one = S::splat(1.0);
         S::div(x, S::add(one, S::exp(S::sub(S::splat(0.0), x))))
-    }
-}
-
-/// A few rows.
-struct SmallKernel<'a, W> {
-    job: Job<'a>,
-    stored: std::marker::PhantomData<W>,
-}
-
-impl<'a, W> SmallKernel<'a, W> {
-    fn new(job: Job<'a>) -> Self {
-        Self {
-            job,
-            stored: std::marker::PhantomData,
-        }
-    }
-}
-
-impl<W: Element> Kernel for SmallKernel<'_, W> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let job = &self.job;
-        let inputs = job.parts[0].0.cols();
-        let (first, len) = (job.chunk.first, job.chunk.len);
-        let part_stride = TOKEN_BLOCK * len;
-        let mut sums = Scratch::take(job.parts.len() * part_stride);
-        for first_row in (0..job.rows).step_by(TOKEN_BLOCK) {
-            let rows = TOKEN_BLOCK.min(job.rows - first_row);
-            for (part, (weight, _)) in job.parts.iter().enumerate() {
-                let w = weight.as_ptr::<W>();
-                // SAFETY: rows `first..first + len` of the matrix, rows of `x` and the sums taken above.
-                unsafe {
-                    let tile = Tile {
-                        w: w.add(first * inputs),
-                        x: job.x.as_ptr().add(first_row * inputs),
-                        inputs,
-                        sums: sums.as_mut_ptr().add(part * part_stride),
-                        stride: len,
-                    };
-                    // As few, even tiles of rows as the register file allows.
-                    let tiles = rows.div_ceil(S::TILE_TOKENS);
-                    let mut done = 0;
-                    for t in 0..tiles {
-                        let n = (rows - done).div_ceil(tiles - t);
-                        tile.tokens::<S>(done, n, len);
-                        done += n;
-                    }
-                }
-            }
-            // SAFETY: inside the instruction set of this kernel.
-            unsafe { job.finish::<S>(&sums, len, part_stride, first_row, rows) };
-        }
-    }
-}
-
-/// Pointers of a tile's operands.
-struct Tile<W> {
-    /// First weight row.
-    w: *const W,
-    /// First input row.
-    x: *const f32,
-    inputs: usize,
-    /// `[row][output]`.
-    sums: *mut f32,
-    stride: usize,
-}
-
-impl<W: Element> Tile<W> {
-    /// All `outputs` for `n` rows from `row` on; `n` at most `TILE_TOKENS`.
-    #[inline(always)]
-    unsafe fn tokens<S: Simd>(&self, row: usize, n: usize, outputs: usize) {
-        // SAFETY: the caller's contract is the callee's. Sixteen sums at a time suit the sixteen-fold reduction.
-        unsafe {
-            match n {
-                1 => self.outputs::<S, 16, 1>(row, outputs),
-                2 => self.outputs::<S, 8, 2>(row, outputs),
-                3 => self.outputs::<S, 5, 3>(row, outputs),
-                4 => self.outputs::<S, 4, 4>(row, outputs),
-                _ => self.outputs::<S, 3, 5>(row, outputs),
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn outputs<S: Simd, const M: usize, const R: usize>(&self, row: usize, outputs: usize) {
-        // SAFETY: outputs `0..outputs` and rows `row..row + R` exist.
-        unsafe {
-            let mut o = 0;
-            while o + M <= outputs {
-                self.block::<S, M, R>(row, o);
-                o += M;
-            }
-            while o < outputs {
-                self.block::<S, 1, R>(row, o);
-                o += 1;
-            }
-        }
-    }
-
-    /// `M` outputs × `R` rows.
-    #[inline(always)]
-    unsafe fn block<S: Simd, const M: usize, const R: usize>(&self, row: usize, output: usize) {
-        const { assert!(M * R <= 16) };
-        let inputs = self.inputs;
-        // SAFETY: the caller passes an output and row block inside the operands; the tail is read element by element.
-        unsafe {
-            let mut acc = [S::splat(0.0); 16];
-            let w = self.w.add(output * inputs);
-            let x = self.x.add(row * inputs);
-            let whole = inputs - inputs % S::LANES;
-            let next = M * inputs;
-            let mut k = 0;
-            while k < whole {
-                let mut xs = [S::splat(0.0); R];
-                for (r, v) in xs.iter_mut().enumerate() {
-                    *v = S::load(x.add(r * inputs + k));
-                }
-                for m in 0..M {
-                    let at = w.add(m * inputs + k);
-                    // The next block's weights: one line per 64 bytes.
-                    if (k * size_of::<W>()).is_multiple_of(64) {
-                        S::prefetch(at.wrapping_add(next).cast());
-                    }
-                    let weight = W::load::<S>(at);
-                    for (r, &v) in xs.iter().enumerate() {
-                        acc[m * R + r] = S::fma(weight, v, acc[m * R + r]);
-                    }
-                }
-                k += S::LANES;
-            }
-            let mut sums = [0.0; 16];
-            S::reduce_add16(&acc, sums.as_mut_ptr());
-            for m in 0..M {
-                for r in 0..R {
-                    let mut sum = sums[m * R + r];
-                    for k in whole..inputs {
-                        sum += w.add(m * inputs + k).read_unaligned().to_f32()
-                            * *x.add(r * inputs + k);
-                    }
-                    *self.sums.add((row + r) * self.stride + output + m) = sum;
-                }
-            }
-        }
-    }
-}
-
-/// Many rows.
-struct BulkKernel<'a, W> {
-    job: Job<'a>,
-    stored: std::marker::PhantomData<W>,
-}
-
-impl<'a, W> BulkKernel<'a, W> {
-    fn new(job: Job<'a>) -> Self {
-        Self {
-            job,
-            stored: std::marker::PhantomData,
-        }
-    }
-}
-
-impl<W: Element> Kernel for BulkKernel<'_, W> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let job = &self.job;
-        let inputs = job.parts[0].0.cols();
-        let Chunk { first, len, .. } = *job.chunk;
-        let part_stride = job.rows * len;
-        let mut sums = Scratch::take(job.parts.len() * part_stride);
-        let mut wide = Scratch::take(len * inputs);
-        for (part, (weight, _)) in job.parts.iter().enumerate() {
-            // SAFETY: rows `first..first + len` of the matrix; `wide` and `sums` have the sizes taken above.
-            unsafe {
-                let w = weight.as_ptr::<W>().add(first * inputs);
-                let count = len * inputs;
-                let whole = count - count % S::LANES;
-                for i in (0..whole).step_by(S::LANES) {
-                    S::store(wide.as_mut_ptr().add(i), W::load::<S>(w.add(i)));
-                }
-                for i in whole..count {
-                    wide[i] = w.add(i).read_unaligned().to_f32();
-                }
-                gemm::gemm(
-                    job.rows,
-                    len,
-                    inputs,
-                    sums.as_mut_ptr().add(part * part_stride),
-                    1,
-                    len as isize,
-                    false,
-                    job.x.as_ptr(),
-                    1,
-                    inputs as isize,
-                    wide.as_ptr(),
-                    inputs as isize,
-                    1,
-                    0.0f32,
-                    1.0f32,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-        }
-        // SAFETY: inside the instruction set of this kernel.
-        unsafe { job.finish::<S>(&sums, len, part_stride, 0, job.rows) };
     }
 }

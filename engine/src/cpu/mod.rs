@@ -11,12 +11,12 @@ mod simd;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use self::attention::decode::{DecodeAttention, DecodeScratch, Keys};
+use self::attention::decode::{DecodeAttention, DecodeScratch, DecodeSpan, Keys};
 use self::attention::prefill::PrefillAttention;
 use self::kv_store::KvStore;
 use self::matrix::Matrix;
 use self::memory::Buffer;
-use self::pool::{Pool, Turn};
+use self::pool::{Pool, SharedSlice, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
 use crate::backend::{
@@ -75,55 +75,61 @@ impl CpuBackend {
             shape.num_heads * kv.padded_dim,
             shape.num_heads * shape.head_dim,
         );
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        for (index, span) in pass.spans.iter().enumerate() {
-            let tokens = span.rows.len();
-            let q = &q[span.rows.start * q_width..span.rows.end * q_width];
-            let out = &mut out[span.rows.start * out_width..span.rows.end * out_width];
-            if pass.bulk {
+        if pass.bulk {
+            for span in &pass.spans {
                 let job = PrefillAttention {
                     kv,
                     blocks: span.blocks,
                     shape,
                     past: span.past,
-                    tokens,
-                    q,
-                    out,
+                    tokens: span.rows.len(),
+                    q: &q[span.rows.start * q_width..span.rows.end * q_width],
+                    out: &mut out[span.rows.start * out_width..span.rows.end * out_width],
                 };
                 job.run(self.isa, &self.pool);
-                continue;
             }
-            let keys: Vec<Keys<'_>> = (0..shape.num_kv_heads)
-                .map(|h| {
-                    Keys::of(
-                        span.lists,
-                        args.layer * shape.num_kv_heads + h,
-                        span.past,
-                        tokens,
-                    )
-                })
-                .collect();
-            let capture = wanted
-                .captures
-                .iter_mut()
-                .find(|c| c.span == index)
-                .map(|c| {
-                    let size = shape.num_heads * c.rows.kv_len;
-                    &mut c.rows.probs[c.slot * size..(c.slot + 1) * size]
-                });
-            let masses = wanted.masses.iter_mut().find(|m| m.span == index);
-            DecodeAttention {
-                kv,
-                blocks: span.blocks,
-                shape,
-                keys: &keys,
-                q,
-                out,
-                capture,
-                masses: masses.map(|m| &mut *m.of_head),
-            }
-            .run(self.isa, &self.pool, &mut scratch);
+            return;
         }
+        let mut rest = out;
+        let spans = pass.spans.iter().enumerate().map(|(index, span)| {
+            let tokens = span.rows.len();
+            let first_head = args.layer * shape.num_kv_heads;
+            let heads = first_head..first_head + shape.num_kv_heads;
+            let keys: Vec<Keys<'_>> = heads
+                .map(|head| Keys::of(span.lists, head, span.past, tokens))
+                .collect();
+            let masses = wanted.masses.iter_mut().find(|m| m.span == index);
+            let masses = masses.map(|masses| {
+                let of_head = masses.of_head.iter_mut().zip(&keys);
+                let slices = of_head.map(|(masses, keys)| {
+                    masses.resize(keys.cached(), 0.0);
+                    SharedSlice::new(masses)
+                });
+                slices.collect()
+            });
+            let capture = wanted.captures.iter_mut().find(|c| c.span == index);
+            let capture = capture.map(|c| {
+                let size = shape.num_heads * c.rows.kv_len;
+                SharedSlice::new(&mut c.rows.probs[c.slot * size..(c.slot + 1) * size])
+            });
+            let (own, later) = std::mem::take(&mut rest).split_at_mut(tokens * out_width);
+            rest = later;
+            DecodeSpan {
+                blocks: span.blocks,
+                keys,
+                q: &q[span.rows.start * q_width..span.rows.end * q_width],
+                out: SharedSlice::new(own),
+                capture,
+                masses,
+            }
+        });
+        let attention = DecodeAttention {
+            kv,
+            shape,
+            spans: spans.collect(),
+        };
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        attention.run(self.isa, &self.pool, &mut scratch);
     }
 
     fn rotate<E: Element>(

@@ -312,6 +312,16 @@ impl<T> SharedSlice<T> {
         }
     }
 
+    /// All elements.
+    ///
+    /// # Safety
+    /// As [`SharedSlice::range`].
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(crate) unsafe fn all(&self) -> &mut [T] {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { self.range(0, self.len) }
+    }
+
     /// The elements `start..start + len`.
     ///
     /// # Safety

@@ -23,7 +23,7 @@ pub(crate) trait Simd: Copy + 'static {
     type F: Copy;
     /// Lanes per vector; divides 16.
     const LANES: usize;
-    /// Tokens per tile of the small-batch linear kernel, chosen to fit the register file with four weight rows.
+    /// Rows per tile of the linear kernel for few rows, at most 6: their inputs and sums share the register file.
     const TILE_TOKENS: usize;
 
     unsafe fn splat(x: f32) -> Self::F;

@@ -19,7 +19,24 @@ pub(super) struct Weights<'a> {
     pub(super) softmax: &'a [f32],
 }
 
-impl Weights<'_> {
+impl<'a> Weights<'a> {
+    /// Those of a unit whose span has `rows` rows per KV head, out of all units' `partials` and `weights` and the span's
+    /// `softmax`.
+    pub(super) fn of(
+        unit: &'a Unit,
+        rows: usize,
+        partials: &'a [f32],
+        weights: &'a [f32],
+        softmax: &'a [f32],
+    ) -> Self {
+        Self {
+            unit,
+            weights: &weights[unit.weights..][..rows * CHUNK],
+            maxima: &partials[unit.partial..][..rows],
+            softmax: &softmax[unit.kv_head * rows * 2..][..rows * 2],
+        }
+    }
+
     /// What a weight of `row` is multiplied by to be a probability.
     #[inline(always)]
     unsafe fn factor<S: Simd>(&self, row: usize) -> f32 {
