@@ -1,22 +1,25 @@
 //! [`EngineLoop`]: the one thread that owns the draft model and every session.
 //!
-//! First everything that arrived, then one forward of the next session that has work, in turn; with none, it waits for
-//! a message.
+//! First everything that arrived, then one batch of whatever the [`Scheduler`] finds ready; with none, it waits for a
+//! message.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
-use specattn_engine::{EngineError, Model, Sequence, Step};
+use specattn_engine::StepOutput;
 use specattn_proto::Fault;
-use specattn_worker::{Inbox, LoadGauge, Received};
+use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
+use specattn_worker::{Inbox, Received};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::session::{DraftShape, Plan, Proposal, Session, SessionSpec, Verdict, Welcome};
+use crate::session::{DraftShape, Proposal, Session, SessionSpec, Verdict, Welcome};
 
 /// Messages that may wait for the engine.
 pub(crate) const INBOX_CAPACITY: usize = 256;
 
-/// Messages taken between two forwards.
+/// Messages taken between two batches.
 const BURST: usize = 64;
 
 /// Names a session within this worker. The gateway's id will not do: a session may come back before it has left.
@@ -52,35 +55,71 @@ pub(crate) enum Command {
     Sweep,
 }
 
-/// A session, its KV cache, and who cares for it.
-struct Slot {
+/// A session, and who cares for it.
+pub(crate) struct Attached {
     key: SessionKey,
     session: Session,
-    sequence: Sequence,
     failed: oneshot::Sender<Fault>,
     abandoned: Arc<AtomicBool>,
 }
 
+impl scheduler::Session for Attached {
+    /// It goes on until somebody else ends it.
+    type Ending = Infallible;
+
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    fn reach(&self) -> usize {
+        self.session.reach()
+    }
+
+    fn is_prefilling(&self) -> bool {
+        self.session.is_catching_up()
+    }
+
+    fn prompt(&self) -> &[u32] {
+        self.session.prompt()
+    }
+
+    fn cached(&self) -> usize {
+        self.session.cached()
+    }
+
+    fn set_cached(&mut self, cached: usize) {
+        self.session.set_cached(cached);
+    }
+
+    fn plan(&mut self, _now: Instant) -> Plan {
+        self.session.plan()
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work {
+            tokens: self.session.input(),
+            lists: self.session.lists(),
+            logits: self.session.logit_rows(),
+            capture: self.session.capture(),
+            masses: false,
+        }
+    }
+
+    fn settle(&mut self, output: &StepOutput) -> Result<Option<Infallible>, Fault> {
+        self.session.settle(output).map(|()| None)
+    }
+}
+
 /// The loop's state.
 pub(crate) struct EngineLoop {
-    model: Model,
+    scheduler: Scheduler<Attached>,
     inbox: Inbox<Command>,
-    load: Arc<LoadGauge>,
-    slots: Vec<Slot>,
-    /// The slot whose turn it is.
-    turn: usize,
 }
 
 impl EngineLoop {
     /// A loop without sessions.
-    pub(crate) fn new(model: Model, inbox: Inbox<Command>, load: Arc<LoadGauge>) -> Self {
-        Self {
-            model,
-            inbox,
-            load,
-            slots: Vec::new(),
-            turn: 0,
-        }
+    pub(crate) fn new(scheduler: Scheduler<Attached>, inbox: Inbox<Command>) -> Self {
+        Self { scheduler, inbox }
     }
 
     /// Runs until nothing can reach the inbox any more.
@@ -93,10 +132,14 @@ impl EngineLoop {
                     Received::Closed => return,
                 }
             }
-            if self.work() {
-                continue;
-            }
-            match self.inbox.wait(None) {
+            let deadline = match self.scheduler.step() {
+                Stepped::Ran(gone) => {
+                    gone.into_iter().for_each(part);
+                    continue;
+                }
+                Stepped::Idle(deadline) => deadline,
+            };
+            match self.inbox.wait(deadline) {
                 Received::Message(command) => self.handle(command),
                 Received::TimedOut => {}
                 Received::Closed => return,
@@ -112,110 +155,40 @@ impl EngineLoop {
             }
             Command::Welcome { key, welcome } => self.tell(key, |session| session.join(*welcome)),
             Command::Verdict { key, verdict } => self.tell(key, |session| session.judge(verdict)),
-            Command::Sweep => {
-                for at in (0..self.slots.len()).rev() {
-                    if self.slots[at].abandoned.load(Ordering::Acquire) {
-                        self.remove(at);
-                    }
-                }
-            }
+            Command::Sweep => self.scheduler.sweep().into_iter().for_each(part),
         }
     }
 
     /// Hands a session what the verify worker sent; one that is gone already needs it no more.
     fn tell(&mut self, key: SessionKey, told: impl FnOnce(&mut Session) -> Result<(), Fault>) {
-        let Some(at) = self.slots.iter().position(|slot| slot.key == key) else {
+        let Some(attached) = self.scheduler.find(|attached| attached.key == key) else {
             return;
         };
-        let slot = &mut self.slots[at];
-        let result = told(&mut slot.session);
-        slot.sequence.truncate(slot.session.cached());
-        if let Err(fault) = result {
-            self.give_up(at, fault);
+        if let Err(fault) = told(&mut attached.session)
+            && let Some(attached) = self.scheduler.remove(|attached| attached.key == key)
+        {
+            part((attached, Exit::Failed(fault)));
         }
     }
 
     fn open(&mut self, new: NewSession) -> Result<(), Fault> {
-        if self.slots.len() >= self.load.sessions_max() {
-            return Err(Fault::exhausted("every session slot is taken"));
-        }
-        let sequence = self
-            .model
-            .new_sequence(new.spec.capacity)
-            .map_err(|error| match error {
-                EngineError::KvExhausted { .. } => Fault::exhausted(error.to_string()),
-                other => Fault::InvalidArgument(other.to_string()),
-            })?;
-        let shape = DraftShape::from(self.model.config());
-        self.slots.push(Slot {
+        let shape = DraftShape::from(self.scheduler.model().config());
+        let room = new.spec.capacity;
+        let attached = Attached {
             key: new.key,
             session: Session::new(new.spec, shape, new.proposals),
-            sequence,
             failed: new.failed,
             abandoned: new.abandoned,
-        });
-        self.load.set_sessions(self.slots.len());
-        Ok(())
-    }
-
-    /// Runs one forward, of the session whose turn it is or the next one that has work. False when none has.
-    fn work(&mut self) -> bool {
-        for _ in 0..self.slots.len() {
-            if self.turn >= self.slots.len() {
-                self.turn = 0;
-            }
-            let at = self.turn;
-            self.turn += 1;
-            if self.slots[at].abandoned.load(Ordering::Acquire) {
-                self.remove(at);
-                return true;
-            }
-            if self.slots[at].session.plan() == Plan::Run {
-                self.run_pass(at);
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Runs the planned forward of the session in slot `at`.
-    fn run_pass(&mut self, at: usize) {
-        let Slot {
-            session, sequence, ..
-        } = &mut self.slots[at];
-        let step = Step {
-            tokens: session.input(),
-            lists: session.lists(),
-            logits: session.logit_rows(),
-            capture: session.capture(),
-            masses: false,
-            sequence,
         };
-        self.load.add_tokens(step.tokens.len());
-        let settled = match self.model.forward(&mut [step]).as_deref() {
-            Ok([output]) => session.settle(output),
-            Ok(_) => unreachable!("a batch of one step yields one output"),
-            Err(error) => Err(Fault::Internal(error.to_string())),
-        };
-        if let Err(fault) = settled {
-            self.give_up(at, fault);
-        }
+        self.scheduler.open(attached, room)
     }
+}
 
-    fn give_up(&mut self, at: usize, fault: Fault) {
+/// Tells why a session was given up, if it was.
+fn part((attached, exit): (Attached, Exit<Infallible>)) {
+    if let Exit::Failed(fault) = exit {
         tracing::warn!(%fault, "session given up");
         // Nobody to tell when the link is gone already.
-        let _ = self.remove(at).send(fault);
-    }
-
-    /// Frees a session's KV blocks and its slot.
-    fn remove(&mut self, at: usize) -> oneshot::Sender<Fault> {
-        let slot = self.slots.remove(at);
-        if at < self.turn {
-            self.turn -= 1;
-        }
-        drop(slot.sequence);
-        self.load.set_sessions(self.slots.len());
-        slot.failed
+        let _ = attached.failed.send(fault);
     }
 }

@@ -12,17 +12,17 @@
 use specattn_engine::sampling::{
     CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
 };
-use specattn_engine::{EngineError, HeadLists, KvReads, LogitRows, ModelConfig, StepOutput};
+use specattn_engine::{
+    CHUNK_TOKENS, EngineError, HeadLists, KvReads, LogitRows, ModelConfig, StepOutput,
+};
 use specattn_mask::{MaskPolicy, Source};
 use specattn_proto::Fault;
+use specattn_worker::Plan;
 use tokio::sync::mpsc;
 
 use crate::args::Drafting;
 use crate::own_reads::OwnReads;
 use crate::rows::RowSelector;
-
-/// Tokens of a catch-up processed in one forward.
-const CATCH_UP_CHUNK: usize = 512;
 
 /// Most tokens fed by a draft step; what is missing beyond them is caught up first.
 const STEP_TOKENS: usize = 32;
@@ -104,15 +104,6 @@ pub(crate) struct Proposal {
     pub(crate) kv: KvReads,
 }
 
-/// What to do now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Plan {
-    /// Run a forward over [`Session::input`].
-    Run,
-    /// Nothing until a verdict arrives.
-    Idle,
-}
-
 /// The forward under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pass {
@@ -155,6 +146,8 @@ pub(crate) struct Session {
     shape: DraftShape,
     /// The session's tokens c[0..n), as far as told.
     tokens: Vec<u32>,
+    /// The first tokens, all but the last of those that the gateway knew: what others may have processed too.
+    prompt_end: usize,
     /// This round's d1..dk.
     draft: Vec<DraftToken>,
     cached: usize,
@@ -175,6 +168,7 @@ impl Session {
         proposals: mpsc::Sender<Proposal>,
     ) -> Self {
         Self {
+            prompt_end: spec.tokens.len() - 1,
             tokens: std::mem::take(&mut spec.tokens),
             spec,
             shape,
@@ -307,6 +301,7 @@ impl Session {
             if base + same < n {
                 // Provisional tokens were withdrawn, and the drafts behind them mean nothing.
                 self.tokens.truncate(base + same);
+                self.prompt_end = self.prompt_end.min(base + same);
                 self.cached = self.cached.min(base + same);
                 self.draft.clear();
             }
@@ -343,24 +338,50 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the next forward is a chunk of tokens that the draft has to catch up with.
+    pub(crate) fn is_catching_up(&self) -> bool {
+        let missing = (self.tokens.len() - 1).saturating_sub(self.cached);
+        !self.is_waiting() && (missing >= STEP_TOKENS || (missing > 0 && !self.drafts()))
+    }
+
+    /// Whether a whole round is out.
+    fn is_waiting(&self) -> bool {
+        self.joined.as_ref().is_some_and(|joined| joined.waiting)
+    }
+
+    /// Whether there is a round to draft.
+    fn drafts(&self) -> bool {
+        self.joined.is_some() && self.round_length() > 0
+    }
+
+    /// Positions that must have blocks: all tokens, and those of a round.
+    pub(crate) fn reach(&self) -> usize {
+        self.tokens.len() + self.spec.draft_length
+    }
+
+    /// Tokens that the draft catches up with chunk by chunk.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_end]
+    }
+
+    /// The KV cache holds `cached` positions of the text now.
+    pub(crate) fn set_cached(&mut self, cached: usize) {
+        self.cached = cached;
+    }
+
     /// Says what to do now.
     pub(crate) fn plan(&mut self) -> Plan {
         let pending = self.tokens.len() - 1;
         self.input.clear();
-        let drafts = match &self.joined {
-            Some(joined) if joined.waiting => return Plan::Idle,
-            Some(_) => self.round_length() > 0,
-            None => false,
-        };
-        let missing = pending.saturating_sub(self.cached);
-        if missing >= STEP_TOKENS || (missing > 0 && !drafts) {
-            let end = pending.min(self.cached + CATCH_UP_CHUNK);
+        if self.is_catching_up() {
+            // The same chunks wherever catching up begins: others may have processed them.
+            let end = pending.min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::CatchUp;
             return Plan::Run;
         }
-        if !drafts {
-            return Plan::Idle;
+        if self.is_waiting() || !self.drafts() {
+            return Plan::Wait(None);
         }
         let n = self.tokens.len();
         if self.cached < n {

@@ -9,7 +9,7 @@ use specattn_proto::v1::draft_service_server::DraftServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
-use specattn_worker::{EngineThread, LoadGauge, ServedModel, WorkerError, inbox};
+use specattn_worker::{EngineThread, LoadGauge, Scheduler, ServedModel, WorkerError, inbox};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -63,7 +63,8 @@ impl Worker {
             draining: shutdown.clone(),
             sessions: AtomicU64::new(0),
         };
-        let engine_loop = EngineLoop::new(model, inbox, Arc::clone(&load));
+        let scheduler = Scheduler::new(model, Arc::clone(&load), config.model.limits);
+        let engine_loop = EngineLoop::new(scheduler, inbox);
         let host = Host {
             role: WorkerRole::Draft,
             server: config.server,

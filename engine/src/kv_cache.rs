@@ -1,21 +1,64 @@
 //! Paged KV cache: blocks of positions, a block table per sequence, truncation for rollback, a hard budget.
 //!
-//! A [`BlockPool`] hands out block numbers; the memory behind them is the backend's. A [`Sequence`] reserves every
-//! block it may ever need when it is made, so a running session cannot fail for want of memory, and gives them back
-//! when it is dropped.
+//! A [`BlockPool`] hands out block numbers; the memory behind them is the backend's. A [`Sequence`] takes blocks as it is
+//! told to ([`Sequence::reserve`]) and gives them back when it is dropped or told to. Whole chunks of a prompt can be
+//! shared: [`Sequence::publish`] puts those just computed into the pool's [`PrefixTree`], [`Sequence::adopt`] takes what
+//! is there. A block is free, or held by one sequence, or part of a shared chunk; chunks that nobody uses are given up
+//! when blocks run out.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::EngineError;
+pub use crate::prefix::CHUNK_TOKENS;
+use crate::prefix::{CHUNK_BLOCKS, ChunkBlocks, NodeId, PrefixTree};
 
 /// Positions per block.
 pub const BLOCK_TOKENS: usize = 64;
 
-/// The free blocks of a model's KV memory.
+/// What sharing came to since the pool was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SharingCounters {
+    /// Tokens whose entries were adopted instead of computed.
+    pub adopted_tokens: u64,
+    /// Blocks of unused chunks that were given up for others.
+    pub evicted_blocks: u64,
+}
+
+/// The blocks of a model's KV memory.
 #[derive(Debug)]
 pub struct BlockPool {
-    free: Mutex<Vec<u32>>,
+    state: Mutex<State>,
     total: usize,
+}
+
+#[derive(Debug)]
+struct State {
+    free: Vec<u32>,
+    prefixes: PrefixTree,
+    sharing: SharingCounters,
+}
+
+impl State {
+    fn available(&self) -> usize {
+        self.free.len() + self.prefixes.unused_blocks()
+    }
+
+    /// Takes `count` blocks into `blocks`, or none at all.
+    fn take(&mut self, count: usize, blocks: &mut Vec<u32>) -> bool {
+        if count > self.available() {
+            return false;
+        }
+        while self.free.len() < count {
+            let Some(evicted) = self.prefixes.evict() else {
+                return false;
+            };
+            self.sharing.evicted_blocks += CHUNK_BLOCKS as u64;
+            self.free.extend(evicted);
+        }
+        let at = self.free.len() - count;
+        blocks.extend(self.free.drain(at..));
+        true
+    }
 }
 
 impl BlockPool {
@@ -23,14 +66,28 @@ impl BlockPool {
     pub(crate) fn new(total: usize) -> Arc<Self> {
         let last = u32::try_from(total).expect("fewer than 2^32 blocks");
         Arc::new(Self {
-            free: Mutex::new((0..last).rev().collect()),
+            state: Mutex::new(State {
+                free: (0..last).rev().collect(),
+                prefixes: PrefixTree::default(),
+                sharing: SharingCounters::default(),
+            }),
             total,
         })
     }
 
-    /// Blocks in use.
+    /// Blocks that sequences hold, each counted once however many share it.
     pub fn used(&self) -> usize {
-        self.total - self.free().len()
+        self.total - self.available()
+    }
+
+    /// Blocks of shared chunks that no sequence uses now.
+    pub fn cached(&self) -> usize {
+        self.state().prefixes.unused_blocks()
+    }
+
+    /// Blocks that a sequence could take: free ones, and those of chunks that nobody uses.
+    pub fn available(&self) -> usize {
+        self.state().available()
     }
 
     /// Blocks in all.
@@ -38,29 +95,25 @@ impl BlockPool {
         self.total
     }
 
-    fn free(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What sharing came to.
+    pub fn sharing(&self) -> SharingCounters {
+        self.state().sharing
     }
 
-    /// Takes blocks for `max_tokens` positions.
-    pub(crate) fn sequence(self: &Arc<Self>, max_tokens: usize) -> Result<Sequence, EngineError> {
-        let wanted = max_tokens.div_ceil(BLOCK_TOKENS);
-        let mut free = self.free();
-        if wanted > free.len() {
-            return Err(EngineError::KvExhausted {
-                wanted,
-                free: free.len(),
-                total: self.total,
-            });
-        }
-        let at = free.len() - wanted;
-        let blocks = free.split_off(at);
-        Ok(Sequence {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while holding the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An empty sequence that may grow to `max_tokens`; it holds no block yet.
+    pub(crate) fn sequence(self: &Arc<Self>, max_tokens: usize) -> Sequence {
+        Sequence {
             pool: Arc::clone(self),
-            blocks,
+            blocks: Vec::new(),
+            shared: Vec::new(),
             len: 0,
             capacity: max_tokens,
-        })
+        }
     }
 }
 
@@ -68,7 +121,10 @@ impl BlockPool {
 #[derive(Debug)]
 pub struct Sequence {
     pool: Arc<BlockPool>,
+    /// Those of the shared chunks first.
     blocks: Vec<u32>,
+    /// The chunks from the beginning on whose blocks are in the pool's tree.
+    shared: Vec<NodeId>,
     len: usize,
     capacity: usize,
 }
@@ -89,9 +145,138 @@ impl Sequence {
         self.capacity
     }
 
-    /// Forgets positions from `len` on (rollback). Longer lengths change nothing.
+    /// Positions there are blocks for.
+    pub fn room(&self) -> usize {
+        self.capacity.min(self.blocks.len() * BLOCK_TOKENS)
+    }
+
+    /// Takes blocks for positions up to `tokens`, at most the capacity.
+    ///
+    /// # Errors
+    /// [`EngineError::KvExhausted`] when there are not enough; none is taken then.
+    pub fn reserve(&mut self, tokens: usize) -> Result<(), EngineError> {
+        let wanted = tokens.min(self.capacity).div_ceil(BLOCK_TOKENS);
+        let missing = wanted.saturating_sub(self.blocks.len());
+        if missing == 0 {
+            return Ok(());
+        }
+        let mut state = self.pool.state();
+        if state.take(missing, &mut self.blocks) {
+            return Ok(());
+        }
+        Err(EngineError::KvExhausted {
+            wanted: missing,
+            free: state.available(),
+            total: self.pool.total,
+        })
+    }
+
+    /// Takes over the shared chunks of `prompt` that follow what the sequence holds, as far as there are any and the
+    /// sequence is at a chunk's end; gives the new length. Blocks reserved for them are given back.
+    ///
+    /// `prompt`: tokens from the beginning of the sequence on.
+    pub fn adopt(&mut self, prompt: &[u32]) -> usize {
+        if self.len != self.shared.len() * CHUNK_TOKENS {
+            return self.len;
+        }
+        let prompt = &prompt[..prompt.len().min(self.capacity)];
+        let mut state = self.pool.state();
+        for chunk in prompt.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
+            let found = state.prefixes.find(self.shared.last().copied(), chunk);
+            let Some(id) = found else { break };
+            let Some(blocks) = state.prefixes.enter(id) else {
+                break;
+            };
+            let given_back = replace(&mut self.blocks, self.shared.len(), blocks);
+            state.free.extend(given_back);
+            state.sharing.adopted_tokens += CHUNK_TOKENS as u64;
+            self.shared.push(id);
+            self.len += CHUNK_TOKENS;
+        }
+        self.len
+    }
+
+    /// Shares the chunks of `prompt` that the sequence holds. The caller vouches that each was computed by a dense pass of
+    /// its own over exactly these tokens.
+    ///
+    /// `prompt`: tokens from the beginning of the sequence on.
+    pub fn publish(&mut self, prompt: &[u32]) {
+        let held = &prompt[..prompt.len().min(self.len)];
+        let mut state = self.pool.state();
+        for chunk in held.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
+            let (parent, index) = (self.shared.last().copied(), self.shared.len());
+            let id = match state.prefixes.find(parent, chunk) {
+                // Another sequence was first: one copy is enough.
+                Some(id) => {
+                    let Some(blocks) = state.prefixes.enter(id) else {
+                        return;
+                    };
+                    let given_back = replace(&mut self.blocks, index, blocks);
+                    state.free.extend(given_back);
+                    id
+                }
+                None => {
+                    let mut blocks = ChunkBlocks::default();
+                    blocks.copy_from_slice(&self.blocks[index * CHUNK_BLOCKS..][..CHUNK_BLOCKS]);
+                    state.prefixes.insert(parent, chunk, blocks)
+                }
+            };
+            self.shared.push(id);
+        }
+    }
+
+    /// Blocks that the sequence would take to hold `tokens` positions beginning with `prompt`: those that are free now or
+    /// belong to chunks that nobody uses. What others use already costs nothing.
+    pub fn cost(&self, prompt: &[u32], tokens: usize) -> usize {
+        let wanted = tokens.min(self.capacity).div_ceil(BLOCK_TOKENS);
+        let state = self.pool.state();
+        let mut last = self.shared.last().copied();
+        let mut found = 0;
+        for chunk in prompt.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
+            match state.prefixes.find(last, chunk) {
+                Some(id) if !state.prefixes.is_unused(id) => last = Some(id),
+                _ => break,
+            }
+            found += CHUNK_BLOCKS;
+        }
+        wanted.saturating_sub(
+            self.blocks
+                .len()
+                .max(self.shared.len() * CHUNK_BLOCKS + found),
+        )
+    }
+
+    /// Forgets positions from `len` on (rollback). Longer lengths change nothing. Within shared chunks, which others may
+    /// read, forgetting goes back to the last one's beginning.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        if len >= self.len {
+            return;
+        }
+        self.len = len;
+        let whole = len / CHUNK_TOKENS;
+        if whole < self.shared.len() {
+            self.len = whole * CHUNK_TOKENS;
+            self.give_back(whole);
+        }
+    }
+
+    /// Gives every block back and holds nothing.
+    pub fn clear(&mut self) {
+        self.len = 0;
+        self.give_back(0);
+    }
+
+    /// Gives back all blocks but those of the first `chunks` shared chunks.
+    fn give_back(&mut self, chunks: usize) {
+        let mut state = self.pool.state();
+        let own = self.shared.len() * CHUNK_BLOCKS;
+        if own < self.blocks.len() {
+            state.free.extend(self.blocks.drain(own..));
+        }
+        for id in self.shared.drain(chunks..).rev() {
+            state.prefixes.leave(id);
+        }
+        self.blocks.truncate(chunks * CHUNK_BLOCKS);
     }
 
     /// The block table.
@@ -102,7 +287,7 @@ impl Sequence {
     /// Counts `tokens` more positions as held.
     pub(crate) fn extend(&mut self, tokens: usize) {
         self.len += tokens;
-        debug_assert!(self.len <= self.capacity);
+        debug_assert!(self.len <= self.room());
     }
 
     /// Whether the sequence's blocks come from `pool`.
@@ -111,42 +296,18 @@ impl Sequence {
     }
 }
 
+/// Puts a chunk's blocks into a block table; gives those that were reserved there.
+fn replace(table: &mut Vec<u32>, chunk: usize, blocks: ChunkBlocks) -> Vec<u32> {
+    let first = chunk * CHUNK_BLOCKS;
+    let end = table.len().min(first + CHUNK_BLOCKS);
+    table.splice(first..end, blocks).collect()
+}
+
 impl Drop for Sequence {
     fn drop(&mut self) {
-        self.pool.free().append(&mut self.blocks);
+        self.give_back(0);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn budget_is_hard_and_blocks_come_back() {
-        let pool = BlockPool::new(4);
-        let a = pool.sequence(3 * BLOCK_TOKENS - 1).unwrap();
-        assert_eq!((pool.used(), pool.total()), (3, 4));
-        assert!(matches!(
-            pool.sequence(2 * BLOCK_TOKENS),
-            Err(EngineError::KvExhausted {
-                wanted: 2,
-                free: 1,
-                total: 4
-            })
-        ));
-        drop(a);
-        assert_eq!(pool.used(), 0);
-        assert_eq!(pool.sequence(4 * BLOCK_TOKENS).unwrap().blocks().len(), 4);
-    }
-
-    #[test]
-    fn truncation_only_shortens() {
-        let pool = BlockPool::new(1);
-        let mut s = pool.sequence(10).unwrap();
-        s.extend(7);
-        s.truncate(9);
-        assert_eq!(s.len(), 7);
-        s.truncate(3);
-        assert_eq!(s.len(), 3);
-    }
-}
+mod tests;

@@ -16,6 +16,7 @@ pub mod device;
 pub mod error;
 pub mod kv_cache;
 pub mod model;
+mod prefix;
 pub mod sampling;
 mod transformer;
 
@@ -26,5 +27,5 @@ pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;
 pub use device::DeviceChoice;
 pub use error::EngineError;
-pub use kv_cache::{BlockPool, Sequence};
+pub use kv_cache::{BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};
 pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};

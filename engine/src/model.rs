@@ -259,6 +259,16 @@ impl Model {
     /// # Errors
     /// [`EngineError::KvExhausted`] or [`EngineError::ContextTooLong`].
     pub fn new_sequence(&self, max_tokens: usize) -> Result<Sequence, EngineError> {
+        let mut sequence = self.empty_sequence(max_tokens)?;
+        sequence.reserve(max_tokens)?;
+        Ok(sequence)
+    }
+
+    /// Opens an empty sequence that may grow to `max_tokens` and holds no KV block yet: see [`Sequence::reserve`].
+    ///
+    /// # Errors
+    /// [`EngineError::ContextTooLong`].
+    pub fn empty_sequence(&self, max_tokens: usize) -> Result<Sequence, EngineError> {
         let max = self.config().max_context;
         if max_tokens > max {
             return Err(EngineError::ContextTooLong {
@@ -266,10 +276,10 @@ impl Model {
                 max,
             });
         }
-        self.blocks.sequence(max_tokens)
+        Ok(self.blocks.sequence(max_tokens))
     }
 
-    /// (used, total) KV blocks; reserved blocks count as used.
+    /// (used, total) KV blocks; reserved blocks count as used, those of prefixes that nobody uses do not.
     pub fn kv_blocks(&self) -> (usize, usize) {
         (self.blocks.used(), self.blocks.total())
     }
@@ -327,6 +337,10 @@ impl Model {
                 len: past + step.tokens.len(),
                 max: step.sequence.capacity(),
             });
+        }
+        if past + step.tokens.len() > step.sequence.room() {
+            let reason = format!("it has blocks for {} tokens", step.sequence.room());
+            return invalid("sequence", reason);
         }
         let vocab_size = config.vocab_size;
         if let Some(&token) = step.tokens.iter().find(|&&t| t as usize >= vocab_size) {

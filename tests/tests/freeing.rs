@@ -83,7 +83,7 @@ async fn every_ending_frees_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn room_is_reserved_at_once_and_refused_when_there_is_none() {
+async fn what_could_never_fit_is_refused_and_all_else_takes_turns() {
     let arguments = ["--kv-cache-mib", "32", "--max-sessions", "3"];
     let folder = specattn_tests::process::target();
     let line = [
@@ -97,15 +97,18 @@ async fn room_is_reserved_at_once_and_refused_when_there_is_none() {
     assert_eq!(load.kv_blocks_used, 0);
     let tokens = u32::try_from(load.kv_blocks_total).unwrap() * 64;
     let most = tokens - 17 - prompt().len() as u32;
-    let mut first = Session::open(channel.clone(), open_request(&prompt(), most))
-        .await
-        .unwrap();
-    assert_eq!(verify.load().await.kv_blocks_used, load.kv_blocks_total);
-    let refused = Session::open(channel.clone(), open_request(&prompt(), 1))
+    let refused = Session::open(channel.clone(), open_request(&prompt(), most + 1))
         .await
         .unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
-    // The refusal disturbs nobody.
+    // One that will need the whole cache leaves room to others until it does.
+    let mut first = Session::open(channel.clone(), open_request(&prompt(), most))
+        .await
+        .unwrap();
+    let mut second = Session::open(channel.clone(), open_request(&prompt(), 40))
+        .await
+        .unwrap();
+    second.finish().await.unwrap();
     first.at_least(20).await.unwrap();
     drop(first);
     verify.is_idle().await;

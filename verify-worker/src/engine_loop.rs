@@ -1,28 +1,27 @@
 //! [`EngineLoop`]: the one thread that owns the target model and every session.
 //!
-//! It alternates between the inbox and the sessions: first everything that arrived, then one unit of work (a prompt
-//! chunk, a round or a step alone) of the next session that has any, in turn. When no session has work it waits for
-//! a message, or for the end of a session's patience with its draft. Sessions only plan and settle; which of them runs
-//! next, and how many at once, is decided here and nowhere else.
+//! It alternates between the inbox and the [`Scheduler`]: first everything that arrived, then one batch of whatever is
+//! ready. When no session has work it waits for a message, or for the end of a session's patience with its draft.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use specattn_engine::{EngineError, Model, Sequence, Step};
+use specattn_engine::StepOutput;
 use specattn_mask::LayerMap;
 use specattn_proto::{Fault, SessionId, limits};
-use specattn_worker::{Inbox, LoadGauge, Received};
+use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
+use specattn_worker::{Inbox, Received};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::draft_link::{LinkEvent, LinkId, NewLink, ProposalPart};
 use crate::events::{Ending, Outbox};
 use crate::payoff::Findings;
-use crate::session::{Plan, Session, SessionSpec};
+use crate::session::{Session, SessionSpec};
 
 /// Messages that may wait for the engine.
 pub(crate) const INBOX_CAPACITY: usize = 256;
 
-/// Messages taken between two units of work.
+/// Messages taken between two batches.
 const BURST: usize = 64;
 
 /// Positions that a round may write beyond the session's last token: the most draft tokens, and the pending input.
@@ -69,48 +68,74 @@ pub(crate) enum Command {
     Sweep,
 }
 
-/// A session and its KV cache.
-struct Slot {
-    session: Session,
-    sequence: Sequence,
-}
+impl scheduler::Session for Session {
+    type Ending = Ending;
 
-/// What the sessions had to do.
-enum Work {
-    Done,
-    /// Nothing before then, or at all.
-    Idle(Option<Instant>),
+    fn is_abandoned(&self) -> bool {
+        self.is_abandoned()
+    }
+
+    fn reach(&self) -> usize {
+        self.reach()
+    }
+
+    fn is_prefilling(&self) -> bool {
+        self.is_prefilling()
+    }
+
+    fn prompt(&self) -> &[u32] {
+        self.prompt()
+    }
+
+    fn cached(&self) -> usize {
+        self.cached()
+    }
+
+    fn set_cached(&mut self, cached: usize) {
+        self.set_cached(cached);
+    }
+
+    fn plan(&mut self, now: Instant) -> Plan {
+        self.plan(now)
+    }
+
+    fn work(&self) -> Work<'_> {
+        Work {
+            tokens: self.input(),
+            lists: self.lists(),
+            logits: self.logit_rows(),
+            capture: &[],
+            masses: self.wants_masses(),
+        }
+    }
+
+    fn settle(&mut self, output: &StepOutput) -> Result<Option<Ending>, Fault> {
+        self.settle(output)
+            .map_err(|error| Fault::Internal(error.to_string()))
+    }
 }
 
 /// The loop's state.
 pub(crate) struct EngineLoop {
-    model: Model,
+    scheduler: Scheduler<Session>,
     inbox: Inbox<Command>,
-    load: Arc<LoadGauge>,
     draft_timeout: Duration,
     /// Whether drafts paid so far.
     findings: Arc<Findings>,
-    slots: Vec<Slot>,
-    /// The slot whose turn it is.
-    turn: usize,
 }
 
 impl EngineLoop {
     /// A loop without sessions.
     pub(crate) fn new(
-        model: Model,
+        scheduler: Scheduler<Session>,
         inbox: Inbox<Command>,
-        load: Arc<LoadGauge>,
         draft_timeout: Duration,
     ) -> Self {
         Self {
-            model,
+            scheduler,
             inbox,
-            load,
             draft_timeout,
             findings: Arc::default(),
-            slots: Vec::new(),
-            turn: 0,
         }
     }
 
@@ -124,8 +149,12 @@ impl EngineLoop {
                     Received::Closed => return,
                 }
             }
-            let Work::Idle(deadline) = self.work() else {
-                continue;
+            let deadline = match self.scheduler.step() {
+                Stepped::Ran(gone) => {
+                    gone.into_iter().for_each(part);
+                    continue;
+                }
+                Stepped::Idle(deadline) => deadline,
             };
             match self.inbox.wait(deadline) {
                 Received::Message(command) => self.handle(command),
@@ -160,10 +189,8 @@ impl EngineLoop {
                     slots,
                     timeout: self.draft_timeout,
                 };
-                let joined = self
-                    .find(session)
-                    .and_then(|at| self.slots[at].session.join(new, known_tokens, map));
-                let _ = reply.send(joined);
+                let joined = self.find(session).ok_or_else(unknown);
+                let _ = reply.send(joined.and_then(|found| found.join(new, known_tokens, map)));
             }
             Command::Propose {
                 session,
@@ -171,8 +198,8 @@ impl EngineLoop {
                 part,
                 permit,
             } => {
-                if let Ok(at) = self.find(session) {
-                    self.slots[at].session.receive(link, part);
+                if let Some(found) = self.find(session) {
+                    found.receive(link, part);
                 }
                 drop(permit);
             }
@@ -181,8 +208,8 @@ impl EngineLoop {
                 link,
                 fault,
             } => {
-                if let Ok(at) = self.find(session) {
-                    self.slots[at].session.leave(link, fault);
+                if let Some(found) = self.find(session) {
+                    found.leave(link, fault);
                 }
             }
             Command::Close {
@@ -190,122 +217,50 @@ impl EngineLoop {
                 ending,
                 reply,
             } => {
-                let closed = self.find(session).map(|at| self.end(at, ending, None));
-                let _ = reply.send(closed);
+                let closed = self.scheduler.remove(|open| open.id() == session);
+                let closed = closed.map(|open| part((open, Exit::Ended(ending))));
+                let _ = reply.send(closed.ok_or_else(unknown));
             }
-            Command::Sweep => {
-                for at in (0..self.slots.len()).rev() {
-                    if self.slots[at].session.is_abandoned() {
-                        self.end(at, Ending::Cancelled, None);
-                    }
-                }
-            }
+            Command::Sweep => self.scheduler.sweep().into_iter().for_each(part),
         }
     }
 
-    fn find(&self, session: SessionId) -> Result<usize, Fault> {
-        self.slots
-            .iter()
-            .position(|slot| slot.session.id() == session)
-            .ok_or_else(|| Fault::NotFound("no such session".to_owned()))
+    fn find(&mut self, session: SessionId) -> Option<&mut Session> {
+        self.scheduler.find(|open| open.id() == session)
     }
 
     fn open(&mut self, spec: SessionSpec, outbox: Outbox) -> Result<(), Fault> {
-        if self.find(spec.id).is_ok() {
+        if self.find(spec.id).is_some() {
             return Err(Fault::AlreadyExists("the session id is in use".to_owned()));
         }
-        if self.slots.len() >= self.load.sessions_max() {
-            return Err(Fault::exhausted("every session slot is taken"));
-        }
-        let config = self.model.config();
+        let config = self.scheduler.model().config();
         let room = (spec.limit + ROUND_ROOM).min(config.max_context);
         let session = Session::new(spec, config.vocab_size, outbox, &self.findings)
             .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
-        let sequence = self.model.new_sequence(room).map_err(refusal)?;
-        tracing::info!(session_id = %session.id(), tokens = session.len(), "session opened");
-        self.slots.push(Slot { session, sequence });
-        self.load.set_sessions(self.slots.len());
-        if self.slots[self.slots.len() - 1].session.is_over() {
-            self.end(self.slots.len() - 1, Ending::Length, None);
+        let (id, is_over) = (session.id(), session.is_over());
+        tracing::info!(session_id = %id, tokens = session.len(), "session opened");
+        self.scheduler.open(session, room)?;
+        if is_over && let Some(session) = self.scheduler.remove(|open| open.id() == id) {
+            part((session, Exit::Ended(Ending::Length)));
         }
         Ok(())
     }
-
-    /// Does one unit of work, of the session whose turn it is or the next one that has any.
-    fn work(&mut self) -> Work {
-        let now = Instant::now();
-        let mut earliest: Option<Instant> = None;
-        for _ in 0..self.slots.len() {
-            if self.turn >= self.slots.len() {
-                self.turn = 0;
-            }
-            let at = self.turn;
-            self.turn += 1;
-            if self.slots[at].session.is_abandoned() {
-                self.end(at, Ending::Cancelled, None);
-                return Work::Done;
-            }
-            match self.slots[at].session.plan(now) {
-                Plan::Run => {
-                    self.run_pass(at);
-                    return Work::Done;
-                }
-                Plan::Wait(until) => {
-                    earliest = Some(earliest.map_or(until, |earliest| earliest.min(until)));
-                }
-            }
-        }
-        Work::Idle(earliest)
-    }
-
-    /// Runs the planned forward of the session in slot `at`.
-    fn run_pass(&mut self, at: usize) {
-        let Slot { session, sequence } = &mut self.slots[at];
-        sequence.truncate(session.cached());
-        let step = Step {
-            tokens: session.input(),
-            lists: session.lists(),
-            logits: session.logit_rows(),
-            capture: &[],
-            masses: session.wants_masses(),
-            sequence,
-        };
-        self.load.add_tokens(step.tokens.len());
-        let settled =
-            self.model
-                .forward(&mut [step])
-                .and_then(|outputs| match outputs.as_slice() {
-                    [output] => session.settle(output),
-                    _ => unreachable!("a batch of one step yields one output"),
-                });
-        match settled {
-            Ok(None) => {}
-            Ok(Some(ending)) => self.end(at, ending, None),
-            Err(error) => {
-                tracing::error!(session_id = %self.slots[at].session.id(), %error, "session failed");
-                let failure = Fault::Internal(error.to_string());
-                self.end(at, Ending::Error, Some(failure));
-            }
-        }
-    }
-
-    /// Frees the session's KV blocks and its slot, then tells of its end.
-    fn end(&mut self, at: usize, ending: Ending, failure: Option<Fault>) {
-        let Slot { session, sequence } = self.slots.remove(at);
-        if at < self.turn {
-            self.turn -= 1;
-        }
-        drop(sequence);
-        self.load.set_sessions(self.slots.len());
-        tracing::info!(session_id = %session.id(), ?ending, tokens = session.len(), "session ended");
-        session.finish(ending, failure);
-    }
 }
 
-/// Why a session cannot have its KV blocks.
-fn refusal(error: EngineError) -> Fault {
-    match error {
-        EngineError::KvExhausted { .. } => Fault::exhausted(error.to_string()),
-        other => Fault::InvalidArgument(other.to_string()),
+/// Tells of the end of a session whose KV blocks are free.
+fn part((session, exit): (Session, Exit<Ending>)) {
+    let (ending, failure) = match exit {
+        Exit::Ended(ending) => (ending, None),
+        Exit::Abandoned => (Ending::Cancelled, None),
+        Exit::Failed(fault) => (Ending::Error, Some(fault)),
+    };
+    if let Some(fault) = &failure {
+        tracing::error!(session_id = %session.id(), %fault, "session failed");
     }
+    tracing::info!(session_id = %session.id(), ?ending, tokens = session.len(), "session ended");
+    session.finish(ending, failure);
+}
+
+fn unknown() -> Fault {
+    Fault::NotFound("no such session".to_owned())
 }

@@ -2,7 +2,7 @@
 //!
 //! A session is a state machine without a model. [`Session::plan`] says what to do: wait, or run a forward over
 //! [`Session::input`]; [`Session::settle`] takes the forward's output, adds tokens and tells draft and gateway. The
-//! engine loop runs the forwards in between, one at a time or, one day, many at once.
+//! scheduler runs the forwards in between, those of many sessions at once.
 //!
 //! The *view* is all tokens: the committed c[0..n), then in exact mode the provisional ones. Its last tokens that no
 //! dense pass has seen are the [`Run`]. A masked pass lengthens the run; a dense pass begins again at the run's first
@@ -19,10 +19,11 @@ use specattn_engine::sampling::{
     Candidate, CounterRng, Distribution, DraftToken, History, Sampler, SamplingParams,
     TokenLogprobs, token_logprobs, verify_round,
 };
-use specattn_engine::{EngineError, HeadLists, LogitRows, StepOutput};
+use specattn_engine::{CHUNK_TOKENS, EngineError, HeadLists, LogitRows, StepOutput};
 use specattn_mask::MaskPolicy;
 use specattn_proto::validate::CheckedCheckPolicy;
 use specattn_proto::{Fault, SessionId};
+use specattn_worker::Plan;
 
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
@@ -33,9 +34,6 @@ use crate::run::Run;
 use crate::stats::Stats;
 
 mod conversation;
-
-/// Tokens of the prompt processed in one forward.
-const PREFILL_CHUNK: usize = 512;
 
 /// What a gateway asks of a session, checked.
 #[derive(Debug)]
@@ -62,15 +60,6 @@ pub(crate) struct SessionSpec {
     pub(crate) draft_length: usize,
     /// In dense mode: drafts are used only while that is faster than steps alone.
     pub(crate) draft_while_it_pays: bool,
-}
-
-/// What to do now.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Plan {
-    /// Run a forward over [`Session::input`].
-    Run,
-    /// Nothing until then, unless a proposal arrives.
-    Wait(Instant),
 }
 
 /// What the forward under way is.
@@ -212,11 +201,31 @@ impl Session {
         }
     }
 
+    /// Whether the next forward is a chunk of known tokens.
+    pub(crate) fn is_prefilling(&self) -> bool {
+        self.cached < self.dense_until() - 1
+    }
+
+    /// Positions that must have blocks: all tokens, and those of a round.
+    pub(crate) fn reach(&self) -> usize {
+        self.tokens.len() + self.spec.draft_length + 1
+    }
+
+    /// The prompt tokens that are processed as a prompt, chunk by chunk.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_end()]
+    }
+
+    /// The KV cache holds `cached` positions of the view now, all of them a dense pass's own.
+    pub(crate) fn set_cached(&mut self, cached: usize) {
+        self.cached = cached;
+    }
+
     /// Says what to do now.
     pub(crate) fn plan(&mut self, now: Instant) -> Plan {
         self.input.clear();
         let first = self.dense_until() - 1;
-        if self.cached < first {
+        if self.is_prefilling() {
             let end = self.prefill_end(first);
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::Prefill;
@@ -232,7 +241,7 @@ impl Session {
             }
             let trust = self.link.as_mut().map(|link| &mut link.trust);
             if let Some(deadline) = trust.and_then(|trust| trust.deadline(now)) {
-                return Plan::Wait(deadline);
+                return Plan::Wait(Some(deadline));
             }
         }
         self.begin(Vec::new(), false);
@@ -241,10 +250,10 @@ impl Session {
 
     /// Where the chunk of known tokens that is processed next ends; all of them end at `first`.
     ///
-    /// The chunks of a prompt are the same whatever follows it, so that a session that was opened again with tokens it had
-    /// decoded elsewhere has the bits it had there.
+    /// The chunks of a prompt are the same whatever follows it and wherever processing begins, so that a session that was
+    /// opened again with tokens it had decoded elsewhere, or found some of its prompt processed, has the bits it had there.
     fn prefill_end(&self, first: usize) -> usize {
-        let end = first.min(self.cached + PREFILL_CHUNK);
+        let end = first.min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
         if self.replays() {
             end
         } else {
@@ -264,7 +273,9 @@ impl Session {
 
     /// Makes a pass of a round, or of no draft tokens at all.
     fn begin(&mut self, draft: Vec<DraftToken>, masked: bool) {
-        let due = self.oversight.is_due(self.run.len());
+        // Masked passes write approximate entries: after the cache was given up, a run has none to go on from.
+        let lost = self.cached + 1 < self.tokens.len();
+        let due = lost || self.oversight.is_due(self.run.len());
         if masked && due && self.run.is_empty() {
             // No masked pass at all: what it would have read is told all the same.
             self.oversight.round(self.kept(), 0);

@@ -9,7 +9,7 @@ use specattn_proto::v1::verify_service_server::VerifyServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
-use specattn_worker::{EngineThread, LoadGauge, ServedModel, WorkerError, inbox};
+use specattn_worker::{EngineThread, LoadGauge, Scheduler, ServedModel, WorkerError, inbox};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -74,7 +74,8 @@ impl Worker {
             draining: shutdown.clone(),
             links: AtomicU64::new(0),
         };
-        let engine_loop = EngineLoop::new(model, inbox, Arc::clone(&load), config.draft_timeout);
+        let scheduler = Scheduler::new(model, Arc::clone(&load), config.model.limits);
+        let engine_loop = EngineLoop::new(scheduler, inbox, config.draft_timeout);
         let host = Host {
             role: WorkerRole::Verify,
             server: config.server,

@@ -1,11 +1,14 @@
 //! [`ModelArgs`]: which model a worker runs, and with how much memory; [`IoArgs`]: the threads of its edge.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use specattn_engine::{DType, DeviceChoice, LoadOptions};
 use specattn_service::ServiceError;
 use tokio::runtime::{Builder, Runtime};
+
+use crate::scheduler::Limits;
 
 /// Most sessions a worker may be told to take.
 const MAX_SESSIONS: u32 = 65_536;
@@ -68,6 +71,18 @@ pub struct ModelArgs {
     /// Most sessions at a time
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_sessions: u32,
+
+    /// Most tokens of generating sessions in one batch, give or take one session's: it bounds the time that a batch takes
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub batch_tokens: usize,
+
+    /// Share of the time that prompts may take while other sessions generate, between 0 and 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub prefill_share: f64,
+
+    /// For tests of slow models only: milliseconds added to every forward
+    #[arg(long, value_name = "MS", default_value_t = 0, hide = true)]
+    pub inject_forward_delay_ms: u64,
 }
 
 /// The threads of the gRPC edge.
@@ -109,6 +124,8 @@ pub struct ModelConfig {
     pub options: LoadOptions,
     /// Most sessions at a time, at least 1.
     pub max_sessions: u32,
+    /// What bounds a batch.
+    pub limits: Limits,
 }
 
 impl ModelArgs {
@@ -135,6 +152,18 @@ impl ModelArgs {
         {
             return refuse("--gpu-memory-utilization", "must be in (0, 1]");
         }
+        if self.batch_tokens == 0 {
+            return refuse("--batch-tokens", "must be at least 1");
+        }
+        if !(self.prefill_share > 0.0 && self.prefill_share < 1.0) {
+            return refuse("--prefill-share", "must lie between 0 and 1");
+        }
+        if self.inject_forward_delay_ms > 0 {
+            tracing::warn!(
+                ms = self.inject_forward_delay_ms,
+                "every forward is delayed on purpose"
+            );
+        }
         Ok(ModelConfig {
             folder: self.model.clone(),
             options: LoadOptions {
@@ -147,6 +176,11 @@ impl ModelArgs {
                 ..LoadOptions::default()
             },
             max_sessions: self.max_sessions,
+            limits: Limits {
+                batch_tokens: self.batch_tokens,
+                prefill_share: self.prefill_share,
+                forward_delay: Duration::from_millis(self.inject_forward_delay_ms),
+            },
         })
     }
 }
@@ -170,6 +204,9 @@ mod tests {
             kernel_cache: None,
             threads: 1,
             max_sessions: 2,
+            batch_tokens: 64,
+            prefill_share: 0.5,
+            inject_forward_delay_ms: 0,
         }
     }
 
@@ -197,6 +234,14 @@ mod tests {
             },
             ModelArgs {
                 gpu_memory_utilization: Some(1.5),
+                ..args()
+            },
+            ModelArgs {
+                batch_tokens: 0,
+                ..args()
+            },
+            ModelArgs {
+                prefill_share: 1.0,
                 ..args()
             },
         ] {

@@ -1,5 +1,5 @@
-//! What the draft worker and the verify worker share: model arguments, the engine thread and its inbox, the load report
-//! and the frame in which a worker serves.
+//! What the draft worker and the verify worker share: model arguments, the engine thread, its inbox and its scheduler, the
+//! load report and the frame in which a worker serves.
 //!
 //! A worker is one engine thread that owns a model and all session state, and a gRPC edge that talks to it through one
 //! bounded [`inbox`]. Blocking engine work never runs on the edge's threads, and the edge never touches a model.
@@ -12,10 +12,13 @@ pub mod host;
 pub mod inbox;
 mod load;
 mod metrics;
+mod prefill_share;
+pub mod scheduler;
 pub mod served_model;
 
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
+pub use scheduler::{Limits, Plan, Scheduler, Session, Work};
 pub use served_model::{ServedModel, model_info};

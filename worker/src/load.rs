@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use specattn_engine::BlockPool;
 use specattn_proto::v1::WorkerLoad;
@@ -13,6 +14,9 @@ pub struct LoadGauge {
     sessions_max: u32,
     sessions_active: AtomicU32,
     tokens_total: AtomicU64,
+    forwards_total: AtomicU64,
+    busy_us_total: AtomicU64,
+    preemptions_total: AtomicU64,
 }
 
 impl LoadGauge {
@@ -23,6 +27,9 @@ impl LoadGauge {
             sessions_max,
             sessions_active: AtomicU32::new(0),
             tokens_total: AtomicU64::new(0),
+            forwards_total: AtomicU64::new(0),
+            busy_us_total: AtomicU64::new(0),
+            preemptions_total: AtomicU64::new(0),
         }
     }
 
@@ -43,8 +50,21 @@ impl LoadGauge {
             .fetch_add(tokens as u64, Ordering::Relaxed);
     }
 
+    /// Counts a forward, of however many sessions, and the time it took.
+    pub fn add_forward(&self, time: Duration) {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.forwards_total.fetch_add(1, Ordering::Relaxed);
+        self.busy_us_total.fetch_add(us, Ordering::Relaxed);
+    }
+
+    /// Counts a session whose KV blocks were taken away.
+    pub fn count_preemption(&self) {
+        self.preemptions_total.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The report for gateways and status calls.
     pub fn report(&self, draining: bool) -> WorkerLoad {
+        let sharing = self.blocks.sharing();
         WorkerLoad {
             sessions_active: self.sessions_active.load(Ordering::Relaxed),
             sessions_max: self.sessions_max,
@@ -52,6 +72,12 @@ impl LoadGauge {
             kv_blocks_used: self.blocks.used() as u64,
             tokens_total: self.tokens_total.load(Ordering::Relaxed),
             draining,
+            kv_blocks_cached: self.blocks.cached() as u64,
+            prefix_tokens_total: sharing.adopted_tokens,
+            kv_blocks_evicted_total: sharing.evicted_blocks,
+            preemptions_total: self.preemptions_total.load(Ordering::Relaxed),
+            forwards_total: self.forwards_total.load(Ordering::Relaxed),
+            busy_us_total: self.busy_us_total.load(Ordering::Relaxed),
         }
     }
 }

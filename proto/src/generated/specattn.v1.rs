@@ -240,6 +240,22 @@ pub struct WorkerLoad {
     /// True once the worker takes no new sessions.
     #[prost(bool, tag = "6")]
     pub draining: bool,
+    /// KV blocks of prompt chunks that are kept for sessions to come and given up when others want them; not among those used.
+    #[prost(uint64, tag = "7")]
+    pub kv_blocks_cached: u64,
+    /// Since start: tokens that sessions found processed by others; blocks of kept chunks that were given up; sessions whose
+    /// blocks were taken away for others, to be processed again later.
+    #[prost(uint64, tag = "8")]
+    pub prefix_tokens_total: u64,
+    #[prost(uint64, tag = "9")]
+    pub kv_blocks_evicted_total: u64,
+    #[prost(uint64, tag = "10")]
+    pub preemptions_total: u64,
+    /// Since start: forwards, each of as many sessions as were ready, and the microseconds they took.
+    #[prost(uint64, tag = "11")]
+    pub forwards_total: u64,
+    #[prost(uint64, tag = "12")]
+    pub busy_us_total: u64,
 }
 /// How the target attends while it verifies (DESIGN section 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

@@ -312,7 +312,7 @@ fn stale_proposals_are_answered_and_change_nothing() {
         // The wait for a good one does not become longer by bad ones.
         assert_eq!(
             bench.session.plan(bench.now),
-            Plan::Wait(bench.now + TIMEOUT)
+            Plan::Wait(Some(bench.now + TIMEOUT))
         );
         let verdict = draft.verdict();
         assert_eq!(

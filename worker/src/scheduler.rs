@@ -1,0 +1,400 @@
+//! [`Scheduler`]: which sessions' forwards run next, and how many at once.
+//!
+//! Both workers run sessions that are state machines without a model ([`Session`]): they plan a forward and settle its
+//! output. Each [`Scheduler::step`] makes one ragged batch of whatever is ready: a forward of every session that
+//! generates, in turn, up to a bound on tokens, or one prompt chunk, as [`PrefillShare`] says. Nobody is waited for: what
+//! arrives while a batch runs joins the next. What a session gets does not depend on its company, since forwards do not.
+//!
+//! **KV blocks.** Sessions are kept by age. A session is *admitted* when all its tokens fit; from then on it holds blocks,
+//! one more whenever it has grown by one. When blocks run out the youngest admitted session gives all of its back and
+//! is processed again from its tokens once there is room. Only the oldest session that waits may be admitted, so the
+//! admitted ones are always the oldest; a session is never opened that the whole pool could not hold; so the oldest always
+//! goes on, and everyone becomes the oldest in the end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use specattn_engine::{
+    BlockPool, EngineError, HeadLists, LogitRows, Model, Sequence, Step, StepOutput,
+};
+use specattn_proto::Fault;
+
+use crate::load::LoadGauge;
+use crate::prefill_share::PrefillShare;
+
+/// What a session wants to do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// Run the forward that [`Session::work`] tells.
+    Run,
+    /// Nothing until then or, without a time, until a message comes.
+    Wait(Option<Instant>),
+}
+
+/// The forward that a session planned.
+#[derive(Debug)]
+pub struct Work<'a> {
+    /// Tokens behind the positions that the session says are cached.
+    pub tokens: &'a [u32],
+    /// See [`Step::lists`].
+    pub lists: Option<&'a HeadLists>,
+    /// See [`Step::logits`].
+    pub logits: LogitRows,
+    /// See [`Step::capture`].
+    pub capture: &'a [usize],
+    /// See [`Step::masses`].
+    pub masses: bool,
+}
+
+/// A session as the scheduler sees it.
+pub trait Session {
+    /// How a session ends by itself.
+    type Ending;
+
+    /// Whether nobody wants it any more.
+    fn is_abandoned(&self) -> bool;
+    /// Positions that must have blocks: all tokens so far, and those that its next forward may add at most.
+    fn reach(&self) -> usize;
+    /// Whether its next forward is a chunk of its prompt, or of tokens that are processed again: it plans that without
+    /// waiting for anything.
+    fn is_prefilling(&self) -> bool;
+    /// The tokens whose whole chunks of [`specattn_engine::CHUNK_TOKENS`], counted from the first, are processed by a dense forward each,
+    /// and may be shared.
+    fn prompt(&self) -> &[u32];
+    /// Positions the KV cache must hold before the planned forward; more are to be forgotten.
+    fn cached(&self) -> usize;
+    /// The KV cache holds `cached` positions now: others had processed them, or it was given up (0).
+    fn set_cached(&mut self, cached: usize);
+    /// Says what to do now. A planned forward is run, or the session is gone.
+    fn plan(&mut self, now: Instant) -> Plan;
+    /// The planned forward.
+    fn work(&self) -> Work<'_>;
+    /// Takes the output of the planned forward. Says how the session ended, if it did.
+    ///
+    /// # Errors
+    /// The session cannot go on.
+    fn settle(&mut self, output: &StepOutput) -> Result<Option<Self::Ending>, Fault>;
+}
+
+/// What bounds a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Tokens of generating sessions after which no more join a batch.
+    pub batch_tokens: usize,
+    /// Share of the time that prompts may take from sessions that generate, in `(0, 1)`.
+    pub prefill_share: f64,
+    /// Added to every forward, for tests of slow models.
+    pub forward_delay: Duration,
+}
+
+struct Slot<S> {
+    session: S,
+    sequence: Sequence,
+}
+
+/// Why a session left.
+#[derive(Debug)]
+pub enum Exit<E> {
+    /// By itself.
+    Ended(E),
+    /// Nobody wanted it any more.
+    Abandoned,
+    /// It could not go on.
+    Failed(Fault),
+}
+
+/// What a step came to.
+#[derive(Debug)]
+pub enum Stepped<S: Session> {
+    /// Work was done; these sessions are gone, and their KV blocks free.
+    Ran(Vec<(S, Exit<S::Ending>)>),
+    /// Nobody has anything to do before then, or at all.
+    Idle(Option<Instant>),
+}
+
+/// The model, the sessions and their KV caches.
+#[derive(Debug)]
+pub struct Scheduler<S> {
+    model: Model,
+    blocks: Arc<BlockPool>,
+    load: Arc<LoadGauge>,
+    limits: Limits,
+    share: PrefillShare,
+    /// By age, the oldest first.
+    slots: Vec<Slot<S>>,
+    /// How many of them hold blocks.
+    admitted: usize,
+    /// The slot that generates first in the next batch, and the one that may prefill first.
+    decode_turn: usize,
+    prefill_turn: usize,
+}
+
+impl<S> std::fmt::Debug for Slot<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.sequence.fmt(f)
+    }
+}
+
+impl<S: Session> Scheduler<S> {
+    /// A scheduler without sessions.
+    pub fn new(model: Model, load: Arc<LoadGauge>, limits: Limits) -> Self {
+        Self {
+            blocks: model.block_pool(),
+            model,
+            load,
+            limits,
+            share: PrefillShare::new(limits.prefill_share),
+            slots: Vec::new(),
+            admitted: 0,
+            decode_turn: 0,
+            prefill_turn: 0,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The first session for which `is_wanted` holds.
+    pub fn find(&mut self, is_wanted: impl Fn(&S) -> bool) -> Option<&mut S> {
+        let sessions = self.slots.iter_mut().map(|slot| &mut slot.session);
+        sessions.into_iter().find(|session| is_wanted(session))
+    }
+
+    /// Takes up a session that may come to hold `max_tokens` positions.
+    ///
+    /// # Errors
+    /// [`Fault::ResourceExhausted`] when every slot is taken or the whole cache could not hold it,
+    /// [`Fault::InvalidArgument`] when it is longer than the model's context.
+    pub fn open(&mut self, session: S, max_tokens: usize) -> Result<(), Fault> {
+        if self.slots.len() >= self.load.sessions_max() {
+            return Err(Fault::exhausted("every session slot is taken"));
+        }
+        let sequence = self
+            .model
+            .empty_sequence(max_tokens)
+            .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
+        let most = sequence.cost(&[], max_tokens);
+        if most > self.blocks.total() {
+            let error = EngineError::KvExhausted {
+                wanted: most,
+                free: self.blocks.available(),
+                total: self.blocks.total(),
+            };
+            return Err(Fault::exhausted(error.to_string()));
+        }
+        self.slots.push(Slot { session, sequence });
+        self.load.set_sessions(self.slots.len());
+        Ok(())
+    }
+
+    /// Takes the first session for which `is_wanted` holds out; its KV blocks are free then.
+    pub fn remove(&mut self, is_wanted: impl Fn(&S) -> bool) -> Option<S> {
+        let at = self.slots.iter().position(|slot| is_wanted(&slot.session));
+        at.map(|at| self.take_out(at))
+    }
+
+    fn take_out(&mut self, at: usize) -> S {
+        let Slot { session, sequence } = self.slots.remove(at);
+        drop(sequence);
+        self.admitted -= usize::from(at < self.admitted);
+        self.decode_turn -= usize::from(at < self.decode_turn);
+        self.prefill_turn -= usize::from(at < self.prefill_turn);
+        self.load.set_sessions(self.slots.len());
+        session
+    }
+
+    /// Runs one batch of what is ready.
+    pub fn step(&mut self) -> Stepped<S> {
+        let abandoned = self.sweep();
+        if !abandoned.is_empty() {
+            return Stepped::Ran(abandoned);
+        }
+        self.make_room();
+        self.admit();
+        self.find_prefixes();
+        let mut wake = None;
+        if !self.share.allows() || self.next_prompt().is_none() {
+            let (batch, until) = self.plan_batch();
+            if !batch.is_empty() {
+                let start = Instant::now();
+                let gone = self.run(&batch);
+                self.share.decoded(start.elapsed());
+                return Stepped::Ran(gone);
+            }
+            wake = until;
+        }
+        let Some(at) = self.next_prompt() else {
+            return Stepped::Idle(wake);
+        };
+        self.prefill_turn = at + 1;
+        self.slots[at].session.plan(Instant::now());
+        let start = Instant::now();
+        let gone = self.run(&[at]);
+        if self.slots[..self.admitted]
+            .iter()
+            .all(|slot| slot.session.is_prefilling())
+        {
+            self.share.nobody_decodes();
+        } else {
+            self.share.prefilled(start.elapsed());
+        }
+        Stepped::Ran(gone)
+    }
+
+    /// Takes out what nobody wants any more.
+    pub fn sweep(&mut self) -> Vec<(S, Exit<S::Ending>)> {
+        let mut gone = Vec::new();
+        for at in (0..self.slots.len()).rev() {
+            if self.slots[at].session.is_abandoned() {
+                gone.push((self.take_out(at), Exit::Abandoned));
+            }
+        }
+        gone
+    }
+
+    /// Gives every admitted session the blocks of its next forward, the oldest first; the youngest ones give theirs back
+    /// where there are not enough.
+    fn make_room(&mut self) {
+        let mut at = 0;
+        while at < self.admitted {
+            let Slot { session, sequence } = &mut self.slots[at];
+            if sequence.reserve(session.reach()).is_ok() {
+                at += 1;
+                continue;
+            }
+            self.admitted -= 1;
+            let Slot { session, sequence } = &mut self.slots[self.admitted];
+            tracing::debug!(
+                tokens = sequence.len(),
+                "session preempted: KV blocks ran out"
+            );
+            sequence.clear();
+            session.set_cached(0);
+            self.load.count_preemption();
+        }
+    }
+
+    /// Admits waiting sessions, in order, while there are blocks for all their tokens and one more for everybody.
+    fn admit(&mut self) {
+        while self.admitted < self.slots.len() {
+            let Slot { session, sequence } = &mut self.slots[self.admitted];
+            let headroom = self.admitted;
+            let cost = sequence.cost(session.prompt(), session.reach());
+            if self.admitted > 0 && cost + headroom > self.blocks.available() {
+                return;
+            }
+            let adopted = sequence.adopt(session.prompt());
+            session.set_cached(adopted);
+            if sequence.reserve(session.reach()).is_err() {
+                // Chunks that nobody used were counted as free, and are its own now.
+                sequence.clear();
+                session.set_cached(0);
+                return;
+            }
+            self.admitted += 1;
+        }
+    }
+
+    /// Gives prompts what others have processed meanwhile.
+    fn find_prefixes(&mut self) {
+        for Slot { session, sequence } in &mut self.slots[..self.admitted] {
+            sequence.truncate(session.cached());
+            if sequence.len() < session.cached() {
+                session.set_cached(sequence.len());
+            }
+            if sequence.adopt(session.prompt()) > session.cached() {
+                session.set_cached(sequence.len());
+            }
+        }
+    }
+
+    /// The slot that is to process a chunk of its prompt next.
+    fn next_prompt(&self) -> Option<usize> {
+        let turn = self.prefill_turn;
+        (0..self.admitted)
+            .filter(|&at| self.slots[at].session.is_prefilling())
+            .min_by_key(|&at| (at < turn, at))
+    }
+
+    /// Plans a batch of sessions that generate: their slots in ascending order; without any, when to look again.
+    fn plan_batch(&mut self) -> (Vec<usize>, Option<Instant>) {
+        let now = Instant::now();
+        let mut wake: Option<Instant> = None;
+        let (mut batch, mut tokens) = (Vec::new(), 0);
+        for offset in 0..self.admitted {
+            let at = (self.decode_turn + offset) % self.admitted;
+            let session = &mut self.slots[at].session;
+            if session.is_prefilling() {
+                continue;
+            }
+            match session.plan(now) {
+                Plan::Run => {
+                    batch.push(at);
+                    tokens += session.work().tokens.len();
+                    if tokens >= self.limits.batch_tokens {
+                        self.decode_turn = at + 1;
+                        break;
+                    }
+                }
+                Plan::Wait(until) => {
+                    wake = match (wake, until) {
+                        (Some(wake), Some(until)) => Some(wake.min(until)),
+                        (wake, until) => wake.or(until),
+                    };
+                }
+            }
+        }
+        batch.sort_unstable();
+        (batch, wake)
+    }
+
+    /// Runs the planned forwards of the slots `batch`, ascending; gives the sessions that are gone.
+    fn run(&mut self, batch: &[usize]) -> Vec<(S, Exit<S::Ending>)> {
+        let mut steps = Vec::with_capacity(batch.len());
+        let mut chosen = batch.iter().peekable();
+        for (at, Slot { session, sequence }) in self.slots.iter_mut().enumerate() {
+            if chosen.next_if_eq(&&at).is_none() {
+                continue;
+            }
+            sequence.truncate(session.cached());
+            let work = session.work();
+            self.load.add_tokens(work.tokens.len());
+            steps.push(Step {
+                sequence,
+                tokens: work.tokens,
+                lists: work.lists,
+                logits: work.logits,
+                capture: work.capture,
+                masses: work.masses,
+            });
+        }
+        let start = Instant::now();
+        let outputs = self.model.forward(&mut steps);
+        drop(steps);
+        if !self.limits.forward_delay.is_zero() {
+            std::thread::sleep(self.limits.forward_delay);
+        }
+        self.load.add_forward(start.elapsed());
+        let mut gone = Vec::new();
+        // From the last on, so that those before keep their places.
+        for (index, &at) in batch.iter().enumerate().rev() {
+            let Slot { session, sequence } = &mut self.slots[at];
+            let settled = match &outputs {
+                Ok(outputs) => session.settle(&outputs[index]),
+                Err(error) => Err(Fault::Internal(error.to_string())),
+            };
+            let exit = match settled {
+                Ok(None) => {
+                    sequence.publish(session.prompt());
+                    continue;
+                }
+                Ok(Some(ending)) => Exit::Ended(ending),
+                Err(fault) => Exit::Failed(fault),
+            };
+            gone.push((self.take_out(at), exit));
+        }
+        gone
+    }
+}

@@ -1,0 +1,238 @@
+//! The scheduler on a real model: a session's tokens are its own whatever else runs, whatever of its prompt others have
+//! processed, and however often its KV blocks are taken away.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, StepOutput};
+use specattn_proto::Fault;
+use specattn_worker::LoadGauge;
+use specattn_worker::scheduler::{Exit, Limits, Plan, Scheduler, Session, Stepped, Work};
+
+/// Decodes greedily from a prompt.
+struct Greedy {
+    name: usize,
+    tokens: Vec<u32>,
+    prompt: usize,
+    limit: usize,
+    cached: usize,
+    input: Vec<u32>,
+}
+
+impl Greedy {
+    fn new(name: usize, prompt: &[u32], more: usize) -> Self {
+        Self {
+            name,
+            tokens: prompt.to_vec(),
+            prompt: prompt.len(),
+            limit: prompt.len() + more,
+            cached: 0,
+            input: Vec::new(),
+        }
+    }
+}
+
+impl Session for Greedy {
+    type Ending = ();
+
+    fn is_abandoned(&self) -> bool {
+        false
+    }
+    fn reach(&self) -> usize {
+        self.tokens.len() + 1
+    }
+    fn is_prefilling(&self) -> bool {
+        self.cached + 1 < self.tokens.len()
+    }
+    fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt - 1]
+    }
+    fn cached(&self) -> usize {
+        self.cached
+    }
+    fn set_cached(&mut self, cached: usize) {
+        self.cached = cached;
+    }
+    fn plan(&mut self, _now: Instant) -> Plan {
+        let mut end = self.tokens.len();
+        if self.is_prefilling() {
+            end = (end - 1).min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
+            if self.cached < self.prompt - 1 {
+                end = end.min(self.prompt - 1);
+            }
+        }
+        self.input = self.tokens[self.cached..end].to_vec();
+        Plan::Run
+    }
+    fn work(&self) -> Work<'_> {
+        let logits = match self.is_prefilling() {
+            true if self.cached < self.prompt - 1 => LogitRows::None,
+            true => LogitRows::Replay,
+            false => LogitRows::Verify,
+        };
+        Work {
+            tokens: &self.input,
+            lists: None,
+            logits,
+            capture: &[],
+            masses: false,
+        }
+    }
+    fn settle(&mut self, output: &StepOutput) -> Result<Option<()>, Fault> {
+        self.cached += self.input.len();
+        if !output.logits.is_empty() {
+            let best = |best: usize, (i, x): (usize, &f32)| {
+                if *x > output.logits[best] { i } else { best }
+            };
+            let token = output.logits.iter().enumerate().fold(0, best);
+            self.tokens.push(token as u32);
+        }
+        Ok((self.tokens.len() == self.limit).then_some(()))
+    }
+}
+
+fn scheduler(kv_blocks: usize, batch_tokens: usize) -> (Scheduler<Greedy>, Arc<LoadGauge>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/draft");
+    let block_bytes = 3 * 64 * 2 * 64 * 4;
+    let options = LoadOptions {
+        kv_cache_bytes: kv_blocks * block_bytes,
+        threads: 2,
+        ..LoadOptions::default()
+    };
+    let model = Model::load(&folder, &options, &mut |_, _| {}).unwrap();
+    assert_eq!(model.kv_blocks(), (0, kv_blocks));
+    let load = Arc::new(LoadGauge::new(model.block_pool(), 64));
+    let limits = Limits {
+        batch_tokens,
+        prefill_share: 0.5,
+        forward_delay: Duration::ZERO,
+    };
+    (Scheduler::new(model, Arc::clone(&load), limits), load)
+}
+
+/// Filler text.
+fn text(len: usize, seed: u32) -> Vec<u32> {
+    let token = |i: usize| (i as u32 * 7_919 + seed * 104_729 + 13) % 8_192;
+    (0..len).map(token).collect()
+}
+
+/// Opens the sessions and runs them to their ends; their tokens, in order of their names.
+fn run(scheduler: &mut Scheduler<Greedy>, sessions: Vec<Greedy>) -> Vec<Vec<u32>> {
+    let mut texts = vec![Vec::new(); sessions.len()];
+    let mut left = sessions.len();
+    for session in sessions {
+        let room = session.limit + 1;
+        scheduler.open(session, room).unwrap();
+    }
+    while left > 0 {
+        let Stepped::Ran(gone) = scheduler.step() else {
+            panic!("nobody waits here");
+        };
+        for (session, exit) in gone {
+            assert!(matches!(exit, Exit::Ended(())), "{exit:?}");
+            left -= 1;
+            texts[session.name] = session.tokens;
+        }
+    }
+    texts
+}
+
+/// Sessions of all lengths, some of which begin alike.
+fn company() -> Vec<Greedy> {
+    let shared = text(700, 1);
+    (0..12)
+        .map(|name| {
+            let prompt = match name % 3 {
+                0 => [&shared[..], &text(40 + 31 * name, 2 + name as u32)].concat(),
+                1 => text(2 + 17 * name, 50 + name as u32),
+                _ => shared[..300 + 20 * name].to_vec(),
+            };
+            Greedy::new(name, &prompt, 24 + 9 * name)
+        })
+        .collect()
+}
+
+/// Each session on its own, with nothing cached.
+fn alone() -> Vec<Vec<u32>> {
+    let texts = company().into_iter().map(|mut session| {
+        session.name = 0;
+        let (mut scheduler, _) = scheduler(64, 512);
+        run(&mut scheduler, vec![session]).remove(0)
+    });
+    texts.collect()
+}
+
+#[test]
+fn tokens_are_the_same_alone_batched_cached_and_preempted() {
+    let alone = alone();
+    // Room for all, in batches of all and of a few.
+    for batch_tokens in [512, 3] {
+        let (mut ample, load) = scheduler(400, batch_tokens);
+        assert_eq!(run(&mut ample, company()), alone);
+        let report = load.report(false);
+        assert_eq!((report.kv_blocks_used, report.preemptions_total), (0, 0));
+        // The first 512 tokens of eight sessions are processed once, whoever comes to them.
+        assert!(report.prefix_tokens_total >= 7 * 256, "{report:?}");
+        // Again, with every shared chunk there from the beginning.
+        let before = report.tokens_total;
+        assert_eq!(run(&mut ample, company()), alone);
+        let report = load.report(false);
+        assert!(report.tokens_total - before < before, "{report:?}");
+        assert!(report.kv_blocks_cached > 0);
+    }
+    // Hardly room for the longest: they go one after another, and shared chunks have to give way.
+    let (mut scarce, load) = scheduler(26, 512);
+    assert_eq!(run(&mut scarce, company()), alone);
+    let report = load.report(false);
+    assert_eq!(report.kv_blocks_used, 0);
+    assert!(report.kv_blocks_evicted_total > 0, "{report:?}");
+}
+
+#[test]
+fn sessions_that_outgrow_the_cache_give_way_and_finish_all_the_same() {
+    let growing = || -> Vec<Greedy> {
+        let session = |name| Greedy::new(name, &text(300 * (name % 2) + 20, name as u32), 400);
+        (0..6).map(session).collect()
+    };
+    let (mut ample, load) = scheduler(100, 512);
+    let texts = run(&mut ample, growing());
+    assert_eq!(load.report(false).preemptions_total, 0);
+    let (mut scarce, load) = scheduler(18, 512);
+    assert_eq!(run(&mut scarce, growing()), texts);
+    let report = load.report(false);
+    assert_eq!(report.kv_blocks_used, 0);
+    assert!((1..50).contains(&report.preemptions_total), "{report:?}");
+}
+
+#[test]
+fn what_the_whole_cache_could_not_hold_is_refused() {
+    let (mut scheduler, load) = scheduler(4, 512);
+    let refused = scheduler.open(Greedy::new(0, &text(200, 0), 80), 281);
+    assert_eq!(refused.unwrap_err().label(), "resource_exhausted");
+    let too_long = scheduler.open(Greedy::new(0, &text(9, 0), 80), 10_000);
+    assert_eq!(too_long.unwrap_err().label(), "invalid_argument");
+    assert_eq!(load.report(false).sessions_active, 0);
+    run(&mut scheduler, vec![Greedy::new(0, &text(200, 0), 50)]);
+}
+
+#[test]
+fn a_session_that_is_removed_leaves_nothing() {
+    let (mut scheduler, load) = scheduler(64, 512);
+    for name in 0..3 {
+        let session = Greedy::new(name, &text(600, 3), 50);
+        scheduler.open(session, 651).unwrap();
+    }
+    for _ in 0..9 {
+        scheduler.step();
+    }
+    assert!(load.report(false).kv_blocks_used > 0);
+    for name in [1, 0, 2] {
+        assert!(scheduler.remove(|s| s.name == name).is_some());
+        assert!(scheduler.remove(|s| s.name == name).is_none());
+    }
+    let report = load.report(false);
+    assert_eq!((report.kv_blocks_used, report.sessions_active), (0, 0));
+    assert!(matches!(scheduler.step(), Stepped::Idle(None)));
+}
