@@ -42,16 +42,48 @@ impl Collector for LoadMetrics {
             ),
             ("kv_blocks_used", "KV blocks in use", load.kv_blocks_used),
             ("kv_blocks_max", "KV blocks there are", load.kv_blocks_total),
+            (
+                "kv_blocks_cached",
+                "KV blocks of prompts kept for sessions to come, free for others",
+                load.kv_blocks_cached,
+            ),
         ];
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(value as f64);
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
         }
-        let counters = [(
-            "tokens",
-            "Tokens that went through the model",
-            load.tokens_total,
-        )];
+        let counters = [
+            (
+                "tokens",
+                "Tokens that went through the model",
+                load.tokens_total,
+            ),
+            (
+                "prefix_tokens",
+                "Prompt tokens that sessions found processed",
+                load.prefix_tokens_total,
+            ),
+            (
+                "kv_blocks_evicted",
+                "Blocks of kept prompts given up for others",
+                load.kv_blocks_evicted_total,
+            ),
+            (
+                "preemptions",
+                "Sessions whose KV blocks were taken for others",
+                load.preemptions_total,
+            ),
+            (
+                "forwards",
+                "Forwards, of however many sessions",
+                load.forwards_total,
+            ),
+            (
+                "busy_microseconds",
+                "Time that forwards took",
+                load.busy_us_total,
+            ),
+        ];
         for (name, help, value) in counters {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(
