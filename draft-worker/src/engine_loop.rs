@@ -132,12 +132,8 @@ impl EngineLoop {
                     Received::Closed => return,
                 }
             }
-            let deadline = match self.scheduler.step() {
-                Stepped::Ran(gone) => {
-                    gone.into_iter().for_each(part);
-                    continue;
-                }
-                Stepped::Idle(deadline) => deadline,
+            let Some(deadline) = self.step() else {
+                continue;
             };
             match self.inbox.wait(deadline) {
                 Received::Message(command) => self.handle(command),
@@ -147,7 +143,19 @@ impl EngineLoop {
         }
     }
 
-    fn handle(&mut self, command: Command) {
+    /// Runs one batch of what is ready; without any, says when to look again, if at any time.
+    pub(crate) fn step(&mut self) -> Option<Option<Instant>> {
+        match self.scheduler.step() {
+            Stepped::Ran(gone) => {
+                gone.into_iter().for_each(part);
+                None
+            }
+            Stepped::Idle(deadline) => Some(deadline),
+        }
+    }
+
+    /// Takes a message.
+    pub(crate) fn handle(&mut self, command: Command) {
         match command {
             Command::Open { session, reply } => {
                 // A caller that no longer waits has abandoned the session as well.

@@ -13,6 +13,7 @@ pub mod own_reads;
 pub mod rows;
 mod service;
 mod session;
+pub mod stepwise;
 mod wire;
 mod worker;
 

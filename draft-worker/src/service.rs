@@ -19,7 +19,7 @@ use crate::link::{EngineSession, Link};
 use crate::wire::{self, Attach};
 
 /// Proposal messages that may wait to be sent: two of the round under way, and those of rounds given up meanwhile.
-const PROPOSALS: usize = 8;
+pub(crate) const PROPOSALS: usize = 8;
 
 /// Events of an `Attach` stream: there are two.
 const ATTACH_EVENTS: usize = 2;

@@ -18,6 +18,7 @@ pub mod kv_cache;
 pub mod model;
 mod prefix;
 pub mod sampling;
+mod scripted;
 mod transformer;
 
 pub use attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
@@ -29,3 +30,4 @@ pub use device::DeviceChoice;
 pub use error::EngineError;
 pub use kv_cache::{BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};
 pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};
+pub use scripted::{Script, ScriptedShape};

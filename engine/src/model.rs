@@ -12,6 +12,7 @@ use crate::cpu::{CpuBackend, Isa as CpuIsa};
 use crate::device::DeviceChoice;
 use crate::error::EngineError;
 use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
+use crate::scripted::{Script, Scripted, ScriptedShape};
 use crate::transformer::{Transformer, WeightSource};
 
 /// How to load a model.
@@ -103,8 +104,8 @@ pub struct Model {
     device: DeviceChoice,
 }
 
-/// A [`Transformer`] on whichever backend.
-trait Forwards: Send {
+/// A [`Transformer`] on whichever backend, or a script.
+pub(crate) trait Forwards: Send {
     fn config(&self) -> &ModelConfig;
     fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
     fn forward_choosing(
@@ -167,6 +168,17 @@ impl Model {
         let bytes = crate::checkpoint::read_bounded(path)?;
         let config = ModelConfig::parse(path, &bytes)?;
         Self::from_source(&WeightSource::Random(&config), options, &mut |_, _| {})
+    }
+
+    /// A model whose forwards `script` answers.
+    pub fn scripted(shape: &ScriptedShape, script: Box<dyn Script>) -> Self {
+        let config = shape.config();
+        Self {
+            transformer: Box::new(Scripted { config, script }),
+            blocks: BlockPool::new(shape.kv_blocks),
+            kv_dtype: DType::F32,
+            device: DeviceChoice::Cpu,
+        }
     }
 
     fn from_source(

@@ -149,12 +149,8 @@ impl EngineLoop {
                     Received::Closed => return,
                 }
             }
-            let deadline = match self.scheduler.step() {
-                Stepped::Ran(gone) => {
-                    gone.into_iter().for_each(part);
-                    continue;
-                }
-                Stepped::Idle(deadline) => deadline,
+            let Some(deadline) = self.step() else {
+                continue;
             };
             match self.inbox.wait(deadline) {
                 Received::Message(command) => self.handle(command),
@@ -164,7 +160,19 @@ impl EngineLoop {
         }
     }
 
-    fn handle(&mut self, command: Command) {
+    /// Runs one batch of what is ready; without any, says when to look again, if at any time.
+    pub(crate) fn step(&mut self) -> Option<Option<Instant>> {
+        match self.scheduler.step() {
+            Stepped::Ran(gone) => {
+                gone.into_iter().for_each(part);
+                None
+            }
+            Stepped::Idle(deadline) => Some(deadline),
+        }
+    }
+
+    /// Takes a message.
+    pub(crate) fn handle(&mut self, command: Command) {
         // A caller that no longer waits for its reply needs none.
         match command {
             Command::Open {

@@ -19,6 +19,7 @@ mod run;
 mod service;
 mod session;
 mod stats;
+pub mod stepwise;
 mod trust;
 mod wire;
 mod worker;

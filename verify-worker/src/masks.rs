@@ -39,11 +39,19 @@ impl LayerMaps {
             None => found_beside(&folder.join(alignment::FILE_NAME)),
         };
         Ok(Self {
+            calibrated: calibrated.map(Arc::new),
+            ..Self::proportional(config)
+        })
+    }
+
+    /// Proportional depth for every draft.
+    pub(crate) fn proportional(config: &ModelConfig) -> Self {
+        Self {
             layers: config.num_layers as u32,
             kv_heads: config.num_kv_heads as u32,
             checkpoint_hash: config.checkpoint_hash.clone(),
-            calibrated: calibrated.map(Arc::new),
-        })
+            calibrated: None,
+        }
     }
 
     /// The map for a draft model, which is a stranger's word.

@@ -29,10 +29,10 @@ use crate::masks::LayerMaps;
 use crate::wire;
 
 /// Messages to one draft that may wait to be sent.
-const LINK_EVENTS: usize = 16;
+pub(crate) const LINK_EVENTS: usize = 16;
 
 /// Messages of one draft that may wait for the engine.
-const LINK_MESSAGES: usize = 4;
+pub(crate) const LINK_MESSAGES: usize = 4;
 
 /// Longest wait for a draft's Join once its stream stands.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);

@@ -23,7 +23,7 @@ use specattn_engine::{CHUNK_TOKENS, EngineError, HeadLists, LogitRows, StepOutpu
 use specattn_mask::MaskPolicy;
 use specattn_proto::validate::CheckedCheckPolicy;
 use specattn_proto::{Fault, SessionId};
-use specattn_worker::Plan;
+use specattn_worker::{Plan, clock};
 
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
@@ -460,7 +460,7 @@ impl Session {
     /// A dense forward, a round or a step alone, has committed `tokens` tokens: are drafts worth it?
     fn weigh_drafts(&mut self, tokens: usize, is_round: bool) {
         if let Some(payoff) = &mut self.payoff {
-            payoff.committed(tokens, is_round, Instant::now());
+            payoff.committed(tokens, is_round, clock::now());
         }
     }
 

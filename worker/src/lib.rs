@@ -5,6 +5,7 @@
 //! bounded [`inbox`]. Blocking engine work never runs on the edge's threads, and the edge never touches a model.
 
 pub mod args;
+pub mod clock;
 pub mod convert;
 pub mod engine_thread;
 mod error;

@@ -19,6 +19,7 @@ use specattn_engine::{
 };
 use specattn_proto::Fault;
 
+use crate::clock;
 use crate::load::LoadGauge;
 use crate::prefill_share::PrefillShare;
 
@@ -218,9 +219,9 @@ impl<S: Session> Scheduler<S> {
         if !self.share.allows() || self.next_prompt().is_none() {
             let (batch, until) = self.plan_batch();
             if !batch.is_empty() {
-                let start = Instant::now();
+                let start = clock::now();
                 let gone = self.run(&batch);
-                self.share.decoded(start.elapsed());
+                self.share.decoded(clock::now() - start);
                 return Stepped::Ran(gone);
             }
             wake = until;
@@ -229,8 +230,8 @@ impl<S: Session> Scheduler<S> {
             return Stepped::Idle(wake);
         };
         self.prefill_turn = at + 1;
-        self.slots[at].session.plan(Instant::now());
-        let start = Instant::now();
+        self.slots[at].session.plan(clock::now());
+        let start = clock::now();
         let gone = self.run(&[at]);
         if self.slots[..self.admitted]
             .iter()
@@ -238,7 +239,7 @@ impl<S: Session> Scheduler<S> {
         {
             self.share.nobody_decodes();
         } else {
-            self.share.prefilled(start.elapsed());
+            self.share.prefilled(clock::now() - start);
         }
         Stepped::Ran(gone)
     }
@@ -320,7 +321,7 @@ impl<S: Session> Scheduler<S> {
 
     /// Plans a batch of sessions that generate: their slots in ascending order; without any, when to look again.
     fn plan_batch(&mut self) -> (Vec<usize>, Option<Instant>) {
-        let now = Instant::now();
+        let now = clock::now();
         let mut wake: Option<Instant> = None;
         let (mut batch, mut tokens) = (Vec::new(), 0);
         for offset in 0..self.admitted {
@@ -370,13 +371,13 @@ impl<S: Session> Scheduler<S> {
                 masses: work.masses,
             });
         }
-        let start = Instant::now();
+        let start = clock::now();
         let outputs = self.model.forward(&mut steps);
         drop(steps);
         if !self.limits.forward_delay.is_zero() {
             std::thread::sleep(self.limits.forward_delay);
         }
-        self.load.add_forward(start.elapsed());
+        self.load.add_forward(clock::now() - start);
         let mut gone = Vec::new();
         // From the last on, so that those before keep their places.
         for (index, &at) in batch.iter().enumerate().rev() {
