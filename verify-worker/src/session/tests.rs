@@ -235,7 +235,7 @@ fn long_prompts_come_in_chunks_and_a_token_alone_needs_none() {
         chunks.push(long.session.input().len());
         long.step();
     }
-    assert_eq!(chunks, [512, 512, 175]);
+    assert_eq!(chunks, [256, 256, 256, 256, 175]);
     let mut single = Bench::new(SessionSpec {
         tokens: vec![5],
         prompt_tokens: 1,
