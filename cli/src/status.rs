@@ -239,6 +239,7 @@ mod tests {
                 worker("verify-1", v1::WorkerRole::Verify),
                 worker("d", v1::WorkerRole::Draft),
             ],
+            gateway: None,
             sessions: vec![v1::SessionStatus {
                 session_id: "ab".to_owned(),
                 mode: v1::Mode::Sparse.into(),

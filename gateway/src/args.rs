@@ -9,8 +9,14 @@ use specattn_proto::validate::{self, CheckedMaskPolicy};
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
 
+use crate::admission::AdmissionLimits;
 use crate::error::GatewayError;
 use crate::known_workers::NAME_SCHEME;
+use crate::log::{LogArgs, LogConfig};
+
+/// How long a logged session goes on without its client, unless told otherwise: a client that lost its connection is back
+/// by then.
+const LINGER: Duration = Duration::from_secs(10);
 
 /// SpecAttn gateway: the client API in front of verify and draft workers.
 #[derive(Debug, Clone, clap::Parser)]
@@ -30,9 +36,31 @@ pub struct Args {
     #[arg(long, value_name = "URI", value_delimiter = ',')]
     pub draft_endpoint: Vec<String>,
 
-    /// Sessions held at once; later requests are refused
+    /// Sessions held at once; later requests wait
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_sessions: usize,
+
+    /// Sessions of one client held at once; its later requests wait. Clients are told apart by the metadata x-client-id,
+    /// else by the API key in authorization, else by address
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_sessions_per_client: usize,
+
+    /// Requests that may wait for a place, in all; later ones are refused
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_queued: usize,
+
+    /// Milliseconds that a request may wait for a place; then it is refused
+    #[arg(long, value_name = "MS", default_value_t = 10_000)]
+    pub queue_timeout_ms: u64,
+
+    /// Milliseconds that a session goes on after its client's stream broke [default: 10,000 with --log-dir, else 0]. With
+    /// a log it can be resumed later too; without one it ends then
+    #[arg(long, value_name = "MS")]
+    pub linger_ms: Option<u64>,
+
+    /// Milliseconds that a session whose verify worker was lost waits for another one to take it
+    #[arg(long, value_name = "MS", default_value_t = 30_000)]
+    pub reopen_timeout_ms: u64,
 
     /// Milliseconds between heartbeats of a worker; three missed ones remove it
     #[arg(long, value_name = "MS", default_value_t = 1_000)]
@@ -66,6 +94,10 @@ pub struct Args {
     /// What the HTTP API says and takes.
     #[command(flatten)]
     pub http: HttpArgs,
+
+    /// The durable log of sessions.
+    #[command(flatten)]
+    pub log: LogArgs,
 
     /// Where to listen, how to be reached, how to stop.
     #[command(flatten)]
@@ -102,8 +134,14 @@ pub struct Config {
     pub verify_endpoints: Vec<String>,
     /// Draft workers that do not register themselves.
     pub draft_endpoints: Vec<String>,
-    /// Sessions held at once.
-    pub max_sessions: usize,
+    /// How much may run and wait.
+    pub admission: AdmissionLimits,
+    /// How long a session goes on without its client; `None`: ten seconds with a log, else not at all.
+    pub linger: Option<Duration>,
+    /// How long a session whose verify worker was lost waits for another one.
+    pub reopen_timeout: Duration,
+    /// The durable log of sessions.
+    pub log: Option<LogConfig>,
     /// Time between heartbeats of a worker; three missed ones remove it.
     pub heartbeat_interval: Duration,
     /// How long a client may leave its full buffer unread.
@@ -123,12 +161,30 @@ impl Config {
             server: ServerConfig::default(),
             verify_endpoints: Vec::new(),
             draft_endpoints: Vec::new(),
-            max_sessions: 256,
+            admission: AdmissionLimits {
+                sessions: 256,
+                sessions_per_client: 64,
+                queued: 256,
+                queue_timeout: Duration::from_secs(10),
+            },
+            linger: None,
+            reopen_timeout: Duration::from_secs(30),
+            log: None,
             heartbeat_interval: Duration::from_secs(1),
             client_stall_timeout: Duration::from_secs(30),
             draft_length: 4,
             mask: CheckedMaskPolicy::default(),
         }
+    }
+
+    /// How long a session goes on without its client.
+    pub(crate) fn linger(&self) -> Duration {
+        let default = if self.log.is_some() {
+            LINGER
+        } else {
+            Duration::ZERO
+        };
+        self.linger.unwrap_or(default)
     }
 }
 
@@ -147,8 +203,13 @@ impl TryFrom<&Args> for Config {
                 validate::endpoint("endpoint", &plain).map_err(|e| bad(argument, e.reason))?;
             }
         }
-        if args.max_sessions == 0 {
-            return Err(bad("--max-sessions", "must be at least 1".to_owned()));
+        for (argument, value) in [
+            ("--max-sessions", args.max_sessions),
+            ("--max-sessions-per-client", args.max_sessions_per_client),
+        ] {
+            if value == 0 {
+                return Err(bad(argument, "must be at least 1".to_owned()));
+            }
         }
         if !(20..=60_000).contains(&args.heartbeat_interval_ms) {
             return Err(bad(
@@ -174,7 +235,15 @@ impl TryFrom<&Args> for Config {
             server: args.server.config()?,
             verify_endpoints: args.verify_endpoint.clone(),
             draft_endpoints: args.draft_endpoint.clone(),
-            max_sessions: args.max_sessions,
+            admission: AdmissionLimits {
+                sessions: args.max_sessions,
+                sessions_per_client: args.max_sessions_per_client,
+                queued: args.max_queued,
+                queue_timeout: Duration::from_millis(args.queue_timeout_ms),
+            },
+            linger: args.linger_ms.map(Duration::from_millis),
+            reopen_timeout: Duration::from_millis(args.reopen_timeout_ms),
+            log: args.log.config()?,
             heartbeat_interval: Duration::from_millis(args.heartbeat_interval_ms.into()),
             client_stall_timeout: Duration::from_millis(args.client_stall_timeout_ms),
             draft_length: args.draft_length,

@@ -1,7 +1,8 @@
 //! Keeping a draft worker on a session.
 //!
 //! A session without one goes on alone, so nothing waits here for long and nothing here can end a session: when the
-//! attached worker leaves, another is sought, and when none is to be had, the next change in the registry is awaited.
+//! attached worker leaves, another is sought, and when none is to be had, the next change in the registry is awaited. When
+//! a much less loaded one appears, or the attached one drains, the session moves.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -10,14 +11,15 @@ use std::time::Duration;
 
 use specattn_proto::v1::attach_response::Event;
 use specattn_proto::v1::draft_service_client::DraftServiceClient;
-use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy, WorkerRole};
+use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy};
 use specattn_proto::{Fault, limits};
 use specattn_service::Backoff;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-use crate::registry::{Registry, Worker, WorkerId, misfit};
+use crate::registry::{Assignment, Registry, Worker, WorkerId};
 use crate::session_table::SessionEntry;
+use crate::transcript::Transcript;
 
 /// Longest wait for Attached: the draft worker connects to the verify worker in that time.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,11 +37,18 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// What the search for draft workers needs to know of its session.
 pub(crate) struct Attachment {
     pub(crate) entry: Arc<SessionEntry>,
+    pub(crate) transcript: Arc<Transcript>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) verify: Worker,
     /// Its draft_length is at least 1.
     pub(crate) policy: DraftPolicy,
     pub(crate) max_tokens_total: u64,
+}
+
+/// How a draft worker's stay ended.
+enum Left {
+    Because(String),
+    For(Box<(Worker, Assignment)>),
 }
 
 impl Attachment {
@@ -53,7 +62,7 @@ impl Attachment {
             changes.mark_unchanged();
             let now = Instant::now();
             resting.retain(|_, until| *until > now);
-            let Some(worker) = self.choose(&resting) else {
+            let Some((worker, assignment)) = self.choose(&resting) else {
                 let rested = resting.values().min().copied();
                 tokio::select! {
                     // The registry outlives its sessions' tasks, which hold it: the wait cannot fail.
@@ -62,76 +71,103 @@ impl Attachment {
                 }
                 continue;
             };
-            let began = Instant::now();
-            let id = worker.id;
-            let reason = self.attach(worker).await;
-            self.entry.set_draft_worker(None);
-            if began.elapsed() >= HELD {
-                backoff.reset();
+            let mut next = Some((worker, assignment));
+            while let Some((worker, assignment)) = next.take() {
+                let began = Instant::now();
+                let id = worker.id;
+                let reason = match self.attach(worker, assignment).await {
+                    // A better one is there: the session moves at once.
+                    Left::For(better) => {
+                        tracing::info!(draft_worker = %id, "draft moves");
+                        next = Some(*better);
+                        continue;
+                    }
+                    Left::Because(reason) => reason,
+                };
+                self.entry.set_draft_worker(None);
+                if began.elapsed() >= HELD {
+                    backoff.reset();
+                }
+                tokio::time::sleep(SETTLE).await;
+                let pause = backoff.delay();
+                tracing::info!(
+                    draft_worker = %id,
+                    reason,
+                    pause_ms = pause.as_millis(),
+                    "no draft attached; the session goes on"
+                );
+                resting.insert(id, Instant::now() + pause);
             }
-            tokio::time::sleep(SETTLE).await;
-            let pause = backoff.delay();
-            tracing::info!(
-                draft_worker = %id,
-                reason,
-                pause_ms = pause.as_millis(),
-                "no draft attached; the session goes on"
-            );
-            resting.insert(id, Instant::now() + pause);
         }
     }
 
-    /// The least loaded draft worker that fits the target and is not resting.
-    fn choose(&self, resting: &BTreeMap<WorkerId, Instant>) -> Option<Worker> {
+    /// The draft worker that suits the session best and is not resting.
+    fn choose(&self, resting: &BTreeMap<WorkerId, Instant>) -> Option<(Worker, Assignment)> {
         self.registry
-            .candidates(WorkerRole::Draft)
-            .into_iter()
-            .find(|worker| {
-                !resting.contains_key(&worker.id)
-                    && misfit(&worker.model, &self.verify.model).is_none()
-            })
+            .assign_draft(&self.verify, |id| !resting.contains_key(&id))
     }
 
-    /// Attaches `worker` and stays until it leaves; says why it did.
-    async fn attach(&self, worker: Worker) -> String {
-        let _assignment = self.registry.assign(worker.id);
+    /// Attaches `worker` and stays until it leaves or a better one is there.
+    async fn attach(&self, worker: Worker, assignment: Assignment) -> Left {
+        let mut assignment = assignment;
         let id = worker.id;
         let attaching = tokio::time::timeout(ATTACH_TIMEOUT, self.begin(worker));
         let mut events = match attaching.await {
             Ok(Ok(events)) => events,
-            Ok(Err(fault)) => return fault.to_string(),
-            Err(_) => return "did not attach in time".to_owned(),
+            Ok(Err(fault)) => return Left::Because(fault.to_string()),
+            Err(_) => return Left::Because("did not attach in time".to_owned()),
         };
         tracing::info!(draft_worker = %id, "draft attached");
         self.entry.set_draft_worker(Some(id));
+        let mut changes = self.registry.changes();
+        let settled = Instant::now() + HELD;
         loop {
-            match events.message().await {
-                Ok(Some(AttachResponse {
-                    event: Some(Event::Detached(detached)),
-                })) => return detached.reason,
-                Ok(Some(_)) => {}
-                Ok(None) => return "hung up".to_owned(),
-                Err(status) => return Fault::from_status(&status).to_string(),
+            tokio::select! {
+                event = events.message() => match event {
+                    Ok(Some(AttachResponse {
+                        event: Some(Event::Detached(detached)),
+                    })) => return Left::Because(detached.reason),
+                    Ok(Some(_)) => {}
+                    Ok(None) => return Left::Because("hung up".to_owned()),
+                    Err(status) => {
+                        return Left::Because(Fault::from_status(&status).to_string());
+                    }
+                },
+                // Not before it has settled: a move costs the new draft a prompt.
+                () = async {
+                    tokio::time::sleep_until(settled).await;
+                    let _ = changes.changed().await;
+                } => match self.registry.better_draft(&self.verify, assignment) {
+                    Ok(better) => return Left::For(Box::new(better)),
+                    Err(same) => assignment = same,
+                },
             }
         }
     }
 
     async fn begin(&self, worker: Worker) -> Result<Streaming<AttachResponse>, Fault> {
         let status = |status: tonic::Status| Fault::from_status(&status);
+        let id = worker.id;
         let mut client = DraftServiceClient::new(worker.channel)
             .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
         let request = AttachRequest {
             session_id: self.entry.id.to_string(),
             verify_endpoint: self.verify.endpoint.clone(),
-            token_ids: self.entry.tokens(),
+            token_ids: self.transcript.tokens(),
             policy: Some(self.policy),
             max_tokens_total: self.max_tokens_total,
         };
         let mut events = client.attach(request).await.map_err(status)?.into_inner();
         match events.message().await.map_err(status)? {
             Some(AttachResponse {
-                event: Some(Event::Attached(_)),
-            }) => Ok(events),
+                event: Some(Event::Attached(attached)),
+            }) => {
+                if attached.round_trip_us > 0 {
+                    let round_trip = Duration::from_micros(attached.round_trip_us);
+                    self.registry.heard_round_trip(id, &self.verify, round_trip);
+                }
+                Ok(events)
+            }
             Some(AttachResponse {
                 event: Some(Event::Detached(detached)),
             }) => Err(Fault::Unavailable(detached.reason)),

@@ -37,11 +37,16 @@ impl Completion {
 
     /// Takes the next committed token.
     pub(crate) fn push(&mut self, token: u32) -> Result<Scan, Fault> {
-        if self.stop_tokens.binary_search(&token).is_ok() {
+        if self.is_stop_token(token) {
             return Ok(Scan::default());
         }
         let text = self.detokenizer.push(token)?;
         Ok(self.stops.push(&text))
+    }
+
+    /// Whether `token` ends the session without showing.
+    pub(crate) fn is_stop_token(&self, token: u32) -> bool {
+        self.stop_tokens.binary_search(&token).is_ok()
     }
 
     /// The text that `tokens` would add if they were committed, as far as it is certain. Stop strings are not looked for.
@@ -49,7 +54,7 @@ impl Completion {
         let mut detokenizer = self.detokenizer.clone();
         let mut text = String::new();
         for token in tokens {
-            if self.stop_tokens.binary_search(token).is_err() {
+            if !self.is_stop_token(*token) {
                 text.push_str(&detokenizer.push(*token)?);
             }
         }
@@ -57,7 +62,7 @@ impl Completion {
     }
 
     /// No more tokens come: the text still held back.
-    pub(crate) fn finish(mut self) -> Result<Scan, Fault> {
+    pub(crate) fn finish(&mut self) -> Result<Scan, Fault> {
         let text = self.detokenizer.finish()?;
         let mut scan = self.stops.push(&text);
         if scan.stop.is_none() {

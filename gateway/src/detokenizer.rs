@@ -93,7 +93,7 @@ impl Detokenizer {
     }
 
     /// No more tokens come: the text still held back.
-    pub(crate) fn finish(self) -> Result<String, Fault> {
+    pub(crate) fn finish(&self) -> Result<String, Fault> {
         let text = self.tokenizer.decode(&self.window)?;
         match text.strip_prefix(&self.shown) {
             Some(rest) => Ok(rest.to_owned()),

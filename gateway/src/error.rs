@@ -31,6 +31,14 @@ pub enum GatewayError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The session log cannot be opened.
+    #[error("cannot keep a session log in {path}: {source}")]
+    Log {
+        /// Its folder.
+        path: PathBuf,
+        /// The operating system's word.
+        source: std::io::Error,
+    },
     /// A background task died.
     #[error("a background task died: {0}")]
     Task(String),
@@ -46,6 +54,7 @@ impl GatewayError {
             Self::Tokenizer { .. } => "tokenizer",
             Self::ChatTemplate { .. } => "chat_template",
             Self::Argument { .. } => "argument",
+            Self::Log { .. } => "log",
             Self::Task(_) => "task",
             Self::Service(error) => error.label(),
         }

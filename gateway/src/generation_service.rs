@@ -1,40 +1,72 @@
 //! `GenerationService`: the client's side of the gateway.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use specattn_proto::v1::generation_service_server::GenerationService;
-use specattn_proto::v1::{CancelRequest, CancelResponse, GenerateRequest, Started};
+use specattn_proto::v1::{CancelRequest, CancelResponse, GenerateRequest, ResumeRequest};
 use specattn_proto::{Fault, SessionId};
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use crate::Gateway;
-use crate::attachment::Attachment;
+use crate::admission::{ClientKey, Ticket};
 use crate::completion::Completion;
-use crate::delivery::{ClientStream, Delivery};
-use crate::opening;
+use crate::listener::{ClientStream, Listener};
+use crate::opening::Opening;
 use crate::plan::Plan;
-use crate::session::Session;
-use crate::session_table::SessionSlot;
+use crate::registry::Prefix;
+use crate::session::{Session, Times};
+use crate::session_table::{SessionEntry, SessionSlot};
+use crate::tally::Tally;
+use crate::transcript::{Reader, Transcript};
+
+/// Who asks for a session.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    pub(crate) client: ClientKey,
+    /// How long the session goes on without it.
+    pub(crate) linger: Duration,
+}
+
+/// The gateway as a tonic service.
+pub(crate) struct Generation(pub(crate) Arc<Gateway>);
 
 #[tonic::async_trait]
-impl GenerationService for Gateway {
+impl GenerationService for Generation {
     type GenerateStream = ClientStream;
+    type ResumeStream = ClientStream;
 
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<ClientStream>, Status> {
-        let slot = self.sessions.reserve()?;
-        let span = tracing::info_span!("session", session_id = %slot.entry.id);
-        let stream = self
-            .start(request.into_inner(), slot)
-            .instrument(span.clone())
-            .await
-            .inspect_err(|fault| {
-                span.in_scope(|| tracing::info!(code = fault.label(), %fault, "request refused"));
-            })?;
+        let caller = self.0.caller(&request);
+        let stream = self.0.generate(request.into_inner(), caller).await?;
+        Ok(Response::new(stream))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<ResumeRequest>,
+    ) -> Result<Response<ClientStream>, Status> {
+        let id: SessionId = request.get_ref().session_id.parse()?;
+        let from = request.get_ref().from_index;
+        let span = tracing::info_span!("session", session_id = %id);
+        let stream = async {
+            match self.0.sessions.get(id) {
+                Some(entry) => self.0.listen(&entry, from),
+                None => {
+                    let caller = self.0.caller(&request);
+                    self.0.resume_logged(id, from, caller).await
+                }
+            }
+        };
+        let stream = stream.instrument(span.clone()).await;
+        let stream = stream.inspect_err(|fault| {
+            span.in_scope(|| tracing::info!(code = fault.label(), %fault, "not resumed"));
+        })?;
         Ok(Response::new(stream))
     }
 
@@ -43,7 +75,7 @@ impl GenerationService for Gateway {
         request: Request<CancelRequest>,
     ) -> Result<Response<CancelResponse>, Status> {
         let id: SessionId = request.into_inner().session_id.parse()?;
-        let entry = self.sessions.get(id);
+        let entry = self.0.sessions.get(id);
         let entry = entry.ok_or_else(|| Fault::NotFound(format!("no session {id}")))?;
         entry.cancel.cancel();
         Ok(Response::new(CancelResponse {}))
@@ -51,66 +83,136 @@ impl GenerationService for Gateway {
 }
 
 impl Gateway {
-    /// Checks a request, opens its session and starts the tasks that carry it.
-    async fn start(
-        &self,
-        request: GenerateRequest,
-        slot: SessionSlot,
-    ) -> Result<ClientStream, Fault> {
+    fn caller<T>(&self, request: &Request<T>) -> Caller {
+        let address = request.remote_addr().map(|address| address.ip());
+        Caller {
+            client: ClientKey::of(request.metadata().as_ref(), address),
+            linger: self.config.linger(),
+        }
+    }
+
+    /// Waits for a place for the caller.
+    pub(crate) async fn admit(&self, caller: &Caller) -> Result<Ticket, Fault> {
         if self.shutdown.is_cancelled() {
             return Err(Fault::Unavailable("the gateway is draining".to_owned()));
         }
+        self.admission.admit(caller.client.clone()).await
+    }
+
+    /// A new session, and its client's stream.
+    pub(crate) async fn generate(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+        caller: Caller,
+    ) -> Result<ClientStream, Fault> {
+        let arrival = SystemTime::now();
+        let ticket = self.admit(&caller).await?;
+        let slot = self.sessions.reserve(caller.linger);
+        let span = tracing::info_span!("session", session_id = %slot.entry.id);
+        self.start(request, arrival, slot, ticket)
+            .instrument(span.clone())
+            .await
+            .inspect_err(|fault| {
+                span.in_scope(|| tracing::info!(code = fault.label(), %fault, "request refused"));
+            })
+    }
+
+    /// Checks a request, opens its session and starts the tasks that carry it.
+    async fn start(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+        arrival: SystemTime,
+        slot: SessionSlot,
+        ticket: Ticket,
+    ) -> Result<ClientStream, Fault> {
+        let id = slot.entry.id;
         let plan = self.plan(request).await?;
-        let deadline = plan
-            .deadline
-            .map(|after| Instant::from_std(slot.entry.arrival) + after);
-        let opening = opening::open(&plan, slot.entry.id, &self.registry);
-        let open = match deadline {
+        let barred = BTreeSet::new();
+        let opening = Opening {
+            registry: &self.registry,
+            request: &|model| {
+                plan.fits(model)?;
+                Ok(plan.open_request(id))
+            },
+            prefix: Prefix::of(&plan.prompt),
+            barred: &barred,
+            patience: self.admission.patience(),
+            waits_for_workers: false,
+        };
+        let waited = arrival.elapsed().unwrap_or_default();
+        let open = match plan.deadline {
             Some(deadline) => {
-                tokio::time::timeout_at(deadline, opening)
-                    .await
-                    .map_err(|_| {
-                        Fault::DeadlineExceeded(
-                            "the deadline passed before the session began".to_owned(),
-                        )
-                    })??
+                let left = deadline.saturating_sub(waited);
+                let opened = tokio::time::timeout(left, opening.open()).await;
+                opened.map_err(|_| {
+                    Fault::DeadlineExceeded(
+                        "the deadline passed before the session began".to_owned(),
+                    )
+                })??
             }
-            None => opening.await?,
+            None => opening.open().await?,
         };
 
-        let model = Arc::clone(&open.worker.model);
+        let recipe = plan.recipe(id, arrival, &open.worker.model);
+        let writer = match &self.log {
+            Some(log) => Some(log.begin(id, recipe.logged().clone()).await?),
+            None => None,
+        };
         let completion = Completion::new(
             Arc::clone(&self.tokenizer),
-            &plan.prompt,
-            plan.stops.clone(),
-            plan.stop_tokens(&model),
+            recipe.prompt(),
+            recipe.stops().to_vec(),
+            recipe.stop_tokens().to_vec(),
         )?;
-        let max_tokens_total = plan.max_tokens_total(&model);
-        let started = Started {
-            session_id: slot.entry.id.to_string(),
-            // Prompts are bounded far below 2^32 tokens by the message size.
-            prompt_tokens: plan.prompt.len() as u32,
-            seed: plan.seed,
-        };
         tracing::info!(
-            mode = plan.mode.as_str_name(),
-            prompt_tokens = started.prompt_tokens,
+            mode = recipe.mode().as_str_name(),
+            prompt_tokens = recipe.prompt().len(),
             verify_worker = %open.worker.id,
             draft_length = plan.draft_length(),
             "session opened"
         );
-        let drafts = plan.draft_length() > 0;
-        slot.entry.opened(plan.mode, open.worker.id, plan.prompt);
-        let drafting = drafts.then(|| Attachment {
-            entry: Arc::clone(&slot.entry),
-            registry: Arc::clone(&self.registry),
-            verify: open.worker.clone(),
-            policy: plan.draft,
-            max_tokens_total: max_tokens_total as u64,
-        });
-        let (client, stream) = Delivery::new(started, self.config.client_stall_timeout);
-        let session = Session::new(slot, open, completion, client, max_tokens_total, deadline);
-        self.tasks.spawn(session.run(drafting).in_current_span());
+        let session = Session {
+            gateway: Arc::clone(self),
+            slot,
+            ticket,
+            transcript: Arc::new(Transcript::new(recipe.prompt().to_vec())),
+            completion,
+            writer,
+            tally: Tally::default(),
+            first_token: None,
+            stop: None,
+            times: Times::of(&recipe),
+            barred,
+            fruitless: 0,
+            recipe,
+        };
+        self.carry(session, open, 0)
+    }
+
+    /// Starts the tasks of an open session, and its client's stream from completion token `from` on.
+    pub(crate) fn carry(
+        &self,
+        session: Session,
+        open: crate::opening::OpenSession,
+        from: u64,
+    ) -> Result<ClientStream, Fault> {
+        let entry = Arc::clone(&session.slot.entry);
+        entry.opened(session.recipe.clone(), Arc::clone(&session.transcript));
+        let stream = self.listen(&entry, from)?;
+        self.tasks.spawn(session.run(open).in_current_span());
+        Ok(stream)
+    }
+
+    /// A client's stream of a session that runs.
+    pub(crate) fn listen(&self, entry: &SessionEntry, from: u64) -> Result<ClientStream, Fault> {
+        let facts = entry
+            .facts()
+            .ok_or_else(|| Fault::Unavailable("the session is being opened".to_owned()))?;
+        let reader = Reader::new(Arc::clone(&facts.transcript), from)?;
+        let started = facts.recipe.started(entry.id);
+        let (listener, stream) = Listener::new(reader, started, self.config.client_stall_timeout);
+        let seat = entry.audience.join();
+        self.tasks.spawn(listener.run(Some(seat)).in_current_span());
         Ok(stream)
     }
 

@@ -1,31 +1,38 @@
 //! The gateway: the client's API, the tokenizer, the log of committed tokens, and the choice of workers.
 //!
-//! A request takes this way: `plan` checks it, `opening` finds a verify worker, `session` carries events to the
-//! client through `completion` (token ids to text, stop strings) and `delivery` (a bounded buffer), while
-//! `attachment` keeps a draft worker on the session for as long as one is to be had. `registry` knows the workers.
+//! A request takes this way: `admission` says when, `plan` checks it, `opening` finds a verify worker, `session` follows
+//! the worker's events through `completion` (token ids to text, stop strings) and `log` (on file before a client hears of
+//! it) into the `transcript`, from which `listener` tells the client, while `attachment` keeps a draft worker on the session
+//! for as long as one is to be had. `registry` knows the workers; `resuming` takes sessions up from the log.
 //!
 //! `openai` is the same API over HTTP, in the shape of OpenAI's.
 //!
 //! The gateway never sees logits, masks or weights. Speculation is an accelerator: nothing here waits for a draft.
 
+mod admission;
 mod args;
 mod attachment;
 mod completion;
-mod delivery;
 mod detokenizer;
 mod error;
 mod generation_service;
 mod known_workers;
+mod listener;
+mod log;
 mod openai;
 mod opening;
 mod plan;
-mod preview;
+mod prefix;
+mod recipe;
 mod registry;
 mod registry_service;
+mod resuming;
 mod session;
 mod session_table;
 mod stop_strings;
+mod tally;
 mod tokenizer;
+mod transcript;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,9 +45,14 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use admission::AdmissionLimits;
 pub use args::{Args, Config, HttpArgs};
 pub use error::GatewayError;
+pub use log::{Fsync, LogArgs, LogConfig};
 
+use admission::Admission;
+use generation_service::Generation;
+use log::SessionLog;
 use registry::Registry;
 use session_table::SessionTable;
 use tokenizer::Tokenizer;
@@ -54,6 +66,8 @@ struct Gateway {
     tokenizer: Arc<Tokenizer>,
     registry: Arc<Registry>,
     sessions: Arc<SessionTable>,
+    admission: Arc<Admission>,
+    log: Option<SessionLog>,
     /// Session and registration tasks, so that the end of the process can wait for them.
     tasks: TaskTracker,
     /// Cancelled when the drain begins.
@@ -74,22 +88,34 @@ pub async fn serve(
         .await
         .map_err(|error| GatewayError::Task(error.to_string()))??;
     let server_config = config.server.clone();
+    let opened = match config.log.clone() {
+        Some(log) => {
+            let opening = tokio::task::spawn_blocking(move || SessionLog::open(log));
+            let opened = opening.await;
+            Some(opened.map_err(|error| GatewayError::Task(error.to_string()))??)
+        }
+        None => None,
+    };
+    let (log, keeper) = opened.unzip();
     let gateway = Arc::new(Gateway {
         registry: Arc::new(Registry::new(tokenizer.hash().to_owned())),
-        sessions: Arc::new(SessionTable::new(config.max_sessions)),
+        sessions: Arc::default(),
+        admission: Arc::new(Admission::new(config.admission)),
+        log,
         tokenizer: Arc::new(tokenizer),
         tasks: TaskTracker::new(),
         shutdown: shutdown.clone(),
         config,
     });
     known_workers::watch(&gateway);
+    gateway.tasks.spawn(count_places(Arc::clone(&gateway)));
     tracing::info!(
         listen = listener.local_addr().map(|a| a.to_string()).ok(),
         tokenizer = %gateway.config.tokenizer_dir.display(),
         "gateway is up"
     );
 
-    let generation = GenerationServiceServer::from_arc(Arc::clone(&gateway))
+    let generation = GenerationServiceServer::new(Generation(Arc::clone(&gateway)))
         .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES);
     let registry = RegistryServiceServer::from_arc(Arc::clone(&gateway))
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
@@ -107,5 +133,25 @@ pub async fn serve(
     {
         tracing::warn!(tasks = gateway.tasks.len(), "tasks did not end in time");
     }
+    if let (Some(log), Some(keeper)) = (&gateway.log, keeper) {
+        log.close().await;
+        let ended = tokio::task::spawn_blocking(move || keeper.join());
+        if !matches!(ended.await, Ok(Ok(()))) {
+            tracing::error!("the session log's thread failed");
+        }
+    }
     Ok(served?)
+}
+
+/// Tells the admission of the verify workers' places whenever they change.
+async fn count_places(gateway: Arc<Gateway>) {
+    let mut changes = gateway.registry.changes();
+    loop {
+        gateway.admission.set_places(gateway.registry.places());
+        tokio::select! {
+            // The registry is the gateway's, which is held.
+            _ = changes.changed() => {}
+            () = gateway.shutdown.cancelled() => return,
+        }
+    }
 }

@@ -1,20 +1,27 @@
-//! Finding a verify worker for a session and opening it there.
+//! Finding a verify worker for a session and opening it there, the first time and every time its worker was lost.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
-use specattn_proto::v1::{OpenResponse, WorkerRole};
-use specattn_proto::{Fault, SessionId, limits};
+use specattn_proto::v1::{CloseRequest, FinishReason, ModelInfo, OpenRequest, OpenResponse};
+use specattn_proto::{Fault, limits};
+use specattn_service::Backoff;
+use tokio::time::Instant;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::plan::Plan;
-use crate::registry::{Assignment, Registry, Worker};
+use crate::registry::{Assignment, Prefix, Registry, Worker, WorkerId};
 
-/// Longest wait for a verify worker's answer to Open.
+/// Longest wait for a verify worker's answer to Open, and what it gets even where patience is at its end.
+const OPEN_TIMEOUT_LEAST: Duration = Duration::from_millis(500);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// First and longest pause between two rounds of asking.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+const RETRY_MOST: Duration = Duration::from_secs(1);
 
 /// A session that its verify worker welcomed.
 pub(crate) struct OpenSession {
@@ -25,58 +32,129 @@ pub(crate) struct OpenSession {
     pub(crate) assignment: Assignment,
 }
 
-/// Opens the session at the least loaded verify worker that takes it.
-///
-/// # Errors
-/// [`Fault::Unavailable`] when no verify worker is there or none answers, [`Fault::InvalidArgument`] when the prompt
-/// fits no model, otherwise what the last worker said.
-pub(crate) async fn open(
-    plan: &Plan,
-    id: SessionId,
-    registry: &Arc<Registry>,
-) -> Result<OpenSession, Fault> {
-    let mut refusal = Fault::Unavailable("no verify worker is there".to_owned());
-    for worker in registry.candidates(WorkerRole::Verify) {
-        if let Err(misfit) = plan.fits(&worker.model) {
-            refusal = misfit.into();
-            continue;
+/// What to open, and where not.
+pub(crate) struct Opening<'a> {
+    pub(crate) registry: &'a Arc<Registry>,
+    /// What to ask of a worker with this model, or why it is not to be asked.
+    pub(crate) request: &'a (dyn Fn(&ModelInfo) -> Result<OpenRequest, Fault> + Sync),
+    /// The tokens' first blocks: a worker may know them already.
+    pub(crate) prefix: Prefix,
+    /// Workers that broke the protocol in this session.
+    pub(crate) barred: &'a BTreeSet<WorkerId>,
+    /// Wait until then for a worker that has room.
+    pub(crate) patience: Instant,
+    /// Wait as long for a worker to come at all.
+    pub(crate) waits_for_workers: bool,
+}
+
+impl Opening<'_> {
+    /// Opens the session at the verify worker that suits it best and takes it.
+    ///
+    /// # Errors
+    /// [`Fault::Unavailable`] when no verify worker is there or none answers, [`Fault::InvalidArgument`] when the prompt
+    /// fits no model, otherwise what the last worker said.
+    pub(crate) async fn open(&self) -> Result<OpenSession, Fault> {
+        let mut changes = self.registry.changes();
+        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
+        loop {
+            changes.mark_unchanged();
+            let refusal = match self.ask_all().await {
+                Ok(open) => return Ok(open),
+                Err(fault) => fault,
+            };
+            let may_pass = match refusal {
+                Fault::ResourceExhausted { .. } => true,
+                Fault::Unavailable(_) | Fault::Internal(_) | Fault::AlreadyExists(_) => {
+                    self.waits_for_workers
+                }
+                _ => false,
+            };
+            if !may_pass || Instant::now() >= self.patience {
+                return Err(refusal);
+            }
+            // However often workers come and go, they are asked at this pace.
+            tokio::time::sleep(RETRY_FIRST).await;
+            tokio::select! {
+                // The registry outlives its sessions' tasks, which hold it: the wait cannot fail.
+                _ = changes.changed() => {}
+                () = tokio::time::sleep(backoff.delay()) => {}
+                () = tokio::time::sleep_until(self.patience) => {}
+            }
         }
-        let worker_id = worker.id;
-        let assignment = registry.assign(worker_id);
-        let opened = tokio::time::timeout(OPEN_TIMEOUT, open_at(plan, id, worker, assignment));
-        let fault = match opened.await {
-            Ok(Ok(open)) => return Ok(open),
-            Ok(Err(fault)) => fault,
-            Err(_) => Fault::Unavailable(format!("{worker_id} does not answer")),
-        };
-        tracing::warn!(session_id = %id, %worker_id, %fault, "verify worker did not open the session");
-        // A full worker says nothing about the next one; nor does one that is gone.
-        let elsewhere = matches!(
-            fault,
-            Fault::ResourceExhausted { .. } | Fault::Unavailable(_) | Fault::Internal(_)
-        );
-        if !elsewhere {
-            return Err(fault);
-        }
-        refusal = fault;
     }
-    Err(refusal)
+
+    /// Asks one worker after another.
+    async fn ask_all(&self) -> Result<OpenSession, Fault> {
+        let mut refusal = Fault::Unavailable("no verify worker is there".to_owned());
+        for worker in self.registry.verify_candidates(&self.prefix) {
+            if self.barred.contains(&worker.id) {
+                continue;
+            }
+            let request = match (self.request)(&worker.model) {
+                Ok(request) => request,
+                Err(misfit) => {
+                    refusal = misfit;
+                    continue;
+                }
+            };
+            let worker_id = worker.id;
+            let assignment = self.registry.assign(worker_id);
+            let left = self.patience.saturating_duration_since(Instant::now());
+            let timeout = left.clamp(OPEN_TIMEOUT_LEAST, OPEN_TIMEOUT);
+            let opened = tokio::time::timeout(timeout, open_at(request, worker, assignment));
+            let fault = match opened.await {
+                Ok(Ok(open)) => {
+                    self.registry.served(worker_id, &self.prefix);
+                    return Ok(open);
+                }
+                Ok(Err(fault)) => fault,
+                Err(_) => Fault::Unavailable(format!("{worker_id} does not answer")),
+            };
+            tracing::info!(%worker_id, %fault, "verify worker did not open the session");
+            if matches!(fault, Fault::Unavailable(_)) {
+                self.registry.suspect(worker_id);
+            }
+            // A full worker says nothing about the next one; nor does one that is gone.
+            let elsewhere = matches!(
+                fault,
+                Fault::ResourceExhausted { .. }
+                    | Fault::Unavailable(_)
+                    | Fault::Internal(_)
+                    | Fault::AlreadyExists(_)
+            );
+            if !elsewhere {
+                return Err(fault);
+            }
+            refusal = fault;
+        }
+        Err(refusal)
+    }
 }
 
 async fn open_at(
-    plan: &Plan,
-    id: SessionId,
+    request: OpenRequest,
     worker: Worker,
     assignment: Assignment,
 ) -> Result<OpenSession, Fault> {
     let status = |status: tonic::Status| Fault::from_status(&status);
     let mut client = VerifyServiceClient::new(worker.channel.clone())
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
-    let mut events = client
-        .open(plan.open_request(id))
-        .await
-        .map_err(status)?
-        .into_inner();
+    let mut events = match client.open(request.clone()).await.map_err(status) {
+        // The worker has not noticed that this gateway lost it, or that another one died.
+        Err(Fault::AlreadyExists(_)) => {
+            let close = CloseRequest {
+                session_id: request.session_id.clone(),
+                reason: FinishReason::Error.into(),
+            };
+            match client.close(close).await.map_err(status) {
+                Ok(_) | Err(Fault::NotFound(_)) => {}
+                Err(fault) => return Err(fault),
+            }
+            client.open(request).await.map_err(status)?
+        }
+        opened => opened?,
+    }
+    .into_inner();
     let first = events.message().await.map_err(status)?;
     match first.and_then(|response| response.event) {
         Some(Event::Opened(_)) => Ok(OpenSession {

@@ -1,6 +1,6 @@
 //! [`Plan`]: a client's request, checked and with every default filled in.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use specattn_proto::v1::{self, generate_request::Prompt};
 use specattn_proto::validate::{
@@ -9,6 +9,7 @@ use specattn_proto::validate::{
 use specattn_proto::{Fault, SessionId, limits};
 
 use crate::args::Config;
+use crate::recipe::Recipe;
 use crate::tokenizer::Tokenizer;
 
 /// What a session is to do.
@@ -18,7 +19,6 @@ pub(crate) struct Plan {
     pub(crate) prompt: Vec<u32>,
     /// The seed is present.
     pub(crate) sampling: CheckedSampling,
-    pub(crate) seed: u64,
     pub(crate) limits: CheckedLimits,
     pub(crate) mode: v1::Mode,
     /// How the draft side works; its draft_length is present.
@@ -50,14 +50,12 @@ impl Plan {
         let mode = validate::mode(request.mode)?;
         validate::stop_strings(&request.stop)?;
         let mut sampling = validate::sampling(request.sampling.as_ref(), vocab_size)?;
-        let seed = sampling.seed.unwrap_or_else(rand::random);
-        sampling.seed = Some(seed);
+        sampling.seed.get_or_insert_with(rand::random);
         let mut draft = validate::draft_policy(request.draft.as_ref())?;
         let while_it_pays = mode == v1::Mode::Dense && draft.draft_length.is_none();
         draft.draft_length.get_or_insert(config.draft_length);
         Ok(Self {
             sampling,
-            seed,
             limits: validate::session_limits(request.limits.as_ref(), vocab_size)?,
             mode,
             draft,
@@ -89,22 +87,38 @@ impl Plan {
         )
     }
 
-    /// Most tokens the session may come to hold on a model, prompt included.
-    pub(crate) fn max_tokens_total(&self, model: &v1::ModelInfo) -> usize {
+    /// The session that this becomes on a model.
+    pub(crate) fn recipe(
+        &self,
+        id: SessionId,
+        arrival: SystemTime,
+        model: &v1::ModelInfo,
+    ) -> Recipe {
         let context = (model.max_context as usize).min(limits::MAX_SESSION_TOKENS);
-        match self.limits.max_tokens {
+        let most = match self.limits.max_tokens {
             Some(most) => context.min(self.prompt.len() + most as usize),
             None => context,
-        }
-    }
-
-    /// Tokens that end the session on a model without showing.
-    pub(crate) fn stop_tokens(&self, model: &v1::ModelInfo) -> Vec<u32> {
-        let mut tokens = self.limits.stop_token_ids.clone();
+        };
+        let mut stop_token_ids = self.limits.stop_token_ids.clone();
         if !self.limits.ignore_eos {
-            tokens.extend(&model.eos_token_ids);
+            stop_token_ids.extend(&model.eos_token_ids);
         }
-        tokens
+        stop_token_ids.sort_unstable();
+        let unix_ms = |time: SystemTime| {
+            let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        };
+        Recipe::new(v1::LoggedSession {
+            open: Some(self.open_request(id)),
+            draft: Some(self.draft),
+            stop: self.stops.clone(),
+            stop_token_ids,
+            max_tokens_total: most as u64,
+            checkpoint_hash: model.checkpoint_hash.clone(),
+            arrival_unix_ms: unix_ms(arrival),
+            deadline_unix_ms: self.deadline.map(|after| unix_ms(arrival + after)),
+        })
+        .expect("every part is there")
     }
 
     /// What to ask of a verify worker.

@@ -1,12 +1,16 @@
 //! [`Registry`]: the workers that exist now, how loaded they are, and which to take.
 //!
+//! A session goes to the least loaded worker; to a verify worker that has served its prefix, while that is not much more
+//! loaded than the others; to a draft worker with a short way to its verify worker. Workers that did not answer a session
+//! come last until they are heard of again.
+//!
 //! Workers come from registration streams and from lists of endpoints alike; whoever brings one in also removes it. An
 //! endpoint is in the registry once per role: a worker that comes back before its old entry is gone replaces it.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use specattn_proto::v1::{ModelInfo, WorkerLoad, WorkerRole, WorkerStatus};
 use specattn_proto::{Fault, validate};
@@ -14,14 +18,37 @@ use specattn_service::channel;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+pub(crate) use crate::prefix::Prefix;
+use crate::prefix::Prefixes;
+
 /// Most workers of one gateway.
 const MAX_WORKERS: usize = 1_024;
+
+/// How much fuller than the least loaded worker one may be and still get the sessions whose prefix it holds.
+const PREFIX_ADVANTAGE: f64 = 0.25;
+
+/// A draft's way to the verify worker that weighs as much as a full worker.
+const FAR: Duration = Duration::from_millis(200);
+
+/// Least gain in fullness for which an attached draft is left for another.
+const WORTH_MOVING: f64 = 0.005;
+
+/// Weight of the latest round trip in the mean.
+const LATEST: f64 = 0.3;
 
 /// Names a stay of a worker in the registry; one that leaves and returns gets another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct WorkerId {
     role: WorkerRole,
     number: u64,
+}
+
+#[cfg(test)]
+impl WorkerId {
+    pub(crate) fn verify(number: u64) -> Self {
+        let role = WorkerRole::Verify;
+        Self { role, number }
+    }
 }
 
 impl fmt::Display for WorkerId {
@@ -51,26 +78,46 @@ struct Record {
     heard: Instant,
     /// Sessions of this gateway.
     assigned: u32,
+    /// It did not answer a session since it was heard of last.
+    suspect: bool,
+    /// Of a draft worker: mean round trips to verify workers, by endpoint.
+    round_trips: BTreeMap<String, Duration>,
 }
 
 impl Record {
     /// How full the worker is: what it said last or what was assigned since, whichever is more. Below 1 there is room.
     fn fullness(&self) -> f64 {
+        self.fullness_with(self.assigned)
+    }
+
+    /// How full it were with another number of this gateway's sessions.
+    fn fullness_with(&self, assigned: u32) -> f64 {
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-        let sessions = self.load.sessions_active.max(self.assigned);
+        // What others have assigned is known from what it said.
+        let others = self.load.sessions_active.saturating_sub(self.assigned);
+        let sessions = assigned.saturating_add(others);
         let slots = share(sessions.into(), self.load.sessions_max.into());
-        // Block counts are far below 2^52: the conversion is exact.
-        let blocks = share(
-            self.load.kv_blocks_used as f64,
-            self.load.kv_blocks_total as f64,
-        );
-        slots.max(blocks)
+        // It said so of the sessions that it had then. Block counts are far below 2^52: the conversion is exact.
+        let then = f64::from(self.load.sessions_active.max(1));
+        let blocks = self.load.kv_blocks_used as f64 * f64::from(sessions) / then;
+        slots.max(share(blocks, self.load.kv_blocks_total as f64))
+    }
+
+    /// What a session of the verify worker at `endpoint` would find here, less being better.
+    fn draft_cost(&self, endpoint: &str, assigned: u32) -> f64 {
+        let way = self.round_trips.get(endpoint).copied().unwrap_or_default();
+        self.fullness_with(assigned) + way.as_secs_f64() / FAR.as_secs_f64()
+    }
+
+    fn takes_sessions(&self) -> bool {
+        !self.load.draining
     }
 }
 
 #[derive(Default)]
 struct Records {
     by_id: BTreeMap<WorkerId, Record>,
+    prefixes: Prefixes,
     last_number: u64,
 }
 
@@ -168,6 +215,8 @@ impl Registry {
             load,
             heard: Instant::now(),
             assigned: 0,
+            suspect: false,
+            round_trips: BTreeMap::new(),
         };
         records.by_id.insert(id, record);
         drop(records);
@@ -183,14 +232,16 @@ impl Registry {
         };
         let before = record.fullness();
         let drains = load.draining && !record.load.draining;
+        let resized = load.sessions_max != record.load.sessions_max;
         record.load = load;
         record.heard = Instant::now();
-        let gained_room = record.fullness() < before;
+        let gained_room = record.fullness() < before || record.suspect;
+        record.suspect = false;
         drop(records);
         if drains {
             tracing::info!(worker_id = %id, "worker drains");
         }
-        if gained_room {
+        if gained_room || drains || resized {
             self.changed();
         }
         true
@@ -198,7 +249,10 @@ impl Registry {
 
     /// Takes a worker out.
     pub(crate) fn remove(&self, id: WorkerId, reason: &str) {
-        if self.records().by_id.remove(&id).is_some() {
+        let mut records = self.records();
+        if records.by_id.remove(&id).is_some() {
+            records.prefixes.forget(id);
+            drop(records);
             tracing::info!(worker_id = %id, reason, "worker left");
             self.changed();
         }
@@ -212,19 +266,129 @@ impl Registry {
             .any(|(id, record)| id.role == role && record.worker.endpoint == endpoint)
     }
 
-    /// Workers of a role that take sessions, least loaded first.
-    pub(crate) fn candidates(&self, role: WorkerRole) -> Vec<Worker> {
+    /// Verify workers that take sessions, the best for one with this prefix first.
+    pub(crate) fn verify_candidates(&self, prefix: &Prefix) -> Vec<Worker> {
         let records = self.records();
-        let mut open: Vec<_> = records
+        let open = records
             .by_id
             .iter()
-            .filter(|(id, record)| id.role == role && !record.load.draining)
-            .map(|(_, record)| (record.fullness(), record.assigned, &record.worker))
-            .collect();
-        open.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            .filter(|(id, record)| id.role == WorkerRole::Verify && record.takes_sessions());
+        let mut open: Vec<_> = open.collect();
+        open.sort_by(|(_, a), (_, b)| {
+            let by_load = a.fullness().total_cmp(&b.fullness());
+            let by_trust = a.suspect.cmp(&b.suspect);
+            by_trust.then(by_load).then(a.assigned.cmp(&b.assigned))
+        });
+        let least = open.first().map_or(0.0, |(_, record)| record.fullness());
+        let knows = records.prefixes.worker(prefix);
+        let knows = open.iter().position(|(id, record)| {
+            let close = record.fullness() <= least + PREFIX_ADVANTAGE && record.fullness() < 1.0;
+            Some(**id) == knows && close && !record.suspect
+        });
+        if let Some(at) = knows {
+            open[..=at].rotate_right(1);
+        }
         open.into_iter()
-            .map(|(_, _, worker)| worker.clone())
+            .map(|(_, record)| record.worker.clone())
             .collect()
+    }
+
+    /// A verify worker holds a session with this prefix now.
+    pub(crate) fn served(&self, id: WorkerId, prefix: &Prefix) {
+        self.records().prefixes.served(prefix, id);
+    }
+
+    /// A worker did not answer.
+    pub(crate) fn suspect(&self, id: WorkerId) {
+        if let Some(record) = self.records().by_id.get_mut(&id) {
+            record.suspect = true;
+        }
+    }
+
+    /// Sessions that the verify workers take at most; as good as no limit where that is not known, or none is there: then
+    /// requests are refused and do not wait.
+    pub(crate) fn places(&self) -> usize {
+        let records = self.records();
+        let verify = records
+            .by_id
+            .iter()
+            .filter(|(id, record)| id.role == WorkerRole::Verify && record.takes_sessions());
+        let mut places = 0_usize;
+        for (_, record) in verify {
+            match record.load.sessions_max {
+                0 => return usize::MAX,
+                most => places = places.saturating_add(most as usize),
+            }
+        }
+        if places == 0 { usize::MAX } else { places }
+    }
+
+    /// Assigns a session of `verify` to the best draft worker among those that are `eligible`.
+    pub(crate) fn assign_draft(
+        self: &Arc<Self>,
+        verify: &Worker,
+        eligible: impl Fn(WorkerId) -> bool,
+    ) -> Option<(Worker, Assignment)> {
+        let mut records = self.records();
+        let id = records.best_draft(verify, eligible)?.0;
+        let record = records.by_id.get_mut(&id)?;
+        record.assigned += 1;
+        let worker = record.worker.clone();
+        drop(records);
+        Some((worker, self.assignment(id)))
+    }
+
+    /// Moves a session of `verify` from its draft worker to one that suits it clearly better, or gives the assignment
+    /// back. Sessions move one after another, each seeing where the ones before it went.
+    pub(crate) fn better_draft(
+        self: &Arc<Self>,
+        verify: &Worker,
+        assignment: Assignment,
+    ) -> Result<(Worker, Assignment), Assignment> {
+        let here = assignment.id;
+        let mut records = self.records();
+        let Some((better, cost)) = records.best_draft(verify, |id| id != here) else {
+            drop(records);
+            return Err(assignment);
+        };
+        let stays = records.by_id.get(&here).is_some_and(|record| {
+            let now = record.draft_cost(&verify.endpoint, record.assigned);
+            record.takes_sessions() && now < cost + WORTH_MOVING
+        });
+        let moved = match records.by_id.get_mut(&better) {
+            Some(record) if !stays => {
+                record.assigned += 1;
+                Some(record.worker.clone())
+            }
+            _ => None,
+        };
+        drop(records);
+        match moved {
+            Some(worker) => Ok((worker, self.assignment(better))),
+            None => Err(assignment),
+        }
+    }
+
+    /// A draft worker told how far it is from a verify worker.
+    pub(crate) fn heard_round_trip(&self, draft: WorkerId, verify: &Worker, time: Duration) {
+        let mut records = self.records();
+        let known: Vec<String> = records
+            .by_id
+            .iter()
+            .filter(|(id, _)| id.role == WorkerRole::Verify)
+            .map(|(_, record)| record.worker.endpoint.clone())
+            .collect();
+        if let Some(record) = records.by_id.get_mut(&draft) {
+            // Endpoints that are gone must not gather.
+            record
+                .round_trips
+                .retain(|endpoint, _| known.contains(endpoint));
+            let mean = record
+                .round_trips
+                .entry(verify.endpoint.clone())
+                .or_insert(time);
+            *mean = mean.mul_f64(1.0 - LATEST) + time.mul_f64(LATEST);
+        }
     }
 
     /// Largest vocabulary among the verify workers.
@@ -244,6 +408,10 @@ impl Registry {
         if let Some(record) = self.records().by_id.get_mut(&id) {
             record.assigned += 1;
         }
+        self.assignment(id)
+    }
+
+    fn assignment(self: &Arc<Self>, id: WorkerId) -> Assignment {
         Assignment {
             registry: Arc::clone(self),
             id,
@@ -266,6 +434,31 @@ impl Registry {
                 sessions_assigned: record.assigned,
             })
             .collect()
+    }
+}
+
+impl Records {
+    /// The eligible draft worker that suits a session of `verify` best, and what the session would find there.
+    fn best_draft(
+        &self,
+        verify: &Worker,
+        eligible: impl Fn(WorkerId) -> bool,
+    ) -> Option<(WorkerId, f64)> {
+        let drafts = self.by_id.iter().filter(|(id, record)| {
+            id.role == WorkerRole::Draft
+                && record.takes_sessions()
+                && eligible(**id)
+                && misfit(&record.worker.model, &verify.model).is_none()
+        });
+        let costs = drafts.map(|(id, record)| {
+            let cost = record.draft_cost(&verify.endpoint, record.assigned.saturating_add(1));
+            (record.suspect, cost, record.assigned, *id)
+        });
+        let best = costs.min_by(|a, b| {
+            let by_cost = a.1.total_cmp(&b.1);
+            a.0.cmp(&b.0).then(by_cost).then(a.2.cmp(&b.2))
+        });
+        best.map(|(_, cost, _, id)| (id, cost))
     }
 }
 

@@ -6,13 +6,14 @@ use specattn_proto::Fault;
 use specattn_proto::v1::register_request::Message;
 use specattn_proto::v1::registry_service_server::RegistryService;
 use specattn_proto::v1::{
-    RegisterRequest, RegisterResponse, StatusRequest, StatusResponse, WorkerLoad,
+    GatewayStatus, RegisterRequest, RegisterResponse, StatusRequest, StatusResponse, WorkerLoad,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Gateway;
+use crate::log::SessionLog;
 use crate::registry::{Registry, WorkerId};
 
 /// Silent heartbeat intervals after which a worker is gone.
@@ -91,7 +92,20 @@ impl RegistryService for Gateway {
         Ok(Response::new(StatusResponse {
             workers: self.registry.status(),
             sessions: self.sessions.status(),
+            gateway: Some(self.gateway_status()),
         }))
+    }
+}
+
+impl Gateway {
+    fn gateway_status(&self) -> GatewayStatus {
+        let (log_bytes, log_sessions) = self.log.as_ref().map_or((0, 0), SessionLog::usage);
+        let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        GatewayStatus {
+            requests_queued: count(self.admission.queued() as u64),
+            log_bytes,
+            log_sessions: count(log_sessions),
+        }
     }
 }
 

@@ -1,309 +1,472 @@
-//! [`Session`]: one request, from Opened to the end of the client's stream.
+//! [`Session`]: one request, from Opened to its end, wherever it runs.
 //!
-//! The verify worker's event stream is the source of truth. The session follows it, writes the log, turns tokens into
-//! text and hands both to the client; it asks the worker to stop for a cancel, a deadline or a stop string, and still
-//! waits for the worker's last word, which brings the statistics. Dropping the event stream frees everything there.
+//! The verify worker's event stream is the source of truth. The session follows it: committed tokens go to the log, then
+//! into the transcript, from which the client's stream reads. It asks the worker to stop for a cancel, a deadline or a stop
+//! string, and still waits for the worker's last word, which brings the statistics. Dropping the event stream frees
+//! everything there. When the worker is lost, the session is opened at another one with the tokens so far, and goes on.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{
-    CloseRequest, Committed, Delta, FinishReason, Finished, OpenResponse, Provisional,
-    ProvisionalDelta, SessionFinished, SessionStats,
+    CloseRequest, Committed, FinishReason, Finished, LoggedEnd, LoggedTokens, OpenResponse,
+    Provisional, SessionFinished,
 };
 use specattn_proto::{Fault, SessionId};
 use tokio::time::Instant;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
+use crate::Gateway;
+use crate::admission::Ticket;
 use crate::attachment::Attachment;
 use crate::completion::Completion;
-use crate::delivery::Delivery;
-use crate::opening::OpenSession;
-use crate::registry::Assignment;
-use crate::session_table::{SessionEntry, SessionSlot};
+use crate::log::SessionWriter;
+use crate::opening::{OpenSession, Opening};
+use crate::recipe::{Recipe, unix_ms};
+use crate::registry::{Assignment, Prefix, Worker, WorkerId};
+use crate::session_table::SessionSlot;
+use crate::tally::Tally;
+use crate::transcript::{Commit, Transcript};
 
 /// What a verify worker gets to end a session that it was asked to close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Workers lost in a row, without a token committed in between, after which it is the session's own fault.
+const FRUITLESS_REOPENINGS: u32 = 8;
+
+/// Least time between two records of a session's statistics.
+const STATS_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A running session.
 pub(crate) struct Session {
-    slot: SessionSlot,
-    verify: Verify,
-    completion: Completion,
-    client: Delivery,
-    prompt_tokens: usize,
-    /// Length of the log at which the verify worker must have ended the session.
-    max_tokens_total: usize,
-    deadline: Option<Instant>,
+    pub(crate) gateway: Arc<Gateway>,
+    pub(crate) slot: SessionSlot,
+    pub(crate) ticket: Ticket,
+    pub(crate) recipe: Recipe,
+    pub(crate) transcript: Arc<Transcript>,
+    pub(crate) completion: Completion,
+    /// `None` without a log.
+    pub(crate) writer: Option<SessionWriter>,
+    pub(crate) tally: Tally,
     /// Arrival to the first committed token.
-    first_token: Option<Duration>,
-    /// Completion tokens handed to the client.
-    delivered: u64,
+    pub(crate) first_token: Option<Duration>,
     /// Set once a stop string completed: nothing after it counts.
-    stop: Option<String>,
-    /// Set once the worker was asked to close: when to stop waiting for it, and why it was asked.
-    closing: Option<(Instant, FinishReason)>,
+    pub(crate) stop: Option<String>,
+    pub(crate) times: Times,
+    /// Workers that broke the protocol.
+    pub(crate) barred: BTreeSet<WorkerId>,
+    /// Workers lost since the last committed token.
+    pub(crate) fruitless: u32,
+}
+
+/// When a session began and must end.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) arrival: std::time::Instant,
+    pub(crate) deadline: Option<Instant>,
+    /// When statistics were logged last.
+    stats_logged: Option<std::time::Instant>,
+}
+
+impl Times {
+    /// Those of a recipe.
+    pub(crate) fn of(recipe: &Recipe) -> Self {
+        let now = std::time::Instant::now();
+        Self {
+            arrival: now.checked_sub(recipe.age()).unwrap_or(now),
+            deadline: recipe.deadline().map(|after| Instant::now() + after),
+            stats_logged: None,
+        }
+    }
 }
 
 /// The session's side of its verify worker.
 struct Verify {
     client: VerifyServiceClient<Channel>,
     events: Streaming<OpenResponse>,
-    worker: String,
+    worker: Worker,
     _assignment: Assignment,
+    /// Set once the worker was asked to close: when to stop waiting for it, and why it was asked.
+    closing: Option<(Instant, FinishReason)>,
+}
+
+impl From<OpenSession> for Verify {
+    fn from(open: OpenSession) -> Self {
+        Self {
+            client: open.client,
+            events: open.events,
+            worker: open.worker,
+            _assignment: open.assignment,
+            closing: None,
+        }
+    }
+}
+
+impl Verify {
+    /// Asks the worker to end the session; its events tell when it has.
+    fn close(&mut self, id: SessionId, reason: FinishReason) {
+        let until = Instant::now() + CLOSE_TIMEOUT;
+        self.closing = Some((until, reason));
+        let worker = self.worker.id.to_string();
+        let close = close(self.client.clone(), id, reason, worker);
+        tokio::spawn(tokio::time::timeout_at(until, close));
+    }
+
+    /// The end of a session that was asked to close and whose worker did not answer: its last counters are unknown.
+    fn unheard(&self) -> SessionFinished {
+        let reason = self
+            .closing
+            .map_or(FinishReason::Error, |(_, reason)| reason);
+        unheard(reason)
+    }
+}
+
+fn unheard(reason: FinishReason) -> SessionFinished {
+    SessionFinished {
+        reason: reason.into(),
+        stats: None,
+    }
+}
+
+/// How a session's stay at a worker ended.
+enum Stay {
+    /// So did the session.
+    Over(End),
+    /// The worker is gone, or has failed.
+    Lost(Fault),
+    /// The worker cannot be trusted with this session.
+    Broken(Fault),
 }
 
 /// How a session ended.
 enum End {
     Finished(SessionFinished),
     Failed(Fault),
-    ClientGone,
-    ClientStalled,
+    /// Nobody has listened for long enough.
+    Abandoned,
 }
 
 impl Session {
-    /// A session over `open`, whose log holds the prompt.
-    pub(crate) fn new(
-        slot: SessionSlot,
-        open: OpenSession,
-        completion: Completion,
-        client: Delivery,
-        max_tokens_total: usize,
-        deadline: Option<Instant>,
-    ) -> Self {
-        Self {
-            prompt_tokens: slot.entry.len(),
-            verify: Verify {
-                client: open.client,
-                events: open.events,
-                worker: open.worker.id.to_string(),
-                _assignment: open.assignment,
-            },
-            slot,
-            completion,
-            client,
-            max_tokens_total,
-            deadline,
-            first_token: None,
-            delivered: 0,
-            stop: None,
-            closing: None,
-        }
-    }
-
-    /// Runs to the end, with `drafting` for as long as the verify worker has not ended the session.
-    pub(crate) async fn run(mut self, drafting: Option<Attachment>) {
-        let drafting = async {
-            match drafting {
-                Some(attachment) => attachment.keep().await,
-                None => std::future::pending().await,
+    /// Runs to the end, first at the worker that opened it.
+    pub(crate) async fn run(mut self, open: OpenSession) {
+        let mut verify = Verify::from(open);
+        let end = loop {
+            let fault = match self.stay(&mut verify).await {
+                Stay::Over(end) => break end,
+                Stay::Broken(fault) => {
+                    tracing::warn!(verify_worker = %verify.worker.id, %fault, "verify worker is not to be trusted");
+                    self.barred.insert(verify.worker.id);
+                    fault
+                }
+                Stay::Lost(fault) => {
+                    if matches!(fault, Fault::Unavailable(_)) {
+                        self.gateway.registry.suspect(verify.worker.id);
+                    }
+                    fault
+                }
+            };
+            drop(verify);
+            match self.reopen(fault).await {
+                Ok(open) => verify = Verify::from(open),
+                Err(end) => break end,
             }
-        };
-        let end = tokio::select! {
-            end = self.follow() => end,
-            never = drafting => match never {},
         };
         match end {
             End::Finished(last) => self.finish(last).await,
             End::Failed(fault) => {
                 tracing::warn!(code = fault.label(), %fault, "session failed");
-                self.client.fail(fault).await;
+                self.leave(Err(fault));
             }
-            End::ClientGone => tracing::info!(tokens = self.delivered, "the client left"),
-            End::ClientStalled => self.client.give_up(),
+            End::Abandoned => {
+                let tokens = self.transcript.committed();
+                let resumable = self.writer.is_some();
+                tracing::info!(tokens, resumable, "the client left");
+                // A client that comes back at this very moment tries again.
+                let text = "the session was left by its client".to_owned();
+                self.leave(Err(Fault::Unavailable(text)));
+            }
         }
     }
 
+    /// Stays at a worker for as long as that is possible, with a draft while there is one.
+    async fn stay(&mut self, verify: &mut Verify) -> Stay {
+        self.slot.entry.set_verify_worker(verify.worker.id);
+        let attachment = self.recipe.drafting().map(|policy| Attachment {
+            entry: Arc::clone(&self.slot.entry),
+            transcript: Arc::clone(&self.transcript),
+            registry: Arc::clone(&self.gateway.registry),
+            verify: verify.worker.clone(),
+            policy,
+            max_tokens_total: self.recipe.max_tokens_total() as u64,
+        });
+        let drafting = async {
+            match attachment {
+                Some(attachment) => attachment.keep().await,
+                None => std::future::pending().await,
+            }
+        };
+        let stay = tokio::select! {
+            stay = self.follow(verify) => stay,
+            never = drafting => match never {},
+        };
+        self.slot.entry.set_draft_worker(None);
+        stay
+    }
+
     /// Follows the verify worker's events until there is nothing more to follow.
-    async fn follow(&mut self) -> End {
+    async fn follow(&mut self, verify: &mut Verify) -> Stay {
         let entry = Arc::clone(&self.slot.entry);
-        let client = self.client.watch();
+        let absent = entry.abandoned();
+        tokio::pin!(absent);
         loop {
-            let asked = self.closing.is_some();
-            let give_up = self.closing.as_ref().map(|(until, _)| *until);
-            let stalled = self.client.stall_deadline();
+            let asked = verify.closing.is_some();
+            let give_up = verify.closing.as_ref().map(|(until, _)| *until);
             tokio::select! {
                 biased;
-                () = client.closed() => return End::ClientGone,
-                () = entry.cancel.cancelled(), if !asked => self.close(FinishReason::Cancelled),
-                () = at(self.deadline), if !asked => self.close(FinishReason::Deadline),
-                () = at(stalled) => return End::ClientStalled,
-                () = self.client.flush() => {}
-                event = self.verify.events.message() => {
-                    if let Some(end) = self.take(event) {
-                        return end;
+                () = &mut absent => return Stay::Over(End::Abandoned),
+                () = entry.cancel.cancelled(), if !asked => {
+                    verify.close(entry.id, FinishReason::Cancelled);
+                }
+                () = at(self.times.deadline), if !asked => {
+                    verify.close(entry.id, FinishReason::Deadline);
+                }
+                event = verify.events.message() => {
+                    if let Some(stay) = self.take(verify, event).await {
+                        return stay;
                     }
                 }
                 () = at(give_up) => {
-                    tracing::warn!(worker = self.verify.worker, "no word of the session's end");
-                    return End::Finished(self.unheard());
+                    tracing::warn!(verify_worker = %verify.worker.id, "no word of the session's end");
+                    return Stay::Over(End::Finished(verify.unheard()));
                 }
             }
         }
     }
 
     /// Takes one event; tells when it was the last.
-    fn take(&mut self, event: Result<Option<OpenResponse>, tonic::Status>) -> Option<End> {
+    async fn take(
+        &mut self,
+        verify: &mut Verify,
+        event: Result<Option<OpenResponse>, tonic::Status>,
+    ) -> Option<Stay> {
         let response = match event {
             Ok(Some(response)) => response,
             // Once it was asked to close, all that is missing are the statistics.
-            Ok(None) | Err(_) if self.closing.is_some() => {
-                return Some(End::Finished(self.unheard()));
+            Ok(None) | Err(_) if verify.closing.is_some() => {
+                return Some(Stay::Over(End::Finished(verify.unheard())));
             }
             Ok(None) => {
-                let text = format!("{} ended the session without a word", self.verify.worker);
-                return Some(End::Failed(Fault::Unavailable(text)));
+                let text = format!("{} ended the session without a word", verify.worker.id);
+                return Some(Stay::Lost(Fault::Unavailable(text)));
             }
-            Err(status) => return Some(End::Failed(Fault::from_status(&status))),
+            Err(status) => return Some(Stay::Lost(Fault::from_status(&status))),
+        };
+        let broken = |what: &str| {
+            let text = format!("{} {what}", verify.worker.id);
+            Some(Stay::Broken(Fault::Internal(text)))
         };
         match response.event {
-            Some(Event::Committed(committed)) => self.commit(committed).err().map(End::Failed),
-            Some(Event::Finished(finished)) => Some(End::Finished(finished)),
-            Some(Event::Provisional(ahead)) => self.look_ahead(ahead).err().map(End::Failed),
-            Some(Event::RolledBack(back)) if back.to >= self.slot.entry.len() as u64 => {
-                self.client.withdraw(back.to - self.prompt_tokens as u64);
+            Some(Event::Committed(committed)) => self.commit(verify, committed).await.err(),
+            Some(Event::Finished(finished)) => self.ended(finished),
+            Some(Event::Provisional(ahead)) => self.look_ahead(ahead).err(),
+            Some(Event::RolledBack(back)) if back.to >= self.transcript.len() as u64 => {
+                // A length within the session's.
+                self.transcript
+                    .withdraw(back.to as usize - self.recipe.prompt().len());
                 None
             }
-            Some(Event::RolledBack(_)) => Some(self.broken("withdrew committed tokens")),
-            Some(Event::Opened(_)) => Some(self.broken("opened the session twice")),
+            Some(Event::RolledBack(_)) => broken("withdrew committed tokens"),
+            Some(Event::Opened(_)) => broken("opened the session twice"),
             // An event of a later version.
             None => None,
         }
     }
 
-    fn broken(&self, what: &str) -> End {
-        End::Failed(Fault::Internal(format!("{} {what}", self.verify.worker)))
+    /// The worker says that the session is over. It may only have lost heart: then another one goes on.
+    fn ended(&mut self, finished: SessionFinished) -> Option<Stay> {
+        if finished.reason() == FinishReason::Error && self.stop.is_none() {
+            self.tally.told(finished.stats.unwrap_or_default());
+            let text = "the verify worker gave the session up".to_owned();
+            return Some(Stay::Lost(Fault::Unavailable(text)));
+        }
+        Some(Stay::Over(End::Finished(finished)))
     }
 
     /// Takes committed tokens: log, text, client.
-    fn commit(&mut self, committed: Committed) -> Result<(), Fault> {
+    async fn commit(&mut self, verify: &mut Verify, committed: Committed) -> Result<(), Stay> {
         // After a stop string the session is being closed: what was committed meanwhile is nobody's.
         if self.stop.is_some() {
             return Ok(());
         }
-        let entry: &SessionEntry = &self.slot.entry;
-        let len = entry.len();
-        let count = committed.token_ids.len();
-        let with_logprobs = committed.logprobs.len() == count;
-        if committed.start != len as u64
-            || count > self.max_tokens_total.saturating_sub(len)
-            || !(with_logprobs || committed.logprobs.is_empty())
-        {
-            return Err(Fault::Internal(format!(
-                "{} committed {count} tokens at {} with {} log-probabilities; the session holds {len} of {}",
-                self.verify.worker,
-                committed.start,
-                committed.logprobs.len(),
-                self.max_tokens_total,
-            )));
-        }
-        if count == 0 {
+        let mut commit = self.check(&committed).map_err(|what| {
+            let text = format!("{} {what}", verify.worker.id);
+            Stay::Broken(Fault::Internal(text))
+        })?;
+        if commit.tokens.is_empty() {
             return Ok(());
         }
-        if self.first_token.is_none() {
-            self.first_token = Some(entry.arrival.elapsed());
-        }
-        let mut delta = Delta {
-            start: self.delivered,
-            token_ids: committed.token_ids,
-            text: String::new(),
-            logprobs: committed.logprobs,
-        };
-        for index in 0..count {
-            let scan = self.completion.push(delta.token_ids[index])?;
-            delta.text.push_str(&scan.text);
+        let failed = |fault| Stay::Over(End::Failed(fault));
+        for index in 0..commit.tokens.len() {
+            let scan = self.completion.push(commit.tokens[index]).map_err(failed)?;
+            commit.texts.push(scan.text);
             if scan.stop.is_some() {
-                delta.token_ids.truncate(index + 1);
-                delta.logprobs.truncate(index + 1);
+                commit.tokens.truncate(index + 1);
+                commit.logprobs.truncate(index + 1);
                 self.stop = scan.stop;
                 break;
             }
         }
-        entry.commit(&delta.token_ids);
-        self.delivered += delta.token_ids.len() as u64;
-        self.client.add(delta);
+        self.fruitless = 0;
+        if let Some(stats) = committed.stats {
+            self.tally.told(stats);
+        }
+        // As precise as it is logged: a resumed session says the same.
+        let elapsed = Duration::from_micros(micros(self.times.arrival.elapsed()));
+        self.first_token.get_or_insert(elapsed);
+        self.log_tokens(&commit, elapsed).await.map_err(failed)?;
+        self.transcript.commit(commit);
         if self.stop.is_some() {
-            self.close(FinishReason::Stop);
+            verify.close(self.slot.entry.id, FinishReason::Stop);
         }
         Ok(())
+    }
+
+    /// What of the committed tokens is new; or what is wrong with them. A worker may say again what stands already.
+    fn check(&self, committed: &Committed) -> Result<Commit, String> {
+        let len = self.transcript.len();
+        let count = committed.token_ids.len();
+        let with_logprobs = committed.logprobs.len() == count;
+        let start = usize::try_from(committed.start).unwrap_or(usize::MAX);
+        let known = len.checked_sub(start);
+        let fits = count <= self.recipe.max_tokens_total().saturating_sub(start);
+        let (Some(known), true, true) =
+            (known, fits, with_logprobs || committed.logprobs.is_empty())
+        else {
+            return Err(format!(
+                "committed {count} tokens at {} with {} log-probabilities; the session holds {len} of {}",
+                committed.start,
+                committed.logprobs.len(),
+                self.recipe.max_tokens_total(),
+            ));
+        };
+        let known = known.min(count);
+        let stands = committed.token_ids[..known]
+            .iter()
+            .enumerate()
+            .all(|(index, token)| self.transcript.token(start + index) == Some(*token));
+        if !stands {
+            return Err(format!("changed its mind about tokens from {start} on"));
+        }
+        Ok(Commit {
+            tokens: committed.token_ids[known..].to_vec(),
+            texts: Vec::new(),
+            logprobs: committed
+                .logprobs
+                .get(known..)
+                .map_or_else(Vec::new, <[_]>::to_vec),
+        })
+    }
+
+    /// Logs tokens before anybody hears of them.
+    async fn log_tokens(&mut self, commit: &Commit, elapsed: Duration) -> Result<(), Fault> {
+        let Some(writer) = &self.writer else {
+            return Ok(());
+        };
+        let last = self.times.stats_logged;
+        let with_stats = last.is_none_or(|last| last.elapsed() >= STATS_INTERVAL);
+        if with_stats {
+            self.times.stats_logged = Some(std::time::Instant::now());
+        }
+        let tokens = LoggedTokens {
+            start: self.transcript.committed() as u64,
+            token_ids: commit.tokens.clone(),
+            logprobs: commit.logprobs.clone(),
+            elapsed_us: micros(elapsed),
+            stats: with_stats.then(|| self.tally.total()),
+        };
+        writer.append(tokens).await
     }
 
     /// Shows the client what is provisional. The verify worker tells only of what the client asked for.
-    fn look_ahead(&mut self, ahead: Provisional) -> Result<(), Fault> {
+    fn look_ahead(&mut self, ahead: Provisional) -> Result<(), Stay> {
         if self.stop.is_some() {
             return Ok(());
         }
-        let len = self.slot.entry.len();
+        let len = self.transcript.len();
         let count = ahead.token_ids.len();
-        if ahead.start != len as u64 || count > self.max_tokens_total.saturating_sub(len) {
-            return Err(Fault::Internal(format!(
-                "{} holds {count} provisional tokens at {}; the session holds {len} of {}",
-                self.verify.worker, ahead.start, self.max_tokens_total,
-            )));
+        let most = self.recipe.max_tokens_total();
+        if ahead.start != len as u64 || count > most.saturating_sub(len) {
+            return Err(Stay::Broken(Fault::Internal(format!(
+                "{count} tokens at {} are provisional; the session holds {len} of {most}",
+                ahead.start,
+            ))));
         }
-        let text = self.completion.preview(&ahead.token_ids)?;
-        self.client.look_ahead(ProvisionalDelta {
-            start: self.delivered,
-            token_ids: ahead.token_ids,
-            text,
-        });
+        let text = self.completion.preview(&ahead.token_ids);
+        let text = text.map_err(|fault| Stay::Over(End::Failed(fault)))?;
+        self.transcript.look_ahead(ahead.token_ids, text);
         Ok(())
     }
 
-    /// Asks the verify worker to end the session; its events tell when it has.
-    fn close(&mut self, reason: FinishReason) {
-        let until = Instant::now() + CLOSE_TIMEOUT;
-        self.closing = Some((until, reason));
-        let close = close(
-            self.verify.client.clone(),
-            self.slot.entry.id,
-            reason,
-            self.verify.worker.clone(),
-        );
-        tokio::spawn(tokio::time::timeout_at(until, close));
-    }
-
-    /// The end of a session that was asked to close and whose worker did not answer: counters are unknown.
-    fn unheard(&self) -> SessionFinished {
-        let reason = self
-            .closing
-            .map_or(FinishReason::Error, |(_, reason)| reason);
-        SessionFinished {
-            reason: reason.into(),
-            stats: None,
+    /// Opens the session again, after its worker was lost for this reason.
+    async fn reopen(&mut self, lost: Fault) -> Result<OpenSession, End> {
+        self.tally.reopened();
+        // What was provisional there is nowhere now.
+        self.transcript.withdraw(0);
+        self.fruitless += 1;
+        if self.fruitless > FRUITLESS_REOPENINGS {
+            return Err(End::Failed(lost));
+        }
+        let tokens = self.transcript.tokens();
+        tracing::warn!(fault = %lost, tokens = tokens.len(), "verify worker lost: the session goes on elsewhere");
+        let prefix = Prefix::of(&tokens);
+        let config = &self.gateway.config;
+        let opening = Opening {
+            registry: &self.gateway.registry,
+            request: &|model| {
+                self.recipe.fits(model)?;
+                Ok(self.recipe.open_request(tokens.clone()))
+            },
+            prefix,
+            barred: &self.barred,
+            patience: Instant::now() + config.reopen_timeout,
+            // Where a worker broke the protocol and no other is there, waiting is no use.
+            waits_for_workers: matches!(lost, Fault::Unavailable(_)),
+        };
+        let entry = &self.slot.entry;
+        tokio::select! {
+            open = opening.open() => open.map_err(|fault| End::Failed(match lost {
+                Fault::Unavailable(lost) => Fault::Unavailable(format!(
+                    "the verify worker was lost ({lost}), and no other took the session: {fault}"
+                )),
+                lost => lost,
+            })),
+            () = entry.cancel.cancelled() => Err(End::Finished(unheard(FinishReason::Cancelled))),
+            () = at(self.times.deadline) => Err(End::Finished(unheard(FinishReason::Deadline))),
+            () = entry.abandoned() => Err(End::Abandoned),
         }
     }
 
-    /// Tells the client of the end.
+    /// The session ended well.
     async fn finish(mut self, last: SessionFinished) {
-        let mut reason = FinishReason::try_from(last.reason).unwrap_or(FinishReason::Error);
-        if self.stop.is_none() {
-            match self.completion.finish() {
-                Ok(scan) => {
-                    self.stop = scan.stop;
-                    if !scan.text.is_empty() {
-                        self.client.add(Delta {
-                            start: self.delivered,
-                            text: scan.text,
-                            ..Delta::default()
-                        });
-                    }
-                }
-                Err(fault) => return self.client.fail(fault).await,
-            }
+        if let Some(stats) = last.stats {
+            self.tally.told(stats);
         }
+        let mut reason = FinishReason::try_from(last.reason).unwrap_or(FinishReason::Error);
+        let tail = match conclude(&mut self.completion, &mut self.stop) {
+            Ok(tail) => tail,
+            Err(fault) => return self.leave(Err(fault)),
+        };
         if self.stop.is_some() {
             reason = FinishReason::Stop;
         }
-        let elapsed = self.slot.entry.arrival.elapsed();
-        let stats = SessionStats {
-            completion_tokens: self.delivered,
-            prompt_tokens: self.prompt_tokens as u64,
-            ..last.stats.unwrap_or_default()
-        };
+        let elapsed = self.times.arrival.elapsed();
+        let mut stats = self.tally.total();
+        stats.completion_tokens = self.transcript.committed() as u64;
+        stats.prompt_tokens = self.recipe.prompt().len() as u64;
         tracing::info!(
             reason = reason.as_str_name(),
             completion_tokens = stats.completion_tokens,
@@ -313,18 +476,63 @@ impl Session {
             elapsed_ms = elapsed.as_millis(),
             "session finished"
         );
-        let finished = Finished {
+        let end = LoggedEnd {
             reason: reason.into(),
             stats: Some(stats),
-            ttft_seconds: self.first_token.unwrap_or_default().as_secs_f64(),
-            elapsed_seconds: elapsed.as_secs_f64(),
-            stop: self.stop.unwrap_or_default(),
+            stop: self.stop.take().unwrap_or_default(),
+            elapsed_us: micros(elapsed),
+            ended_unix_ms: unix_ms(),
         };
+        let finished = finished(&end, self.first_token);
+        if let Some(writer) = &self.writer
+            && let Err(fault) = writer.end(end).await
+        {
+            // All tokens are logged: whoever resumes finds the end again.
+            tracing::warn!(%fault, "the session's end is not logged");
+        }
+        self.transcript_end(&tail, Ok(finished));
+    }
+
+    /// Ends the session without an end of its own: one that is logged can be continued.
+    fn leave(self, end: Result<Finished, Fault>) {
+        self.transcript_end("", end);
+    }
+
+    fn transcript_end(self, tail: &str, end: Result<Finished, Fault>) {
         // The place is free from here on: a client that starts its next request at the end finds room.
         drop(self.slot);
-        drop(self.verify);
-        self.client.finish(finished).await;
+        drop(self.ticket);
+        drop(self.writer);
+        self.transcript.end(tail, end);
     }
+}
+
+/// The text held back until the end. A stop string may complete in it.
+pub(crate) fn conclude(
+    completion: &mut Completion,
+    stop: &mut Option<String>,
+) -> Result<String, Fault> {
+    if stop.is_some() {
+        return Ok(String::new());
+    }
+    let scan = completion.finish()?;
+    *stop = scan.stop;
+    Ok(scan.text)
+}
+
+/// What a client is told of a logged end.
+pub(crate) fn finished(end: &LoggedEnd, first_token: Option<Duration>) -> Finished {
+    Finished {
+        reason: end.reason,
+        stats: end.stats,
+        ttft_seconds: first_token.unwrap_or_default().as_secs_f64(),
+        elapsed_seconds: Duration::from_micros(end.elapsed_us).as_secs_f64(),
+        stop: end.stop.clone(),
+    }
+}
+
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Sleeps until `instant`; for ever when there is none.

@@ -1,66 +1,57 @@
-//! [`SessionTable`]: the sessions that run now, and the log of each one's committed tokens.
+//! [`SessionTable`]: the sessions that run now.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use specattn_proto::v1::{Mode, SessionStatus};
-use specattn_proto::{Fault, SessionId};
+use specattn_proto::SessionId;
+use specattn_proto::v1::SessionStatus;
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 
+use crate::listener::Audience;
+use crate::recipe::Recipe;
 use crate::registry::{WorkerId, millis};
+use crate::transcript::Transcript;
 
-/// When to try again after the table was full.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-/// Running sessions, at most a fixed number.
+/// Running sessions. How many there may be is for `admission` to say.
+#[derive(Default)]
 pub(crate) struct SessionTable {
     entries: Mutex<HashMap<SessionId, Arc<SessionEntry>>>,
-    capacity: usize,
 }
 
 impl SessionTable {
-    pub(crate) fn new(capacity: usize) -> Self {
-        Self {
-            entries: Mutex::default(),
-            capacity,
-        }
-    }
-
     fn entries(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<SessionEntry>>> {
         lock(&self.entries)
     }
 
     /// Takes a place for a new session, which gets its id; the place is free again when the slot is dropped.
-    ///
-    /// # Errors
-    /// [`Fault::ResourceExhausted`] when the table is full.
-    pub(crate) fn reserve(self: &Arc<Self>) -> Result<SessionSlot, Fault> {
-        let mut entries = self.entries();
-        if entries.len() >= self.capacity {
-            return Err(Fault::ResourceExhausted {
-                message: format!("the gateway holds {} sessions already", self.capacity),
-                retry_after: Some(RETRY_AFTER),
-            });
+    pub(crate) fn reserve(self: &Arc<Self>, linger: Duration) -> SessionSlot {
+        loop {
+            // From a cryptographic generator: who knows the id may cancel the session.
+            let id = SessionId::from_bits(rand::random());
+            if let Some(slot) = self.claim(id, linger) {
+                return slot;
+            }
         }
-        // From a cryptographic generator: who knows the id may cancel the session.
-        let id = SessionId::from_bits(rand::random());
-        let entry = Arc::new(SessionEntry {
-            id,
-            cancel: CancellationToken::new(),
-            arrival: Instant::now(),
-            facts: OnceCell::new(),
-            state: Mutex::default(),
-        });
-        entries.insert(id, Arc::clone(&entry));
-        Ok(SessionSlot {
-            table: Arc::clone(self),
-            entry,
-        })
     }
 
-    /// A running session.
+    /// Takes the place of the session `id`; `None` when it has one.
+    pub(crate) fn claim(self: &Arc<Self>, id: SessionId, linger: Duration) -> Option<SessionSlot> {
+        match self.entries().entry(id) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(vacant) => {
+                let entry = vacant.insert(Arc::new(SessionEntry::new(id, linger)));
+                Some(SessionSlot {
+                    table: Arc::clone(self),
+                    entry: Arc::clone(entry),
+                })
+            }
+        }
+    }
+
+    /// A session that has a place.
     pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionEntry>> {
         self.entries().get(&id).cloned()
     }
@@ -75,18 +66,17 @@ impl SessionTable {
 }
 
 /// What is known once a session was opened, and stays.
-#[derive(Debug)]
 pub(crate) struct Facts {
-    pub(crate) mode: Mode,
-    pub(crate) verify_worker: WorkerId,
-    pub(crate) prompt_tokens: usize,
+    pub(crate) recipe: Recipe,
+    pub(crate) transcript: Arc<Transcript>,
 }
 
+/// Where a session runs now.
 #[derive(Default)]
-struct State {
-    /// Prompt and committed tokens.
-    tokens: Vec<u32>,
+struct Place {
+    verify_worker: Option<WorkerId>,
     draft_worker: Option<WorkerId>,
+    reopenings: u32,
 }
 
 /// A session as others see it while it runs.
@@ -94,63 +84,71 @@ pub(crate) struct SessionEntry {
     pub(crate) id: SessionId,
     /// Cancelled by the client's wish.
     pub(crate) cancel: CancellationToken,
-    pub(crate) arrival: Instant,
+    pub(crate) audience: Arc<Audience>,
+    /// How long the session goes on without one.
+    linger: Duration,
+    /// When the request arrived, or came back.
+    since: Instant,
     facts: OnceCell<Facts>,
-    state: Mutex<State>,
+    place: Mutex<Place>,
 }
 
 impl SessionEntry {
-    fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+    fn new(id: SessionId, linger: Duration) -> Self {
+        Self {
+            id,
+            cancel: CancellationToken::new(),
+            audience: Arc::default(),
+            linger,
+            since: Instant::now(),
+            facts: OnceCell::new(),
+            place: Mutex::default(),
+        }
     }
 
-    /// The session was opened with this prompt.
-    pub(crate) fn opened(&self, mode: Mode, verify_worker: WorkerId, prompt: Vec<u32>) {
-        let facts = Facts {
-            mode,
-            verify_worker,
-            prompt_tokens: prompt.len(),
-        };
-        self.state().tokens = prompt;
-        let set = self.facts.set(facts);
+    /// The session was opened.
+    pub(crate) fn opened(&self, recipe: Recipe, transcript: Arc<Transcript>) {
+        let set = self.facts.set(Facts { recipe, transcript });
         debug_assert!(set.is_ok(), "a session is opened once");
     }
 
-    /// Tokens so far, prompt and committed.
-    pub(crate) fn tokens(&self) -> Vec<u32> {
-        self.state().tokens.clone()
+    /// Completes when nobody has listened for too long.
+    pub(crate) async fn abandoned(&self) {
+        self.audience.absent(self.linger).await;
     }
 
-    /// How many tokens there are so far.
-    pub(crate) fn len(&self) -> usize {
-        self.state().tokens.len()
+    /// What is known of it, once it was opened.
+    pub(crate) fn facts(&self) -> Option<&Facts> {
+        self.facts.get()
     }
 
-    /// Adds committed tokens to the log.
-    pub(crate) fn commit(&self, tokens: &[u32]) {
-        self.state().tokens.extend_from_slice(tokens);
+    /// Notes at which verify worker it runs.
+    pub(crate) fn set_verify_worker(&self, worker: WorkerId) {
+        let mut place = lock(&self.place);
+        place.reopenings += u32::from(place.verify_worker.is_some());
+        place.verify_worker = Some(worker);
     }
 
     /// Notes which draft worker is attached.
     pub(crate) fn set_draft_worker(&self, worker: Option<WorkerId>) {
-        self.state().draft_worker = worker;
+        lock(&self.place).draft_worker = worker;
     }
 
     fn status(&self) -> Option<SessionStatus> {
         let facts = self.facts.get()?;
-        let state = self.state();
-        let completion = state.tokens.len() - facts.prompt_tokens;
+        let place = lock(&self.place);
+        let name = |worker: Option<WorkerId>| worker.map_or_else(String::new, |id| id.to_string());
         Some(SessionStatus {
             session_id: self.id.to_string(),
-            mode: facts.mode.into(),
-            verify_worker_id: facts.verify_worker.to_string(),
-            draft_worker_id: state
-                .draft_worker
-                .map_or_else(String::new, |id| id.to_string()),
+            mode: facts.recipe.mode().into(),
+            verify_worker_id: name(place.verify_worker),
+            draft_worker_id: name(place.draft_worker),
             // Prompts are bounded far below 2^32 tokens by the message size.
-            prompt_tokens: facts.prompt_tokens as u32,
-            completion_tokens: completion as u64,
-            age_ms: millis(self.arrival),
+            prompt_tokens: facts.recipe.prompt().len() as u32,
+            completion_tokens: facts.transcript.committed() as u64,
+            age_ms: millis(self.since),
+            reopenings: place.reopenings,
+            listening: self.audience.is_present(),
         })
     }
 }
@@ -177,15 +175,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_bounded_and_come_free() {
-        let table = Arc::new(SessionTable::new(1));
-        let slot = table.reserve().unwrap();
-        assert!(table.get(slot.entry.id).is_some());
-        let refused = table.reserve().map(|_| ()).unwrap_err();
-        assert_eq!(refused.label(), "resource_exhausted");
+    fn an_id_has_one_place_which_comes_free() {
+        let table = Arc::new(SessionTable::default());
+        let slot = table.reserve(Duration::ZERO);
         let id = slot.entry.id;
+        assert!(table.get(id).is_some() && table.claim(id, Duration::ZERO).is_none());
         drop(slot);
         assert!(table.get(id).is_none());
-        assert_ne!(table.reserve().unwrap().entry.id, id);
+        assert!(table.claim(id, Duration::ZERO).is_some());
     }
 }

@@ -12,7 +12,7 @@ use tokio_stream::StreamExt;
 use super::error::ApiError;
 use super::request::Generation;
 use super::{logprobs, now};
-use crate::delivery::ClientStream;
+use crate::listener::ClientStream;
 use crate::tokenizer::Tokenizer;
 
 /// Which API the answer is for.

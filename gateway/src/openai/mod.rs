@@ -14,7 +14,7 @@ mod request;
 mod stream;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Path, State};
@@ -23,13 +23,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use specattn_proto::v1::generation_service_server::GenerationService;
-use specattn_proto::v1::{GenerateRequest, WorkerRole};
+use specattn_proto::v1::GenerateRequest;
 use specattn_proto::{Fault, limits};
 
 use crate::Gateway;
-use crate::delivery::ClientStream;
+use crate::admission::ClientKey;
 use crate::error::GatewayError;
+use crate::generation_service::Caller;
+use crate::listener::ClientStream;
+use crate::registry::Prefix;
 use answer::Wording;
 use chat_template::ChatTemplate;
 use error::ApiError;
@@ -37,9 +39,6 @@ use request::{ChatRequest, CompletionRequest, Generation};
 
 /// Most choices of a request: prompts times `n`.
 const MAX_CHOICES: usize = 128;
-
-/// The request header that names the client for fair queueing; gRPC clients send it as metadata.
-const CLIENT_HEADER: &str = "x-client-id";
 
 /// What the handlers share.
 struct Api {
@@ -135,7 +134,7 @@ impl Api {
         if !given.is_empty() {
             return given.clone();
         }
-        let workers = self.gateway.registry.candidates(WorkerRole::Verify);
+        let workers = self.gateway.registry.verify_candidates(&Prefix::of(&[]));
         let mut names: Vec<_> = workers
             .iter()
             .map(|worker| worker.model.name.clone())
@@ -201,17 +200,12 @@ impl Api {
         request: GenerateRequest,
         headers: &HeaderMap,
     ) -> Result<ClientStream, Fault> {
-        let mut request = tonic::Request::new(request);
-        let client = headers
-            .get(CLIENT_HEADER)
-            .and_then(|value| value.to_str().ok());
-        if let Some(client) = client.and_then(|client| client.parse().ok()) {
-            request.metadata_mut().insert(CLIENT_HEADER, client);
-        }
-        match self.gateway.generate(request).await {
-            Ok(response) => Ok(response.into_inner()),
-            Err(status) => Err(Fault::from_status(&status)),
-        }
+        // A client that leaves drops the stream; this API has no way to come back to it.
+        let caller = Caller {
+            client: ClientKey::of(headers, None),
+            linger: Duration::ZERO,
+        };
+        self.gateway.generate(request, caller).await
     }
 }
 

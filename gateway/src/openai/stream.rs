@@ -18,7 +18,7 @@ use tonic::Status;
 
 use super::answer::Wording;
 use super::error::ApiError;
-use crate::delivery::ClientStream;
+use crate::listener::ClientStream;
 use crate::tokenizer::Tokenizer;
 
 /// What the client is told when there is no more.

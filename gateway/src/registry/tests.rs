@@ -30,7 +30,7 @@ fn add(registry: &Registry, role: WorkerRole, port: u16, active: u32) -> WorkerI
 
 fn first(registry: &Registry) -> Option<WorkerId> {
     registry
-        .candidates(WorkerRole::Verify)
+        .verify_candidates(&Prefix::of(&[]))
         .first()
         .map(|w| w.id)
 }
@@ -112,4 +112,94 @@ async fn changes_wake_those_who_wait() {
     assert!(!changes.has_changed().expect("the registry lives"));
     registry.report(id, load(7));
     assert!(changes.has_changed().expect("the registry lives"));
+}
+
+#[tokio::test]
+async fn a_prefix_goes_where_it_was_while_that_is_not_much_fuller() {
+    let registry = registry();
+    let a = add(&registry, WorkerRole::Verify, 1, 0);
+    let b = add(&registry, WorkerRole::Verify, 2, 0);
+    let tokens: Vec<u32> = (0..300).collect();
+    let prefix = Prefix::of(&tokens);
+    let best = |registry: &Registry| registry.verify_candidates(&prefix)[0].id;
+    registry.served(b, &prefix);
+    assert_eq!((best(&registry), first(&registry)), (b, Some(a)));
+    let _two = [registry.assign(b), registry.assign(b)];
+    assert_eq!(best(&registry), b);
+    let _three = registry.assign(b);
+    assert_eq!(best(&registry), a);
+}
+
+#[tokio::test]
+async fn who_does_not_answer_comes_last_until_it_is_heard_of() {
+    let registry = registry();
+    let a = add(&registry, WorkerRole::Verify, 1, 0);
+    let b = add(&registry, WorkerRole::Verify, 2, 7);
+    registry.suspect(a);
+    assert_eq!(first(&registry), Some(b));
+    registry.report(a, load(0));
+    assert_eq!(first(&registry), Some(a));
+}
+
+#[tokio::test]
+async fn places_are_those_of_the_verify_workers_that_take_sessions() {
+    let registry = registry();
+    assert_eq!(registry.places(), usize::MAX);
+    let a = add(&registry, WorkerRole::Verify, 1, 0);
+    add(&registry, WorkerRole::Verify, 2, 0);
+    add(&registry, WorkerRole::Draft, 3, 0);
+    assert_eq!(registry.places(), 16);
+    let draining = WorkerLoad {
+        draining: true,
+        ..load(0)
+    };
+    registry.report(a, draining);
+    assert_eq!(registry.places(), 8);
+}
+
+#[tokio::test]
+async fn drafts_are_chosen_by_load_and_distance_and_left_for_better_ones() {
+    let registry = registry();
+    add(&registry, WorkerRole::Verify, 1, 0);
+    let verify = registry.verify_candidates(&Prefix::of(&[])).remove(0);
+    let far = add(&registry, WorkerRole::Draft, 2, 0);
+    let near = add(&registry, WorkerRole::Draft, 3, 0);
+    registry.heard_round_trip(far, &verify, Duration::from_millis(40));
+    registry.heard_round_trip(near, &verify, Duration::from_micros(500));
+    let any = |_: WorkerId| true;
+    let mut held = Vec::new();
+    let mut take = |registry: &Arc<Registry>| {
+        let (worker, assignment) = registry.assign_draft(&verify, any).expect("a draft");
+        held.push(assignment);
+        worker.id
+    };
+    // 40 ms weigh as much as a fifth of a worker: one and a half of eight sessions.
+    let taken: Vec<_> = (0..4).map(|_| take(&registry)).collect();
+    assert_eq!(taken, [near, near, far, near]);
+
+    // One joins: sessions move there one by one until none gains by it.
+    let fresh = add(&registry, WorkerRole::Draft, 4, 0);
+    let mut settled = Vec::new();
+    let mut moved = 0;
+    for assignment in held.drain(..) {
+        match registry.better_draft(&verify, assignment) {
+            Ok((worker, assignment)) => {
+                assert_eq!(worker.id, fresh);
+                moved += 1;
+                settled.push(assignment);
+            }
+            Err(assignment) => settled.push(assignment),
+        }
+    }
+    assert_eq!(moved, 2);
+
+    // One that drains is left by all, where there is another.
+    let (worker, assignment) = registry.assign_draft(&verify, |id| id == far).expect("far");
+    assert_eq!(worker.id, far);
+    let draining = WorkerLoad {
+        draining: true,
+        ..load(0)
+    };
+    registry.report(far, draining);
+    assert!(registry.better_draft(&verify, assignment).is_ok());
 }

@@ -242,7 +242,8 @@ async fn a_worker_deaf_to_close_is_given_up() {
 #[tokio::test]
 async fn sessions_are_bounded() {
     let mut config = quick_config();
-    config.max_sessions = 1;
+    config.admission.sessions = 1;
+    config.admission.queued = 0;
     let mut world = world_with(Script::default(), config).await;
     let stream = world.client.generate(request(1_000)).await.unwrap();
     let fault = world.client.refusal(request(2)).await;

@@ -4,5 +4,6 @@
 mod generation;
 mod hostile;
 mod openai;
+mod resuming;
 mod support;
 mod workers;

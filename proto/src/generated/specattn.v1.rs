@@ -818,6 +818,14 @@ pub mod generate_request {
         TokenIds(super::TokenIds),
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResumeRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    /// Tokens of the completion that the client has: it is sent those after.
+    #[prost(uint64, tag = "2")]
+    pub from_index: u64,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateResponse {
     #[prost(oneof = "generate_response::Event", tags = "1, 2, 3, 4, 5")]
@@ -866,6 +874,10 @@ pub struct Delta {
     /// One per token when asked for, else empty.
     #[prost(message, repeated, tag = "4")]
     pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
+    /// Bytes of the completion's text before this message's. The last message may have text without tokens, which was held
+    /// back until the end; by this a client that resumes sees whether it has that already.
+    #[prost(uint64, tag = "5")]
+    pub text_start: u64,
 }
 /// A look ahead of the committed tokens: all that are provisional now, in place of what an earlier one said. Most become
 /// committed; a Delta or a RolledBack tells.
@@ -1001,9 +1013,12 @@ pub mod generation_service_client {
             self
         }
         /// Continues a prompt. The stream is: one Started, any number of Delta (and, where they were asked for, ProvisionalDelta
-        /// and Withdrawn), one Finished. Dropping the stream cancels.
+        /// and Withdrawn), one Finished. A client whose stream breaks may Resume; the session goes on without it for the
+        /// gateway's linger time. A client that wants no more calls Cancel.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
-        /// RESOURCE_EXHAUSTED: no room now. UNAVAILABLE: no verify worker, or it was lost.
+        /// RESOURCE_EXHAUSTED: no room now, the session log is full, or this client has too much in flight; metadata
+        /// grpc-retry-pushback-ms says when to try again. UNAVAILABLE: no verify worker, and none came within the gateway's
+        /// patience.
         pub async fn generate(
             &mut self,
             request: impl tonic::IntoRequest<super::GenerateRequest>,
@@ -1026,6 +1041,35 @@ pub mod generation_service_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("specattn.v1.GenerationService", "Generate"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Delivers a session's completion from a token index on, in the same stream as Generate: of a session that runs, that
+        /// has ended, or that was left by a gateway that died, which goes on from its log. Every token comes exactly once by
+        /// index. A stream that still listened to the session ends with FAILED_PRECONDITION.
+        /// NOT_FOUND: no such session, or it is not kept any more. INVALID_ARGUMENT: from_index lies beyond the completion.
+        /// RESOURCE_EXHAUSTED, UNAVAILABLE: as in Generate, where the session must be opened again.
+        pub async fn resume(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResumeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::GenerateResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/specattn.v1.GenerationService/Resume",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("specattn.v1.GenerationService", "Resume"));
             self.inner.server_streaming(req, path, codec).await
         }
         /// Ends a running session; its stream gets Finished with FINISH_REASON_CANCELLED. NOT_FOUND: no such session.
@@ -1072,13 +1116,31 @@ pub mod generation_service_server {
             + std::marker::Send
             + 'static;
         /// Continues a prompt. The stream is: one Started, any number of Delta (and, where they were asked for, ProvisionalDelta
-        /// and Withdrawn), one Finished. Dropping the stream cancels.
+        /// and Withdrawn), one Finished. A client whose stream breaks may Resume; the session goes on without it for the
+        /// gateway's linger time. A client that wants no more calls Cancel.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
-        /// RESOURCE_EXHAUSTED: no room now. UNAVAILABLE: no verify worker, or it was lost.
+        /// RESOURCE_EXHAUSTED: no room now, the session log is full, or this client has too much in flight; metadata
+        /// grpc-retry-pushback-ms says when to try again. UNAVAILABLE: no verify worker, and none came within the gateway's
+        /// patience.
         async fn generate(
             &self,
             request: tonic::Request<super::GenerateRequest>,
         ) -> std::result::Result<tonic::Response<Self::GenerateStream>, tonic::Status>;
+        /// Server streaming response type for the Resume method.
+        type ResumeStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::GenerateResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Delivers a session's completion from a token index on, in the same stream as Generate: of a session that runs, that
+        /// has ended, or that was left by a gateway that died, which goes on from its log. Every token comes exactly once by
+        /// index. A stream that still listened to the session ends with FAILED_PRECONDITION.
+        /// NOT_FOUND: no such session, or it is not kept any more. INVALID_ARGUMENT: from_index lies beyond the completion.
+        /// RESOURCE_EXHAUSTED, UNAVAILABLE: as in Generate, where the session must be opened again.
+        async fn resume(
+            &self,
+            request: tonic::Request<super::ResumeRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ResumeStream>, tonic::Status>;
         /// Ends a running session; its stream gets Finished with FINISH_REASON_CANCELLED. NOT_FOUND: no such session.
         async fn cancel(
             &self,
@@ -1207,6 +1269,52 @@ pub mod generation_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/specattn.v1.GenerationService/Resume" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResumeSvc<T: GenerationService>(pub Arc<T>);
+                    impl<
+                        T: GenerationService,
+                    > tonic::server::ServerStreamingService<super::ResumeRequest>
+                    for ResumeSvc<T> {
+                        type Response = super::GenerateResponse;
+                        type ResponseStream = T::ResumeStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ResumeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as GenerationService>::resume(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResumeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 "/specattn.v1.GenerationService/Cancel" => {
                     #[allow(non_camel_case_types)]
                     struct CancelSvc<T: GenerationService>(pub Arc<T>);
@@ -1289,503 +1397,6 @@ pub mod generation_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "specattn.v1.GenerationService";
     impl<T> tonic::server::NamedService for GenerationServiceServer<T> {
-        const NAME: &'static str = SERVICE_NAME;
-    }
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RegisterRequest {
-    #[prost(oneof = "register_request::Message", tags = "1, 2")]
-    pub message: ::core::option::Option<register_request::Message>,
-}
-/// Nested message and enum types in `RegisterRequest`.
-pub mod register_request {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum Message {
-        #[prost(message, tag = "1")]
-        Registration(super::Registration),
-        #[prost(message, tag = "2")]
-        Heartbeat(super::Heartbeat),
-    }
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Registration {
-    #[prost(enumeration = "WorkerRole", tag = "1")]
-    pub role: i32,
-    /// Where other services reach the worker, as a URI: <http://host:port.>
-    #[prost(string, tag = "2")]
-    pub endpoint: ::prost::alloc::string::String,
-    #[prost(message, optional, tag = "3")]
-    pub model: ::core::option::Option<ModelInfo>,
-    #[prost(message, optional, tag = "4")]
-    pub load: ::core::option::Option<WorkerLoad>,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Heartbeat {
-    #[prost(message, optional, tag = "1")]
-    pub load: ::core::option::Option<WorkerLoad>,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RegisterResponse {
-    /// The id the gateway gave the worker.
-    #[prost(string, tag = "1")]
-    pub worker_id: ::prost::alloc::string::String,
-    /// Milliseconds between heartbeats.
-    #[prost(uint32, tag = "2")]
-    pub heartbeat_interval_ms: u32,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct StatusRequest {}
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct StatusResponse {
-    #[prost(message, repeated, tag = "1")]
-    pub workers: ::prost::alloc::vec::Vec<WorkerStatus>,
-    #[prost(message, repeated, tag = "2")]
-    pub sessions: ::prost::alloc::vec::Vec<SessionStatus>,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct WorkerStatus {
-    #[prost(string, tag = "1")]
-    pub worker_id: ::prost::alloc::string::String,
-    #[prost(enumeration = "WorkerRole", tag = "2")]
-    pub role: i32,
-    #[prost(string, tag = "3")]
-    pub endpoint: ::prost::alloc::string::String,
-    #[prost(message, optional, tag = "4")]
-    pub model: ::core::option::Option<ModelInfo>,
-    #[prost(message, optional, tag = "5")]
-    pub load: ::core::option::Option<WorkerLoad>,
-    /// Milliseconds since the last heartbeat.
-    #[prost(uint64, tag = "6")]
-    pub heartbeat_age_ms: u64,
-    /// Sessions this gateway has assigned to the worker.
-    #[prost(uint32, tag = "7")]
-    pub sessions_assigned: u32,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SessionStatus {
-    #[prost(string, tag = "1")]
-    pub session_id: ::prost::alloc::string::String,
-    #[prost(enumeration = "Mode", tag = "2")]
-    pub mode: i32,
-    #[prost(string, tag = "3")]
-    pub verify_worker_id: ::prost::alloc::string::String,
-    /// Empty while no draft is attached.
-    #[prost(string, tag = "4")]
-    pub draft_worker_id: ::prost::alloc::string::String,
-    #[prost(uint32, tag = "5")]
-    pub prompt_tokens: u32,
-    #[prost(uint64, tag = "6")]
-    pub completion_tokens: u64,
-    #[prost(uint64, tag = "7")]
-    pub age_ms: u64,
-}
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
-#[repr(i32)]
-pub enum WorkerRole {
-    Unspecified = 0,
-    Draft = 1,
-    Verify = 2,
-}
-impl WorkerRole {
-    /// String value of the enum field names used in the ProtoBuf definition.
-    ///
-    /// The values are not transformed in any way and thus are considered stable
-    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
-    pub fn as_str_name(&self) -> &'static str {
-        match self {
-            Self::Unspecified => "WORKER_ROLE_UNSPECIFIED",
-            Self::Draft => "WORKER_ROLE_DRAFT",
-            Self::Verify => "WORKER_ROLE_VERIFY",
-        }
-    }
-    /// Creates an enum from field names used in the ProtoBuf definition.
-    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
-        match value {
-            "WORKER_ROLE_UNSPECIFIED" => Some(Self::Unspecified),
-            "WORKER_ROLE_DRAFT" => Some(Self::Draft),
-            "WORKER_ROLE_VERIFY" => Some(Self::Verify),
-            _ => None,
-        }
-    }
-}
-/// Generated client implementations.
-pub mod registry_service_client {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    use tonic::codegen::http::Uri;
-    #[derive(Debug, Clone)]
-    pub struct RegistryServiceClient<T> {
-        inner: tonic::client::Grpc<T>,
-    }
-    impl RegistryServiceClient<tonic::transport::Channel> {
-        /// Attempt to create a new client by connecting to a given endpoint.
-        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
-        where
-            D: TryInto<tonic::transport::Endpoint>,
-            D::Error: Into<StdError>,
-        {
-            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
-            Ok(Self::new(conn))
-        }
-    }
-    impl<T> RegistryServiceClient<T>
-    where
-        T: tonic::client::GrpcService<tonic::body::Body>,
-        T::Error: Into<StdError>,
-        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
-        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
-    {
-        pub fn new(inner: T) -> Self {
-            let inner = tonic::client::Grpc::new(inner);
-            Self { inner }
-        }
-        pub fn with_origin(inner: T, origin: Uri) -> Self {
-            let inner = tonic::client::Grpc::with_origin(inner, origin);
-            Self { inner }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> RegistryServiceClient<InterceptedService<T, F>>
-        where
-            F: tonic::service::Interceptor,
-            T::ResponseBody: Default,
-            T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
-                >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
-        {
-            RegistryServiceClient::new(InterceptedService::new(inner, interceptor))
-        }
-        /// Compress requests with the given encoding.
-        ///
-        /// This requires the server to support it otherwise it might respond with an
-        /// error.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.send_compressed(encoding);
-            self
-        }
-        /// Enable decompressing responses.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.accept_compressed(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_decoding_message_size(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_encoding_message_size(limit);
-            self
-        }
-        /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
-        /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
-        pub async fn register(
-            &mut self,
-            request: impl tonic::IntoStreamingRequest<Message = super::RegisterRequest>,
-        ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::RegisterResponse>>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/specattn.v1.RegistryService/Register",
-            );
-            let mut req = request.into_streaming_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("specattn.v1.RegistryService", "Register"));
-            self.inner.streaming(req, path, codec).await
-        }
-        /// Workers, load and sessions.
-        pub async fn status(
-            &mut self,
-            request: impl tonic::IntoRequest<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/specattn.v1.RegistryService/Status",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("specattn.v1.RegistryService", "Status"));
-            self.inner.unary(req, path, codec).await
-        }
-    }
-}
-/// Generated server implementations.
-pub mod registry_service_server {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    /// Generated trait containing gRPC methods that should be implemented for use with RegistryServiceServer.
-    #[async_trait]
-    pub trait RegistryService: std::marker::Send + std::marker::Sync + 'static {
-        /// Server streaming response type for the Register method.
-        type RegisterStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::RegisterResponse, tonic::Status>,
-            >
-            + std::marker::Send
-            + 'static;
-        /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
-        /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
-        async fn register(
-            &self,
-            request: tonic::Request<tonic::Streaming<super::RegisterRequest>>,
-        ) -> std::result::Result<tonic::Response<Self::RegisterStream>, tonic::Status>;
-        /// Workers, load and sessions.
-        async fn status(
-            &self,
-            request: tonic::Request<super::StatusRequest>,
-        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
-    }
-    #[derive(Debug)]
-    pub struct RegistryServiceServer<T> {
-        inner: Arc<T>,
-        accept_compression_encodings: EnabledCompressionEncodings,
-        send_compression_encodings: EnabledCompressionEncodings,
-        max_decoding_message_size: Option<usize>,
-        max_encoding_message_size: Option<usize>,
-    }
-    impl<T> RegistryServiceServer<T> {
-        pub fn new(inner: T) -> Self {
-            Self::from_arc(Arc::new(inner))
-        }
-        pub fn from_arc(inner: Arc<T>) -> Self {
-            Self {
-                inner,
-                accept_compression_encodings: Default::default(),
-                send_compression_encodings: Default::default(),
-                max_decoding_message_size: None,
-                max_encoding_message_size: None,
-            }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
-        where
-            F: tonic::service::Interceptor,
-        {
-            InterceptedService::new(Self::new(inner), interceptor)
-        }
-        /// Enable decompressing requests with the given encoding.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.accept_compression_encodings.enable(encoding);
-            self
-        }
-        /// Compress responses with the given encoding, if the client supports it.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.send_compression_encodings.enable(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.max_decoding_message_size = Some(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.max_encoding_message_size = Some(limit);
-            self
-        }
-    }
-    impl<T, B> tonic::codegen::Service<http::Request<B>> for RegistryServiceServer<T>
-    where
-        T: RegistryService,
-        B: Body + std::marker::Send + 'static,
-        B::Error: Into<StdError> + std::marker::Send + 'static,
-    {
-        type Response = http::Response<tonic::body::Body>;
-        type Error = std::convert::Infallible;
-        type Future = BoxFuture<Self::Response, Self::Error>;
-        fn poll_ready(
-            &mut self,
-            _cx: &mut Context<'_>,
-        ) -> Poll<std::result::Result<(), Self::Error>> {
-            Poll::Ready(Ok(()))
-        }
-        fn call(&mut self, req: http::Request<B>) -> Self::Future {
-            match req.uri().path() {
-                "/specattn.v1.RegistryService/Register" => {
-                    #[allow(non_camel_case_types)]
-                    struct RegisterSvc<T: RegistryService>(pub Arc<T>);
-                    impl<
-                        T: RegistryService,
-                    > tonic::server::StreamingService<super::RegisterRequest>
-                    for RegisterSvc<T> {
-                        type Response = super::RegisterResponse;
-                        type ResponseStream = T::RegisterStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<
-                                tonic::Streaming<super::RegisterRequest>,
-                            >,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as RegistryService>::register(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = RegisterSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/specattn.v1.RegistryService/Status" => {
-                    #[allow(non_camel_case_types)]
-                    struct StatusSvc<T: RegistryService>(pub Arc<T>);
-                    impl<
-                        T: RegistryService,
-                    > tonic::server::UnaryService<super::StatusRequest>
-                    for StatusSvc<T> {
-                        type Response = super::StatusResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::StatusRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as RegistryService>::status(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = StatusSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
-            }
-        }
-    }
-    impl<T> Clone for RegistryServiceServer<T> {
-        fn clone(&self) -> Self {
-            let inner = self.inner.clone();
-            Self {
-                inner,
-                accept_compression_encodings: self.accept_compression_encodings,
-                send_compression_encodings: self.send_compression_encodings,
-                max_decoding_message_size: self.max_decoding_message_size,
-                max_encoding_message_size: self.max_encoding_message_size,
-            }
-        }
-    }
-    /// Generated gRPC service name
-    pub const SERVICE_NAME: &str = "specattn.v1.RegistryService";
-    impl<T> tonic::server::NamedService for RegistryServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
@@ -2613,6 +2224,607 @@ pub mod verify_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "specattn.v1.VerifyService";
     impl<T> tonic::server::NamedService for VerifyServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// One record. Those of a session stand in the order in which they were made, between records of others.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LogRecord {
+    /// 32 lower-case hex digits.
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(oneof = "log_record::Record", tags = "2, 3, 4")]
+    pub record: ::core::option::Option<log_record::Record>,
+}
+/// Nested message and enum types in `LogRecord`.
+pub mod log_record {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Record {
+        #[prost(message, tag = "2")]
+        Session(super::LoggedSession),
+        #[prost(message, tag = "3")]
+        Tokens(super::LoggedTokens),
+        #[prost(message, tag = "4")]
+        End(super::LoggedEnd),
+    }
+}
+/// A session began: all that is needed to open it again.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LoggedSession {
+    /// What the verify worker was asked; token_ids are the prompt.
+    #[prost(message, optional, tag = "1")]
+    pub open: ::core::option::Option<OpenRequest>,
+    #[prost(message, optional, tag = "2")]
+    pub draft: ::core::option::Option<DraftPolicy>,
+    /// Texts that end the session.
+    #[prost(string, repeated, tag = "3")]
+    pub stop: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Tokens that end the session without showing, the model's own included; ascending.
+    #[prost(uint32, repeated, tag = "4")]
+    pub stop_token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Most tokens the session may come to hold, prompt included.
+    #[prost(uint64, tag = "5")]
+    pub max_tokens_total: u64,
+    /// The target's: a session is opened again only where the same checkpoint runs.
+    #[prost(string, tag = "6")]
+    pub checkpoint_hash: ::prost::alloc::string::String,
+    /// Milliseconds since the Unix epoch at which the request arrived.
+    #[prost(uint64, tag = "7")]
+    pub arrival_unix_ms: u64,
+    /// Likewise, when the session is to end; absent: no deadline.
+    #[prost(uint64, optional, tag = "8")]
+    pub deadline_unix_ms: ::core::option::Option<u64>,
+}
+/// Tokens were committed.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LoggedTokens {
+    /// Index of the first among the completion's tokens.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint32, repeated, tag = "2")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// One per token when asked for, else empty.
+    #[prost(message, repeated, tag = "3")]
+    pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
+    /// Microseconds from the request's arrival to the first of these tokens.
+    #[prost(uint64, tag = "4")]
+    pub elapsed_us: u64,
+    /// What the session has cost so far, where that is told: not with every record.
+    #[prost(message, optional, tag = "5")]
+    pub stats: ::core::option::Option<SessionStats>,
+}
+/// The session ended. One without this record can be continued.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LoggedEnd {
+    #[prost(enumeration = "FinishReason", tag = "1")]
+    pub reason: i32,
+    #[prost(message, optional, tag = "2")]
+    pub stats: ::core::option::Option<SessionStats>,
+    /// The stop string that ended the session, if one did.
+    #[prost(string, tag = "3")]
+    pub stop: ::prost::alloc::string::String,
+    /// Microseconds from the request's arrival to the end.
+    #[prost(uint64, tag = "4")]
+    pub elapsed_us: u64,
+    /// Milliseconds since the Unix epoch: how long it is kept counts from here.
+    #[prost(uint64, tag = "5")]
+    pub ended_unix_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegisterRequest {
+    #[prost(oneof = "register_request::Message", tags = "1, 2")]
+    pub message: ::core::option::Option<register_request::Message>,
+}
+/// Nested message and enum types in `RegisterRequest`.
+pub mod register_request {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Message {
+        #[prost(message, tag = "1")]
+        Registration(super::Registration),
+        #[prost(message, tag = "2")]
+        Heartbeat(super::Heartbeat),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Registration {
+    #[prost(enumeration = "WorkerRole", tag = "1")]
+    pub role: i32,
+    /// Where other services reach the worker, as a URI: <http://host:port.>
+    #[prost(string, tag = "2")]
+    pub endpoint: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub model: ::core::option::Option<ModelInfo>,
+    #[prost(message, optional, tag = "4")]
+    pub load: ::core::option::Option<WorkerLoad>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Heartbeat {
+    #[prost(message, optional, tag = "1")]
+    pub load: ::core::option::Option<WorkerLoad>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegisterResponse {
+    /// The id the gateway gave the worker.
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    /// Milliseconds between heartbeats.
+    #[prost(uint32, tag = "2")]
+    pub heartbeat_interval_ms: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StatusResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub workers: ::prost::alloc::vec::Vec<WorkerStatus>,
+    #[prost(message, repeated, tag = "2")]
+    pub sessions: ::prost::alloc::vec::Vec<SessionStatus>,
+    #[prost(message, optional, tag = "3")]
+    pub gateway: ::core::option::Option<GatewayStatus>,
+}
+/// The gateway's own queues and log.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GatewayStatus {
+    /// Requests that wait for a place.
+    #[prost(uint32, tag = "1")]
+    pub requests_queued: u32,
+    /// Bytes of the session log; 0 without one.
+    #[prost(uint64, tag = "2")]
+    pub log_bytes: u64,
+    /// Sessions in the session log, ended ones included.
+    #[prost(uint32, tag = "3")]
+    pub log_sessions: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WorkerStatus {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(enumeration = "WorkerRole", tag = "2")]
+    pub role: i32,
+    #[prost(string, tag = "3")]
+    pub endpoint: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "4")]
+    pub model: ::core::option::Option<ModelInfo>,
+    #[prost(message, optional, tag = "5")]
+    pub load: ::core::option::Option<WorkerLoad>,
+    /// Milliseconds since the last heartbeat.
+    #[prost(uint64, tag = "6")]
+    pub heartbeat_age_ms: u64,
+    /// Sessions this gateway has assigned to the worker.
+    #[prost(uint32, tag = "7")]
+    pub sessions_assigned: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionStatus {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(enumeration = "Mode", tag = "2")]
+    pub mode: i32,
+    #[prost(string, tag = "3")]
+    pub verify_worker_id: ::prost::alloc::string::String,
+    /// Empty while no draft is attached.
+    #[prost(string, tag = "4")]
+    pub draft_worker_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "5")]
+    pub prompt_tokens: u32,
+    #[prost(uint64, tag = "6")]
+    pub completion_tokens: u64,
+    #[prost(uint64, tag = "7")]
+    pub age_ms: u64,
+    /// How often the session was opened again at a verify worker, after it was lost.
+    #[prost(uint32, tag = "8")]
+    pub reopenings: u32,
+    /// Whether a client listens.
+    #[prost(bool, tag = "9")]
+    pub listening: bool,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum WorkerRole {
+    Unspecified = 0,
+    Draft = 1,
+    Verify = 2,
+}
+impl WorkerRole {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "WORKER_ROLE_UNSPECIFIED",
+            Self::Draft => "WORKER_ROLE_DRAFT",
+            Self::Verify => "WORKER_ROLE_VERIFY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "WORKER_ROLE_UNSPECIFIED" => Some(Self::Unspecified),
+            "WORKER_ROLE_DRAFT" => Some(Self::Draft),
+            "WORKER_ROLE_VERIFY" => Some(Self::Verify),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod registry_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct RegistryServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl RegistryServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> RegistryServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> RegistryServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            RegistryServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
+        /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
+        pub async fn register(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::RegisterRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::RegisterResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/specattn.v1.RegistryService/Register",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("specattn.v1.RegistryService", "Register"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// Workers, load and sessions.
+        pub async fn status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/specattn.v1.RegistryService/Status",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("specattn.v1.RegistryService", "Status"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod registry_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with RegistryServiceServer.
+    #[async_trait]
+    pub trait RegistryService: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Register method.
+        type RegisterStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RegisterResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
+        /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
+        async fn register(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::RegisterRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::RegisterStream>, tonic::Status>;
+        /// Workers, load and sessions.
+        async fn status(
+            &self,
+            request: tonic::Request<super::StatusRequest>,
+        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct RegistryServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> RegistryServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for RegistryServiceServer<T>
+    where
+        T: RegistryService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/specattn.v1.RegistryService/Register" => {
+                    #[allow(non_camel_case_types)]
+                    struct RegisterSvc<T: RegistryService>(pub Arc<T>);
+                    impl<
+                        T: RegistryService,
+                    > tonic::server::StreamingService<super::RegisterRequest>
+                    for RegisterSvc<T> {
+                        type Response = super::RegisterResponse;
+                        type ResponseStream = T::RegisterStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::RegisterRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RegistryService>::register(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RegisterSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/specattn.v1.RegistryService/Status" => {
+                    #[allow(non_camel_case_types)]
+                    struct StatusSvc<T: RegistryService>(pub Arc<T>);
+                    impl<
+                        T: RegistryService,
+                    > tonic::server::UnaryService<super::StatusRequest>
+                    for StatusSvc<T> {
+                        type Response = super::StatusResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RegistryService>::status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for RegistryServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "specattn.v1.RegistryService";
+    impl<T> tonic::server::NamedService for RegistryServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 /// The package's files, in a fixed order so that the output is stable.
-const PROTO_FILES: [&str; 5] = [
+const PROTO_FILES: [&str; 6] = [
     "specattn/v1/common.proto",
     "specattn/v1/draft.proto",
     "specattn/v1/generation.proto",
+    "specattn/v1/log.proto",
     "specattn/v1/registry.proto",
     "specattn/v1/verify.proto",
 ];

@@ -37,6 +37,10 @@ pub(crate) struct Script {
     pub(crate) deaf: bool,
     /// Commits with this start instead of the right one.
     pub(crate) wrong_start: Option<u64>,
+    /// Hangs up once the session has so many tokens of completion.
+    pub(crate) hangs_up_at: Option<usize>,
+    /// Commits again what it committed last, with so much added to each token.
+    pub(crate) repeats: Option<u32>,
     /// Shows the tokens of each event, and one too many, before it commits them.
     pub(crate) looks_ahead: bool,
     /// What it says it runs.
@@ -52,6 +56,8 @@ impl Default for Script {
             refuse: None,
             deaf: false,
             wrong_start: None,
+            hangs_up_at: None,
+            repeats: None,
             looks_ahead: false,
             model: model(),
         }
@@ -178,14 +184,19 @@ async fn play(
 ) -> Result<(), mpsc::error::SendError<Result<OpenResponse, Status>>> {
     let event = |event| Ok(OpenResponse { event: Some(event) });
     let limits = request.limits.clone().unwrap_or_default();
-    let prompt = request.token_ids.len();
+    let prompt = request.prompt_tokens as usize;
     let room = script.model.max_context as usize - prompt;
     let most = limits
         .max_tokens
         .map_or(room, |most| room.min(most as usize));
     let top = request.sampling.as_ref().and_then(|s| s.logprobs);
     sender.send(event(Event::Opened(Opened {}))).await?;
-    let mut done = 0;
+    let opened_with = request.token_ids.len() - prompt;
+    let mut done = opened_with;
+    let hangs_up = |done: usize| script.hangs_up_at.is_some_and(|at| done >= at);
+    if hangs_up(done) {
+        return Ok(());
+    }
     let mut reason = FinishReason::Length;
     'events: while done < most {
         tokio::select! {
@@ -214,7 +225,7 @@ async fn play(
             start: script.wrong_start.unwrap_or((prompt + done) as u64),
             token_ids: tokens.clone(),
             logprobs,
-            stats: None,
+            stats: Some(stats(done + tokens.len() - opened_with)),
         };
         if script.looks_ahead {
             let (start, end) = (prompt + done, prompt + done + tokens.len());
@@ -234,7 +245,17 @@ async fn play(
             sender.send(event(Event::RolledBack(back))).await?;
         }
         done += tokens.len();
-        sender.send(event(Event::Committed(committed))).await?;
+        sender
+            .send(event(Event::Committed(committed.clone())))
+            .await?;
+        if let Some(added) = script.repeats {
+            let mut again = committed;
+            again.token_ids.iter_mut().for_each(|token| *token += added);
+            sender.send(event(Event::Committed(again))).await?;
+        }
+        if hangs_up(done) {
+            return Ok(());
+        }
         if stop.is_some() {
             reason = FinishReason::Stop;
             break;
@@ -242,12 +263,15 @@ async fn play(
     }
     let finished = SessionFinished {
         reason: reason.into(),
-        stats: Some(SessionStats {
-            target_forwards: done as u64,
-            completion_tokens: done as u64,
-            prompt_tokens: prompt as u64,
-            ..SessionStats::default()
-        }),
+        stats: Some(stats(done - opened_with)),
     };
     sender.send(event(Event::Finished(finished))).await
+}
+
+/// A forward per token.
+fn stats(tokens: usize) -> SessionStats {
+    SessionStats {
+        target_forwards: tokens as u64,
+        ..SessionStats::default()
+    }
 }

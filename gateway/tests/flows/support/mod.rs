@@ -12,7 +12,7 @@ use specattn_proto::v1::generation_service_client::GenerationServiceClient;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_proto::v1::{
     Finished, GenerateRequest, GenerateResponse, Limits, Mode, ModelInfo, ProvisionalDelta,
-    Started, StatusRequest, StatusResponse, TokenIds, TokenLogprobs, WorkerRole,
+    ResumeRequest, Started, StatusRequest, StatusResponse, TokenIds, TokenLogprobs, WorkerRole,
     generate_request::Prompt,
 };
 use specattn_proto::{Fault, limits};
@@ -134,6 +134,8 @@ pub(crate) fn quick_config() -> Config {
     let mut config = Config::new(target_dir());
     config.heartbeat_interval = Duration::from_millis(50);
     config.server.drain_timeout = Duration::from_millis(300);
+    config.admission.queue_timeout = Duration::from_millis(300);
+    config.reopen_timeout = Duration::from_millis(500);
     config
 }
 
@@ -214,6 +216,22 @@ impl Client {
         Ok(answer.await.expect("the gateway answers")?.into_inner())
     }
 
+    pub(crate) async fn resume(
+        &mut self,
+        session_id: &str,
+        from_index: u64,
+    ) -> Result<Streaming<GenerateResponse>, Fault> {
+        let request = ResumeRequest {
+            session_id: session_id.to_owned(),
+            from_index,
+        };
+        let answer = tokio::time::timeout(PATIENCE, self.generation.resume(request));
+        let answer = answer.await.expect("the gateway answers");
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| Fault::from_status(&status))
+    }
+
     /// The fault that a request is refused with.
     pub(crate) async fn refusal(&mut self, request: GenerateRequest) -> Fault {
         match self.generate(request).await {
@@ -259,12 +277,21 @@ pub(crate) async fn next(stream: &mut Streaming<GenerateResponse>) -> Result<Opt
 }
 
 /// Reads a stream to its end, checking its grammar.
-pub(crate) async fn read(mut stream: Streaming<GenerateResponse>) -> Received {
-    let mut got = Received::default();
+pub(crate) async fn read(stream: Streaming<GenerateResponse>) -> Received {
+    read_on(stream, Received::default()).await
+}
+
+/// Goes on reading after a stream broke.
+pub(crate) async fn read_on(
+    mut stream: Streaming<GenerateResponse>,
+    mut got: Received,
+) -> Received {
+    let mut streams_started = false;
     loop {
         match next(&mut stream).await {
             Ok(Some(Event::Started(started))) => {
-                assert!(got.started.is_none(), "started twice");
+                assert!(!streams_started, "started twice");
+                streams_started = true;
                 got.started = Some(started);
             }
             Ok(Some(Event::Delta(delta))) => {
@@ -273,6 +300,7 @@ pub(crate) async fn read(mut stream: Streaming<GenerateResponse>) -> Received {
                     "out of order"
                 );
                 assert_eq!(delta.start, got.tokens.len() as u64);
+                assert_eq!(delta.text_start, got.text.len() as u64);
                 got.tokens.extend(delta.token_ids);
                 got.text.push_str(&delta.text);
                 got.logprobs.extend(delta.logprobs);
