@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, ValueEnum};
-use specattn_gateway::HttpArgs;
+use specattn_gateway::{HttpArgs, LogConfig};
 use specattn_proto::Fault;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
@@ -48,6 +48,8 @@ pub struct Plan {
     pub server: ServerConfig,
     /// What the gateway's HTTP API says and takes.
     pub http: HttpArgs,
+    /// The gateway's session log.
+    pub log: Option<LogConfig>,
     /// Where the gateway listens; `None`: a free loopback port.
     pub listener: Option<TcpListener>,
 }
@@ -64,6 +66,7 @@ impl Plan {
             show_progress,
             server: ServerConfig::default(),
             http: HttpArgs::default(),
+            log: None,
             listener: None,
         })
     }
@@ -119,6 +122,7 @@ impl AllInOne {
             specattn_gateway::Config {
                 server: plan.server.clone(),
                 http: plan.http.clone(),
+                log: plan.log.clone(),
                 ..specattn_gateway::Config::new(&plan.folders.target)
             },
             listener,

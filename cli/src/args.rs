@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use specattn_engine::DeviceChoice;
-use specattn_gateway::HttpArgs;
+use specattn_gateway::{HttpArgs, LogArgs};
+use specattn_proto::v1;
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
@@ -34,6 +35,14 @@ pub enum Command {
         mut_arg("log_level", |arg| arg.default_value("warn"))
     )]
     Generate(Box<GenerateArgs>),
+    /// Continue to read a session from the gateway, after its client or the gateway itself died
+    #[command(
+        long_about = "Continue to read a session, after its client or the gateway itself died.\n\n\
+            The gateway delivers what is committed and goes on from there; a gateway with a session log (--log-dir) does so \
+            after its own death too, and for sessions of dead gateways on the same folder.",
+        mut_arg("log_level", |arg| arg.default_value("warn"))
+    )]
+    Resume(ResumeArgs),
     /// Run gateway, verify worker and draft worker in one process until stopped
     #[command(
         long_about = "Run gateway, verify worker and draft worker in one process.\n\n\
@@ -136,6 +145,16 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// A mode as it travels.
+    pub fn of(mode: v1::Mode) -> Option<Self> {
+        match mode {
+            v1::Mode::Dense => Some(Self::Dense),
+            v1::Mode::Sparse => Some(Self::Sparse),
+            v1::Mode::Exact => Some(Self::Exact),
+            v1::Mode::Unspecified => None,
+        }
+    }
+
     /// Its name on the command line and in JSON.
     pub fn name(self) -> &'static str {
         match self {
@@ -320,6 +339,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub http: HttpArgs,
 
+    /// The durable log of sessions.
+    #[command(flatten)]
+    pub log: LogArgs,
+
     /// Where the gateway listens; the workers take free loopback ports.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -334,6 +357,39 @@ impl ServeArgs {
     pub fn listen(&self) -> SocketAddr {
         self.server.listen
     }
+}
+
+/// `specattn resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// The session, as the gateway's log and `specattn generate --json` name it
+    #[arg(value_name = "ID")]
+    pub session_id: String,
+
+    /// Begin with this token of the completion, the first being 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub from: u64,
+
+    /// The gateway to ask
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "SPECATTN_GATEWAY",
+        default_value = "http://127.0.0.1:7400"
+    )]
+    pub gateway: String,
+
+    /// Print one JSON object at the end instead of the streamed text
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show no closing line
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// What to log.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
 }
 
 /// `specattn status`.

@@ -16,7 +16,9 @@ pub mod models;
 pub mod output;
 mod progress;
 pub mod request;
+pub mod resume;
 pub mod serve;
+mod session;
 pub mod status;
 
 pub use error::CliError;

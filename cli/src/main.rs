@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use specattn_cli::args::{Cli, Command};
 use specattn_cli::error::EXIT_USAGE;
-use specattn_cli::{CliError, align, bench, eval, generate, serve, status};
+use specattn_cli::{CliError, align, bench, eval, generate, resume, serve, status};
 use specattn_service::{ServiceError, telemetry};
 
 fn main() -> ExitCode {
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<u8, CliError> {
     match command {
         Command::Generate(args) => telemetry::init(&args.telemetry)?,
+        Command::Resume(args) => telemetry::init(&args.telemetry)?,
         Command::Serve(args) => telemetry::init(&args.telemetry)?,
         Command::Status(_) | Command::Align(_) | Command::Eval(_) | Command::Bench(_) => {}
     }
@@ -46,6 +47,7 @@ fn run(command: &Command) -> Result<u8, CliError> {
     let code = runtime.block_on(async {
         match command {
             Command::Generate(args) => generate::run(args).await,
+            Command::Resume(args) => resume::run(args).await,
             Command::Serve(args) => serve::run(args).await.map(|()| 0),
             Command::Status(args) => status::run(args).await.map(|()| 0),
             Command::Align(args) => align::run(args).map(|()| 0),

@@ -8,6 +8,8 @@ use crate::args::Mode;
 /// One finished generation, as `--json` prints it.
 #[derive(Debug, Clone, Serialize, PartialEq)]
 pub struct Report {
+    /// Names the session at its gateway.
+    pub session_id: String,
     /// The completion.
     pub text: String,
     /// Its tokens.
@@ -168,6 +170,7 @@ impl Report {
     ) -> Self {
         let stats = Stats::new(mode, &finished);
         Self {
+            session_id: started.session_id.clone(),
             text,
             usage: Usage {
                 prompt_tokens: started.prompt_tokens.into(),

@@ -16,6 +16,10 @@ pub async fn run(args: &ServeArgs) -> Result<(), CliError> {
     let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet)?;
     plan.server = args.server.config()?;
     plan.http = args.http.clone();
+    plan.log = args
+        .log
+        .config()
+        .map_err(|error| CliError::Usage(error.to_string()))?;
     let stop = shutdown::on_signal()?;
     plan.listener = Some(args.server.bind().await?);
     let mut services = tokio::select! {

@@ -90,6 +90,7 @@ pub async fn serve(
     let server_config = config.server.clone();
     let opened = match config.log.clone() {
         Some(log) => {
+            specattn_service::shutdown::survive_file_size_limit()?;
             let opening = tokio::task::spawn_blocking(move || SessionLog::open(log));
             let opened = opening.await;
             Some(opened.map_err(|error| GatewayError::Task(error.to_string()))??)

@@ -75,6 +75,7 @@ impl Recipe {
         Started {
             session_id: id.to_string(),
             prompt_tokens: self.open.prompt_tokens,
+            mode: self.open.mode,
             seed: self
                 .open
                 .sampling

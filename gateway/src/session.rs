@@ -144,7 +144,7 @@ enum Stay {
 
 /// How a session ended.
 enum End {
-    Finished(SessionFinished),
+    Finished(Box<SessionFinished>),
     Failed(Fault),
     /// Nobody has listened for long enough.
     Abandoned,
@@ -176,7 +176,7 @@ impl Session {
             }
         };
         match end {
-            End::Finished(last) => self.finish(last).await,
+            End::Finished(last) => self.finish(*last).await,
             End::Failed(fault) => {
                 tracing::warn!(code = fault.label(), %fault, "session failed");
                 self.leave(Err(fault));
@@ -241,7 +241,7 @@ impl Session {
                 }
                 () = at(give_up) => {
                     tracing::warn!(verify_worker = %verify.worker.id, "no word of the session's end");
-                    return Stay::Over(End::Finished(verify.unheard()));
+                    return Stay::Over(End::Finished(Box::new(verify.unheard())));
                 }
             }
         }
@@ -257,7 +257,7 @@ impl Session {
             Ok(Some(response)) => response,
             // Once it was asked to close, all that is missing are the statistics.
             Ok(None) | Err(_) if verify.closing.is_some() => {
-                return Some(Stay::Over(End::Finished(verify.unheard())));
+                return Some(Stay::Over(End::Finished(Box::new(verify.unheard()))));
             }
             Ok(None) => {
                 let text = format!("{} ended the session without a word", verify.worker.id);
@@ -293,7 +293,7 @@ impl Session {
             let text = "the verify worker gave the session up".to_owned();
             return Some(Stay::Lost(Fault::Unavailable(text)));
         }
-        Some(Stay::Over(End::Finished(finished)))
+        Some(Stay::Over(End::Finished(Box::new(finished))))
     }
 
     /// Takes committed tokens: log, text, client.
@@ -444,8 +444,8 @@ impl Session {
                 )),
                 lost => lost,
             })),
-            () = entry.cancel.cancelled() => Err(End::Finished(unheard(FinishReason::Cancelled))),
-            () = at(self.times.deadline) => Err(End::Finished(unheard(FinishReason::Deadline))),
+            () = entry.cancel.cancelled() => Err(End::Finished(Box::new(unheard(FinishReason::Cancelled)))),
+            () = at(self.times.deadline) => Err(End::Finished(Box::new(unheard(FinishReason::Deadline)))),
             () = entry.abandoned() => Err(End::Abandoned),
         }
     }

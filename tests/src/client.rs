@@ -3,7 +3,7 @@
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
 use specattn_proto::v1::{
     DraftPolicy, FinishReason, GenerateRequest, GenerateResponse, Limits, MaskPolicy, Mode,
-    Sampling, SessionStats, Started, TokenIds, generate_request, generate_response,
+    ResumeRequest, Sampling, SessionStats, Started, TokenIds, generate_request, generate_response,
 };
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
@@ -70,6 +70,21 @@ impl Request {
         })
     }
 
+    /// Takes up the session of a stream that broke, with what came before.
+    pub async fn resume(channel: Channel, completion: Completion) -> Result<Stream, Status> {
+        let mut client = GenerationServiceClient::new(channel);
+        let started = completion.started.as_ref().expect("the session had begun");
+        let request = ResumeRequest {
+            session_id: started.session_id.clone(),
+            from_index: completion.tokens.len() as u64,
+        };
+        let response = soon("an answer", client.resume(request)).await?;
+        Ok(Stream {
+            responses: response.into_inner(),
+            completion,
+        })
+    }
+
     /// Sends it and waits for the end.
     pub async fn run(self, channel: Channel) -> Result<Completion, Status> {
         self.start(channel).await?.finish().await
@@ -120,6 +135,11 @@ impl Stream {
                     completion.tokens.len() as u64,
                     "deltas continue each other"
                 );
+                assert_eq!(
+                    delta.text_start,
+                    completion.text.len() as u64,
+                    "and so do their texts"
+                );
                 // Shown tokens are withdrawn before others take their place.
                 let shown = completion.provisional.iter().zip(&delta.token_ids);
                 assert!(shown.clone().all(|(shown, committed)| shown == committed));
@@ -162,6 +182,22 @@ impl Stream {
             );
         }
         Ok(&self.completion)
+    }
+
+    /// Leaves the session; what came so far.
+    pub fn leave(self) -> Completion {
+        self.completion
+    }
+
+    /// Reads on until the stream breaks; what came so far.
+    pub async fn broken(mut self) -> Completion {
+        loop {
+            match self.next().await {
+                Ok(true) => {}
+                Ok(false) => panic!("the stream ended well: {:?}", self.completion),
+                Err(_) => return self.completion,
+            }
+        }
     }
 
     /// Waits for the end.

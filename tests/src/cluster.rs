@@ -7,6 +7,15 @@ use tonic::transport::Channel;
 use crate::process::{self, DRAFT, Process, VERIFY};
 use crate::until;
 
+/// A gateway for the bundled target at `address`.
+pub async fn gateway_at(address: &str, arguments: &[&str]) -> Process {
+    let tokenizer = process::target();
+    let tokenizer = tokenizer.to_str().expect("paths of tests are UTF-8");
+    let mut line = vec!["--tokenizer", tokenizer, "--heartbeat-interval-ms", "200"];
+    line.extend(arguments);
+    Process::start_at("specattn-gateway", address, &line).await
+}
+
 /// A gateway, one verify worker and any number of draft workers, with the bundled pair.
 #[derive(Debug)]
 pub struct Cluster {
@@ -21,10 +30,12 @@ pub struct Cluster {
 impl Cluster {
     /// Starts everything and waits until the gateway knows all workers.
     pub async fn start(drafts: usize) -> Self {
-        let tokenizer = process::target();
-        let tokenizer = tokenizer.to_str().expect("paths of tests are UTF-8");
-        let arguments = ["--tokenizer", tokenizer, "--heartbeat-interval-ms", "200"];
-        let gateway = Process::start("specattn-gateway", &arguments).await;
+        Self::start_with(drafts, &[]).await
+    }
+
+    /// The same with more arguments for the gateway.
+    pub async fn start_with(drafts: usize, arguments: &[&str]) -> Self {
+        let gateway = gateway_at(&process::free_address(), arguments).await;
         let verify = Process::worker(VERIFY, &["--gateway", gateway.uri()]).await;
         let mut cluster = Self {
             gateway,

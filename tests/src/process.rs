@@ -69,9 +69,13 @@ impl Process {
 
     /// Starts the service `name`, and waits until it answers.
     pub async fn start(name: &str, arguments: &[&str]) -> Self {
-        let address = free_address();
+        Self::start_at(name, &free_address(), arguments).await
+    }
+
+    /// Starts the service `name` at `address`, and waits until it answers.
+    pub async fn start_at(name: &str, address: &str, arguments: &[&str]) -> Self {
         let mut child = Command::new(binaries::path(name))
-            .args(["--listen", &address, "--log-level", "info"])
+            .args(["--listen", address, "--log-level", "info"])
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -139,6 +143,19 @@ impl Process {
             .args([&format!("-{name}"), &self.child.id().to_string()])
             .status()
             .expect("kill can be run");
+        assert!(status.success());
+    }
+
+    /// Sets how long a file it writes may become; `None`: as long as the disk has room.
+    pub fn limit_file_size(&self, bytes: Option<u64>) {
+        let soft = bytes.map_or_else(|| "unlimited".to_owned(), |bytes| bytes.to_string());
+        let status = Command::new("prlimit")
+            .args([
+                format!("--pid={}", self.child.id()),
+                format!("--fsize={soft}:"),
+            ])
+            .status()
+            .expect("prlimit can be run");
         assert!(status.success());
     }
 

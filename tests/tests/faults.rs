@@ -91,7 +91,8 @@ async fn a_frozen_draft_worker_costs_a_timeout() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_killed_verify_worker_is_reported_at_once() {
-    let mut cluster = Cluster::start(1).await;
+    // Where no other worker comes within the gateway's patience.
+    let mut cluster = Cluster::start_with(1, &["--reopen-timeout-ms", "500"]).await;
     let request = Request::tokens(&prompt(), MANY).draft_length(4);
     let mut stream = request.start(cluster.channel().await).await.unwrap();
     let got = stream.at_least(50).await.unwrap().tokens.len();

@@ -35,7 +35,7 @@ pub(super) enum Command {
     /// Log a record.
     Write {
         id: SessionId,
-        record: LogRecord,
+        record: Box<LogRecord>,
         holder: Weak<()>,
         reply: Reply<()>,
     },

@@ -173,10 +173,10 @@ impl SessionWriter {
         let (reply, answer) = oneshot::channel();
         let command = Command::Write {
             id: self.id,
-            record: LogRecord {
+            record: Box::new(LogRecord {
                 session_id: self.id.to_string(),
                 record: Some(record),
-            },
+            }),
             holder: Arc::downgrade(&self.alive),
             reply,
         };

@@ -859,6 +859,9 @@ pub struct Started {
     /// The seed in force.
     #[prost(uint64, tag = "3")]
     pub seed: u64,
+    /// How the target attends.
+    #[prost(enumeration = "Mode", tag = "4")]
+    pub mode: i32,
 }
 /// Committed tokens, never retracted.
 #[derive(Clone, PartialEq, ::prost::Message)]
