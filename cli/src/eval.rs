@@ -1,21 +1,17 @@
 //! `specattn eval`: what masks cost in quality, beside other methods at the same budget.
-//!
-//! With `--jobs N` the windows are shared among N processes of this program, each with one thread: models of one process
-//! take turns on its threads, processes do not. A child prints one JSON object a line: how far it is, then its sums.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
-use clap::Args;
-use serde::{Deserialize, Serialize};
+use clap::{Args, ValueEnum};
 use specattn_draft::OwnPolicy;
-use specattn_engine::KvReads;
 use specattn_mask::alignment::FILE_NAME;
-use specattn_mask::{LayerMap, MaskPolicy};
-use specattn_quality::eval::{Figures, Method, Plan, Row, Setting, Window, measure, report};
+use specattn_mask::{LayerMap, MaskPolicy, PairShape};
+use specattn_quality::eval::{
+    Figures, Method, Plan, Row, ServedMap, Setting, Window, equal_budget, measure, plot, report,
+};
 use specattn_quality::recording::pair_shape;
 use specattn_quality::{Book, QualityError};
 
@@ -23,6 +19,7 @@ use crate::align::{load, time_bar};
 use crate::args::ModelArgs;
 use crate::error::CliError;
 use crate::models::ModelFolders;
+use crate::shards::{Message, Sums, in_processes};
 
 /// `specattn eval`.
 #[derive(Debug, Args)]
@@ -48,21 +45,22 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N")]
     pub judged: Option<usize>,
 
-    /// Methods by their number in the table: 0 dense, 1 this map, 2 the paper's, 3 StreamingLLM, 4 H2O, 5 Quest, 6 oracle
+    /// Methods to compare
     #[arg(
         long,
-        value_name = "N",
+        value_enum,
+        value_name = "METHOD",
         value_delimiter = ',',
-        default_value = "0,1,2,3,4,5,6"
+        default_value = "dense,ours,paper,streaming-llm,h2o,quest,oracle"
     )]
-    pub methods: Vec<usize>,
+    pub methods: Vec<MethodArg>,
 
     /// Masses for methods that keep a share of attention
     #[arg(
         long,
         value_name = "P",
         value_delimiter = ',',
-        default_value = "0.5,0.65,0.75,0.8,0.85,0.9,0.93,0.95,0.97,0.985"
+        default_value = "0.6,0.7,0.8,0.88,0.92,0.95,0.97,0.985"
     )]
     pub p: Vec<f32>,
 
@@ -75,17 +73,26 @@ pub struct EvalArgs {
     )]
     pub budgets: Vec<f32>,
 
-    /// Layer map to evaluate [default: the one beside the target]
-    #[arg(long, value_name = "FILE")]
-    pub map: Option<PathBuf>,
+    /// Layer maps to evaluate; the first is the one that others are compared with [default: the one beside the target]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub map: Vec<PathBuf>,
 
     /// The paper's layer map, made by align --map layer [default: proportional depth]
     #[arg(long, value_name = "FILE")]
     pub paper_map: Option<PathBuf>,
 
-    /// Draft steps from one captured step to the next [default: the draft worker's]
-    #[arg(long, value_name = "STEPS")]
-    pub capture_every: Option<usize>,
+    /// Draft steps from one captured step to the next; of several the first serves every map, the others only the first
+    /// map. The paper's captures every step [default: the draft worker's]
+    #[arg(long, value_name = "STEPS", value_delimiter = ',')]
+    pub capture_every: Vec<usize>,
+
+    /// First positions that are always read
+    #[arg(long, value_name = "N", default_value_t = MaskPolicy::default().sink_tokens)]
+    pub sink_tokens: u32,
+
+    /// Last positions that are always read
+    #[arg(long, value_name = "N", default_value_t = MaskPolicy::default().window_tokens)]
+    pub window_tokens: u32,
 
     /// Processes to share the windows among; 1 runs in this one
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -108,61 +115,25 @@ pub struct EvalArgs {
     pub quiet: bool,
 }
 
-/// What a child says.
-#[derive(Debug, Serialize, Deserialize)]
-enum Message {
-    /// Tokens done and tokens in all.
-    Progress(u64, u64),
-    /// Context, index of the setting, and its sums.
-    Sums(usize, usize, Sums),
-}
-
-/// [`Figures`] on a pipe.
-#[derive(Debug, Serialize, Deserialize)]
-struct Sums {
-    positions: u64,
-    kl: f64,
-    agreements: u64,
-    nll: f64,
-    dense_nll: f64,
-    read: u64,
-    dense: u64,
-    rounds: u64,
-    mask_bytes: u64,
-}
-
-impl From<&Figures> for Sums {
-    fn from(f: &Figures) -> Self {
-        Self {
-            positions: f.positions,
-            kl: f.kl,
-            agreements: f.agreements,
-            nll: f.nll,
-            dense_nll: f.dense_nll,
-            read: f.kv.read,
-            dense: f.kv.dense,
-            rounds: f.rounds,
-            mask_bytes: f.mask_bytes,
-        }
-    }
-}
-
-impl From<Sums> for Figures {
-    fn from(s: Sums) -> Self {
-        Self {
-            positions: s.positions,
-            kl: s.kl,
-            agreements: s.agreements,
-            nll: s.nll,
-            dense_nll: s.dense_nll,
-            kv: KvReads {
-                read: s.read,
-                dense: s.dense,
-            },
-            rounds: s.rounds,
-            mask_bytes: s.mask_bytes,
-        }
-    }
+/// Methods on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// The target reads everything
+    Dense,
+    /// The maps given, as served
+    Ours,
+    /// One draft layer per target layer and no memory
+    Paper,
+    /// Sinks and a window
+    StreamingLlm,
+    /// Heavy hitters
+    H2o,
+    /// Pages by bounds on their keys
+    Quest,
+    /// The target's own top-p of the round before
+    Previous,
+    /// The target's own top-p
+    Oracle,
 }
 
 /// Runs the command.
@@ -171,6 +142,7 @@ impl From<Sums> for Figures {
 /// [`CliError`] when models, texts or maps are not there or do not go together, or results cannot be written.
 pub fn run(args: &EvalArgs) -> Result<(), CliError> {
     let settings = settings(args)?;
+    let names = map_names(args);
     if let Some(shard) = &args.shard {
         let parts = shard.split_once('/').and_then(|(k, n)| {
             let (k, n) = (k.parse::<usize>().ok()?, n.parse::<usize>().ok()?);
@@ -190,6 +162,7 @@ pub fn run(args: &EvalArgs) -> Result<(), CliError> {
         rows.extend(settings.iter().map(|&setting| Row {
             context,
             setting,
+            name: method_name(setting.method, &names),
             figures: Figures::default(),
         }));
     }
@@ -214,7 +187,11 @@ pub fn run(args: &EvalArgs) -> Result<(), CliError> {
         })?;
     }
     bar.finish_and_clear();
-    let table = report::markdown(&rows);
+    let table = format!(
+        "{}\n{}",
+        equal_budget::markdown(&rows),
+        report::markdown(&rows)
+    );
     print!("{table}");
     let Some(folder) = &args.out else {
         return Ok(());
@@ -229,7 +206,7 @@ pub fn run(args: &EvalArgs) -> Result<(), CliError> {
     let files = [
         ("eval.md", table),
         ("eval.csv", report::csv(&rows)),
-        ("eval.svg", report::svg(&rows)),
+        ("eval.svg", plot::svg(&rows)),
     ];
     for (name, text) in files {
         let path = folder.join(name);
@@ -238,21 +215,102 @@ pub fn run(args: &EvalArgs) -> Result<(), CliError> {
     Ok(())
 }
 
+/// Names of the maps, in the order of the plan: the first map, the paper's, further maps, further draft policies.
+fn map_names(args: &EvalArgs) -> Vec<String> {
+    let mut names = vec![
+        "SpecAttn, this map".to_owned(),
+        "SpecAttn, the paper's layer map".to_owned(),
+    ];
+    for file in args.map.iter().skip(1) {
+        let stem = file.file_stem().unwrap_or(file.as_os_str());
+        names.push(format!("SpecAttn, {}", stem.to_string_lossy()));
+    }
+    for steps in args.capture_every.iter().skip(1) {
+        names.push(format!("SpecAttn, this map, captured every {steps}"));
+    }
+    names
+}
+
+fn method_name(method: Method, maps: &[String]) -> String {
+    match method {
+        Method::Map(index) => maps[index].clone(),
+        Method::Dense => "dense".to_owned(),
+        Method::StreamingLlm => "StreamingLLM".to_owned(),
+        Method::H2o => "H2O".to_owned(),
+        Method::Quest => "Quest".to_owned(),
+        Method::Previous => "previous round's top-p".to_owned(),
+        Method::Oracle => "oracle top-p".to_owned(),
+    }
+}
+
+/// The maps that [`map_names`] names.
+fn maps(args: &EvalArgs, beside: PathBuf, pair: &PairShape) -> Result<Vec<ServedMap>, CliError> {
+    let read = |path: &PathBuf| -> Result<Arc<LayerMap>, CliError> {
+        let map = LayerMap::load(path).map_err(QualityError::from)?;
+        map.validate(pair).map_err(QualityError::from)?;
+        Ok(Arc::new(map))
+    };
+    let own = |steps: Option<&usize>| {
+        let mut own = OwnPolicy::default();
+        own.capture_every = *steps.unwrap_or(&own.capture_every);
+        own
+    };
+    let first = own(args.capture_every.first());
+    let this = read(args.map.first().unwrap_or(&beside))?;
+    let paper = match &args.paper_map {
+        Some(path) => read(path)?,
+        None => Arc::new(LayerMap::proportional(
+            pair.target_layers,
+            pair.target_kv_heads,
+            pair.draft_layers,
+            pair.draft_heads,
+        )),
+    };
+    let served = |map, own| ServedMap { map, own };
+    let mut maps = vec![
+        served(Arc::clone(&this), first),
+        served(paper, own(Some(&1))),
+    ];
+    for file in args.map.iter().skip(1) {
+        maps.push(served(read(file)?, first));
+    }
+    for steps in args.capture_every.iter().skip(1) {
+        maps.push(served(Arc::clone(&this), own(Some(steps))));
+    }
+    Ok(maps)
+}
+
 fn settings(args: &EvalArgs) -> Result<Vec<Setting>, CliError> {
+    if args.capture_every.contains(&0) {
+        let refusal = "--capture-every must be at least 1";
+        return Err(CliError::Usage(refusal.to_owned()));
+    }
     let mut settings = Vec::new();
-    for &number in &args.methods {
-        let Some(&method) = Method::ALL.get(number) else {
-            return Err(CliError::Usage(format!("there is no method {number}")));
+    for method in &args.methods {
+        let methods = match method {
+            MethodArg::Dense => vec![Method::Dense],
+            MethodArg::Ours => {
+                let further = (2..map_names(args).len()).map(Method::Map);
+                std::iter::once(Method::Map(0)).chain(further).collect()
+            }
+            MethodArg::Paper => vec![Method::Map(1)],
+            MethodArg::StreamingLlm => vec![Method::StreamingLlm],
+            MethodArg::H2o => vec![Method::H2o],
+            MethodArg::Quest => vec![Method::Quest],
+            MethodArg::Previous => vec![Method::Previous],
+            MethodArg::Oracle => vec![Method::Oracle],
         };
-        let values = match method {
-            Method::Dense => &[1.0][..],
-            _ if method.is_by_mass() => &args.p,
-            _ => &args.budgets,
-        };
-        if let Some(value) = values.iter().find(|&&v| !(v > 0.0 && v <= 1.0)) {
-            return Err(CliError::Usage(format!("{value} is not in (0, 1]")));
+        for method in methods {
+            let values = match method {
+                Method::Dense => &[1.0][..],
+                _ if method.is_by_mass() => &args.p,
+                _ => &args.budgets,
+            };
+            if let Some(value) = values.iter().find(|&&v| !(v > 0.0 && v <= 1.0)) {
+                return Err(CliError::Usage(format!("{value} is not in (0, 1]")));
+            }
+            settings.extend(values.iter().map(|&value| Setting { method, value }));
         }
-        settings.extend(values.iter().map(|&value| Setting { method, value }));
     }
     Ok(settings)
 }
@@ -271,32 +329,16 @@ fn evaluate(
     let mut target = load(&folders.target, &args.models)?;
     let mut draft = load(draft_folder, &args.models)?;
     let pair = pair_shape(&target, &draft);
-    let read = |path: &PathBuf| -> Result<Arc<LayerMap>, QualityError> {
-        let map = LayerMap::load(path)?;
-        map.validate(&pair)?;
-        Ok(Arc::new(map))
-    };
-    let beside = folders.target.join(FILE_NAME);
-    let proportional = || {
-        Arc::new(LayerMap::proportional(
-            pair.target_layers,
-            pair.target_kv_heads,
-            pair.draft_layers,
-            pair.draft_heads,
-        ))
-    };
-    let mut own = OwnPolicy::default();
-    own.capture_every = args.capture_every.unwrap_or(own.capture_every).max(1);
     let plan = Plan {
         settings: settings.to_vec(),
-        map: read(args.map.as_ref().unwrap_or(&beside))?,
-        paper_map: match &args.paper_map {
-            Some(path) => read(path)?,
-            None => proportional(),
+        maps: maps(args, folders.target.join(FILE_NAME), &pair)?,
+        policy: MaskPolicy {
+            sink_tokens: args.sink_tokens,
+            window_tokens: args.window_tokens,
+            ..MaskPolicy::default()
         },
-        policy: MaskPolicy::default(),
-        own,
     };
+    plan.policy.validate().map_err(QualityError::from)?;
     let mut contexts = args.contexts.clone();
     contexts.sort_unstable_by(|a, b| b.cmp(a));
     let books = args
@@ -343,69 +385,6 @@ fn evaluate(
     Ok(())
 }
 
-/// Shares the windows among `jobs` processes of this program.
-fn in_processes(
-    jobs: usize,
-    bar: &indicatif::ProgressBar,
-    take: &mut dyn FnMut(usize, usize, Sums),
-) -> Result<(), CliError> {
-    let failed = |reason: String| CliError::Start {
-        service: "evaluation",
-        reason,
-    };
-    let program = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
-    let (sender, messages) = mpsc::sync_channel(64);
-    let mut children = Vec::new();
-    let mut readers = Vec::new();
-    for share in 0..jobs {
-        let mut child = Command::new(&program)
-            .args(std::env::args_os().skip(1))
-            .args(["--threads", "1", "--shard"])
-            .arg(format!("{share}/{jobs}"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|error| failed(error.to_string()))?;
-        let output = child.stdout.take();
-        children.push(child);
-        let sender = sender.clone();
-        readers.push(std::thread::spawn(move || {
-            for line in output.into_iter().flat_map(|o| BufReader::new(o).lines()) {
-                let message = line
-                    .ok()
-                    .and_then(|l| serde_json::from_str::<Message>(&l).ok());
-                if sender.send((share, message)).is_err() {
-                    return;
-                }
-            }
-        }));
-    }
-    drop(sender);
-    let mut progress = vec![(0, 0); jobs];
-    for (share, message) in messages {
-        match message {
-            Some(Message::Progress(done, total)) => {
-                progress[share] = (done, total);
-                bar.set_length(progress.iter().map(|p| p.1).sum());
-                bar.set_position(progress.iter().map(|p| p.0).sum());
-            }
-            Some(Message::Sums(context, index, sums)) => take(context, index, sums),
-            None => return Err(failed("a process said something else".to_owned())),
-        }
-    }
-    for mut child in children {
-        let status = child.wait().map_err(|error| failed(error.to_string()))?;
-        if !status.success() {
-            return Err(failed(format!("a process ended with {status}")));
-        }
-    }
-    for reader in readers {
-        reader
-            .join()
-            .map_err(|_| failed("a reader panicked".to_owned()))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -424,23 +403,28 @@ mod tests {
 
     #[test]
     fn settings_are_methods_times_masses_or_budgets() {
-        let args = parse("--text a --methods 0,1,3 --p 0.8,0.9 --budgets 0.1");
+        let args = parse(
+            "--text a --methods dense,ours,streaming-llm --p 0.8,0.9 --budgets 0.1 --capture-every 1,2",
+        );
         let settings = settings(&args).unwrap();
         let names: Vec<_> = settings.iter().map(|s| (s.method, s.value)).collect();
         assert_eq!(
             names,
             [
                 (Method::Dense, 1.0),
-                (Method::Ours, 0.8),
-                (Method::Ours, 0.9),
+                (Method::Map(0), 0.8),
+                (Method::Map(0), 0.9),
+                (Method::Map(2), 0.8),
+                (Method::Map(2), 0.9),
                 (Method::StreamingLlm, 0.1)
             ]
         );
+        assert_eq!(map_names(&args)[2], "SpecAttn, this map, captured every 2");
     }
 
     #[test]
     fn what_makes_no_sense_is_a_usage_error() {
-        for line in ["--text a --methods 9", "--text a --p 1.5"] {
+        for line in ["--text a --p 1.5", "--text a --capture-every 1,0"] {
             assert!(settings(&parse(line)).is_err(), "{line}");
         }
     }

@@ -19,6 +19,7 @@ pub mod request;
 pub mod resume;
 pub mod serve;
 mod session;
+mod shards;
 pub mod status;
 
 pub use error::CliError;

@@ -7,7 +7,7 @@ use specattn_draft::OwnPolicy;
 use specattn_engine::{LoadOptions, Model};
 use specattn_mask::{LayerMap, MaskPolicy};
 use specattn_quality::Book;
-use specattn_quality::eval::{Figures, Method, Plan, Setting, Window, measure};
+use specattn_quality::eval::{Figures, Method, Plan, ServedMap, Setting, Window, measure};
 
 fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
@@ -38,25 +38,38 @@ fn methods_stand_where_they_must() {
     let plan = Plan {
         settings: vec![
             setting(Method::Dense, 1.0),
-            setting(Method::Ours, 0.9),
+            setting(Method::Map(0), 0.9),
+            setting(Method::Map(1), 0.9),
             setting(Method::StreamingLlm, 0.2),
             setting(Method::H2o, 0.2),
             setting(Method::Quest, 0.2),
+            setting(Method::Previous, 0.9),
             setting(Method::Oracle, 0.99),
         ],
-        paper_map: Arc::new(LayerMap::proportional(8, 2, 3, 3)),
-        map: Arc::new(map),
+        maps: [(map, 1), (LayerMap::proportional(8, 2, 3, 3), 4)]
+            .map(|(map, capture_every)| ServedMap {
+                map: Arc::new(map),
+                own: OwnPolicy {
+                    capture_every,
+                    ..OwnPolicy::default()
+                },
+            })
+            .to_vec(),
         policy: MaskPolicy::default(),
-        own: OwnPolicy {
-            capture_every: 1,
-            ..OwnPolicy::default()
-        },
     };
     let (mut target, mut draft) = (model("target"), model("draft"));
     let figures = measure(&mut target, &mut draft, &window, &plan, &mut |_, _| {})
         .expect("every method runs");
-    let [dense, ours, streaming, h2o, quest, oracle]: [Figures; 6] =
-        figures.try_into().expect("one for each setting");
+    let [
+        dense,
+        ours,
+        thrifty,
+        streaming,
+        h2o,
+        quest,
+        previous,
+        oracle,
+    ]: [Figures; 8] = figures.try_into().expect("one for each setting");
     assert!(dense.mean_kl().abs() < 1e-5, "{dense:?}");
     assert_eq!(dense.kept(), 1.0);
     for budgeted in [&streaming, &h2o, &quest] {
@@ -65,6 +78,10 @@ fn methods_stand_where_they_must() {
         assert!(budgeted.mean_kl() > 0.0);
     }
     assert!(ours.kept() < 1.0 && ours.mask_bytes > 0);
+    // A draft that reads everything, and one that does on every fourth step.
+    assert!(ours.system_kept() > ours.kept());
+    assert!(thrifty.system_kept() < ours.system_kept());
     assert!(ours.mean_kl() < streaming.mean_kl());
+    assert!(previous.kept() < 1.0 && previous.mean_kl() < streaming.mean_kl());
     assert!(oracle.kept() < 1.0 && oracle.mean_kl() < streaming.mean_kl());
 }

@@ -1,4 +1,4 @@
-//! Methods that look at the target's own queries and keys: Quest, and the oracle.
+//! Methods that look at the target's own queries and keys: Quest, the oracle, and the oracle a round late.
 
 use specattn_engine::{KeyChooser, LayerKeys};
 use specattn_mask::{MaskPolicy, PositionSet, read_list, select_top_p};
@@ -11,16 +11,7 @@ use crate::eval::method::{Choice, Masker};
 pub struct ByKeys<C>(pub C);
 
 impl<C: KeyChooser> Masker for ByKeys<C> {
-    fn start(&mut self, _tokens: &[u32], _cached: usize) -> Result<(), QualityError> {
-        Ok(())
-    }
-
-    fn choose(
-        &mut self,
-        _tokens: &[u32],
-        _base: usize,
-        _draft: usize,
-    ) -> Result<Choice<'_>, QualityError> {
+    fn choose(&mut self, _base: usize) -> Result<Choice<'_>, QualityError> {
         Ok(Choice::ByKeys(&mut self.0))
     }
 }
@@ -37,32 +28,71 @@ pub struct Oracle {
 
 impl KeyChooser for Oracle {
     fn choose(&mut self, _layer: usize, layer: &LayerKeys<'_>) -> Vec<Vec<u32>> {
-        let cached = layer.keys.len() / (layer.num_kv_heads * layer.width);
-        let mut weights = vec![0.0f32; cached];
-        (0..layer.num_kv_heads)
-            .map(|kv_head| {
-                let mut mean = vec![0.0f32; cached];
-                let keys = &layer.keys[kv_head * cached * layer.width..][..cached * layer.width];
-                for q in queries_of(layer, kv_head) {
-                    for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(layer.width)) {
-                        *weight = dot(q, key);
-                    }
-                    let top = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let mut sum = 0.0;
-                    for weight in &mut weights {
-                        *weight = (*weight - top).exp();
-                        sum += *weight;
-                    }
-                    for (mean, weight) in mean.iter_mut().zip(&weights) {
-                        *mean += weight / sum;
-                    }
-                }
-                let mut selection = PositionSet::new(cached);
-                select_top_p(&mean, self.policy.p, &mut selection);
-                read_list(&selection, &self.policy, cached + 1)
+        let of_head = |kv_head| read_by_mass(&attention(layer, kv_head), &self.policy);
+        (0..layer.num_kv_heads).map(of_head).collect()
+    }
+}
+
+/// The previous round's attention: what [`Oracle`] would have chosen a round ago. The first round reads everything.
+///
+/// A little more than a served target can know, whose last round weighed only what it had read.
+#[derive(Debug, Clone)]
+pub struct Previous {
+    /// p, sinks and window.
+    pub policy: MaskPolicy,
+    /// `[layers][KV heads][cached positions]` of the round before.
+    pub last: Vec<Vec<Vec<f32>>>,
+}
+
+impl KeyChooser for Previous {
+    fn choose(&mut self, index: usize, layer: &LayerKeys<'_>) -> Vec<Vec<u32>> {
+        let now = (0..layer.num_kv_heads).map(|kv_head| attention(layer, kv_head));
+        let now: Vec<Vec<f32>> = now.collect();
+        if self.last.len() <= index {
+            let all = (0..now[0].len() as u32).collect();
+            self.last.push(now);
+            return vec![all; layer.num_kv_heads];
+        }
+        let before = std::mem::replace(&mut self.last[index], now);
+        let lists = before.into_iter().zip(&self.last[index]);
+        lists
+            .map(|(mut before, now)| {
+                // What was appended since is read: no round has weighed it.
+                before.resize(now.len(), 1.0);
+                read_by_mass(&before, &self.policy)
             })
             .collect()
     }
+}
+
+/// The top-p set of a row over the cached positions, with the policy's sinks and window.
+fn read_by_mass(row: &[f32], policy: &MaskPolicy) -> Vec<u32> {
+    let mut selection = PositionSet::new(row.len());
+    select_top_p(row, policy.p, &mut selection);
+    read_list(&selection, policy, row.len() + 1)
+}
+
+/// What a KV head attends to: the sum over the step's rows and the query heads that share it, of the cached positions.
+fn attention(layer: &LayerKeys<'_>, kv_head: usize) -> Vec<f32> {
+    let cached = layer.keys.len() / (layer.num_kv_heads * layer.width);
+    let mut weights = vec![0.0f32; cached];
+    let mut total = vec![0.0f32; cached];
+    let keys = &layer.keys[kv_head * cached * layer.width..][..cached * layer.width];
+    for q in queries_of(layer, kv_head) {
+        for (weight, key) in weights.iter_mut().zip(keys.chunks_exact(layer.width)) {
+            *weight = dot(q, key);
+        }
+        let top = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        for weight in &mut weights {
+            *weight = (*weight - top).exp();
+            sum += *weight;
+        }
+        for (total, weight) in total.iter_mut().zip(&weights) {
+            *total += weight / sum;
+        }
+    }
+    total
 }
 
 /// Positions per page of [`Quest`], as its authors use.

@@ -1,6 +1,6 @@
 //! [`Reference`]: the dense target's distributions over a window, computed once and shared by all methods.
 
-use specattn_engine::{LogitRows, Model, Step};
+use specattn_engine::{LogitRows, Model, Sequence, Step};
 
 use crate::error::QualityError;
 use crate::eval::rounds::Window;
@@ -19,14 +19,17 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Reads the window with dense attention.
+    /// Reads the window with dense attention into the empty `sequence`, which every method then cuts back to the prompt.
     ///
     /// # Errors
     /// [`QualityError::Engine`] when the model fails.
-    pub fn new(target: &mut Model, window: &Window<'_>) -> Result<Self, QualityError> {
+    pub fn new(
+        target: &mut Model,
+        sequence: &mut Sequence,
+        window: &Window<'_>,
+    ) -> Result<Self, QualityError> {
         let vocab_size = target.config().vocab_size;
         let first = window.prompt - 1;
-        let mut sequence = target.new_sequence(window.tokens.len())?;
         let mut log_probs = Vec::with_capacity((window.tokens.len() - first) * vocab_size);
         while sequence.len() < window.tokens.len() {
             let past = sequence.len();
@@ -39,7 +42,7 @@ impl Reference {
                 LogitRows::None
             };
             let outputs = target.forward(&mut [Step {
-                sequence: &mut sequence,
+                sequence,
                 tokens,
                 lists: None,
                 logits,

@@ -19,6 +19,8 @@ pub struct Figures {
     pub dense_nll: f64,
     /// KV entries of the target's forwards.
     pub kv: KvReads,
+    /// KV bytes of the target's forwards and of the draft steps that masks need.
+    pub system_bytes: KvReads,
     /// Rounds.
     pub rounds: u64,
     /// Encoded mask bytes.
@@ -48,8 +50,8 @@ impl Figures {
         self.agreements += other.agreements;
         self.nll += other.nll;
         self.dense_nll += other.dense_nll;
-        self.kv.read += other.kv.read;
-        self.kv.dense += other.kv.dense;
+        self.kv += other.kv;
+        self.system_bytes += other.system_bytes;
         self.rounds += other.rounds;
         self.mask_bytes += other.mask_bytes;
     }
@@ -77,6 +79,12 @@ impl Figures {
     /// KV entries read over those of dense forwards.
     pub fn kept(&self) -> f64 {
         self.kv.read as f64 / self.kv.dense.max(1) as f64
+    }
+
+    /// KV bytes that target and draft read over those of dense forwards of both; for methods that need no draft the
+    /// target's alone.
+    pub fn system_kept(&self) -> f64 {
+        self.system_bytes.read as f64 / self.system_bytes.dense.max(1) as f64
     }
 
     /// Mean encoded mask bytes per round.

@@ -46,17 +46,11 @@ impl HeavyHitters {
 }
 
 impl Masker for HeavyHitters {
-    fn start(&mut self, _tokens: &[u32], cached: usize) -> Result<(), QualityError> {
+    fn start(&mut self, cached: usize) {
         self.lists.lists = vec![(0..cached as u32).collect(); self.sums.len()];
-        Ok(())
     }
 
-    fn choose(
-        &mut self,
-        _tokens: &[u32],
-        base: usize,
-        _draft: usize,
-    ) -> Result<Choice<'_>, QualityError> {
+    fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError> {
         let cached = base - 1;
         let room = (cached as f64 * self.budget) as usize;
         for (alive, sums) in self.lists.lists.iter_mut().zip(&mut self.sums) {

@@ -1,6 +1,6 @@
 //! [`Masker`]: a way of choosing what the target reads.
 
-use specattn_engine::{HeadLists, KeyChooser, StepOutput};
+use specattn_engine::{HeadLists, KeyChooser, KvReads, StepOutput};
 
 use crate::error::QualityError;
 
@@ -17,21 +17,13 @@ pub enum Choice<'a> {
 /// One method at one setting, over one window.
 pub trait Masker {
     /// The target has read the prompt; `cached` positions lie in its KV cache.
-    ///
-    /// # Errors
-    /// When a model or a mask fails.
-    fn start(&mut self, tokens: &[u32], cached: usize) -> Result<(), QualityError>;
+    fn start(&mut self, _cached: usize) {}
 
-    /// Chooses for the round that builds on `base` tokens of `tokens` and proposes the `draft` after them.
+    /// Chooses for the round that builds on `base` tokens of the window. Rounds come in order.
     ///
     /// # Errors
-    /// As for `start`.
-    fn choose(
-        &mut self,
-        tokens: &[u32],
-        base: usize,
-        draft: usize,
-    ) -> Result<Choice<'_>, QualityError>;
+    /// When a mask fails.
+    fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError>;
 
     /// Whether the masker learns from what the entries weighed.
     fn wants_masses(&self) -> bool {
@@ -44,5 +36,10 @@ pub trait Masker {
     /// Encoded bytes of the last round's mask; 0 where nothing crosses the wire.
     fn mask_bytes(&self) -> usize {
         0
+    }
+
+    /// KV bytes that the draft read for the last round's mask.
+    fn draft_bytes(&self) -> KvReads {
+        KvReads::default()
     }
 }

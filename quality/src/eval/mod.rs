@@ -7,18 +7,21 @@
 
 pub mod chosen;
 pub mod dense;
+pub mod equal_budget;
 pub mod figures;
 pub mod h2o;
 pub mod method;
 pub mod plan;
+pub mod plot;
 pub mod report;
 pub mod rounds;
 pub mod served;
 pub mod streaming;
+pub mod trace;
 
 pub use dense::Reference;
 pub use figures::Figures;
 pub use method::{Choice, Masker};
-pub use plan::{Method, Plan, Setting, measure};
+pub use plan::{Method, Plan, ServedMap, Setting, measure};
 pub use report::Row;
 pub use rounds::{ROUND_DRAFT, Window, run};

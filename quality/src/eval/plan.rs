@@ -1,6 +1,5 @@
 //! [`Method`]: what is compared, at which settings, and [`measure`]: all of it over one window.
 
-use std::fmt;
 use std::sync::Arc;
 
 use specattn_draft::OwnPolicy;
@@ -8,7 +7,7 @@ use specattn_engine::{LogitRows, Model, Step};
 use specattn_mask::{LayerMap, MaskPolicy};
 
 use crate::error::QualityError;
-use crate::eval::chosen::{ByKeys, Oracle, Quest};
+use crate::eval::chosen::{ByKeys, Oracle, Previous, Quest};
 use crate::eval::dense::Reference;
 use crate::eval::figures::Figures;
 use crate::eval::h2o::{HeavyHitters, PromptSums};
@@ -16,6 +15,7 @@ use crate::eval::method::{Choice, Masker};
 use crate::eval::rounds::{Window, run};
 use crate::eval::served::Served;
 use crate::eval::streaming::Streaming;
+use crate::eval::trace::DraftTrace;
 
 /// Every so many prompt positions one's attention counts for H2O's sums over the prompt.
 const PROMPT_STRIDE: usize = 8;
@@ -25,54 +25,24 @@ const PROMPT_STRIDE: usize = 8;
 pub enum Method {
     /// Everything.
     Dense,
-    /// The layer map in force, as served.
-    Ours,
-    /// One draft layer per target layer and no memory, as in the paper.
-    Paper,
+    /// One of [`Plan::maps`], as served.
+    Map(usize),
     /// Sinks and a window.
     StreamingLlm,
     /// Heavy hitters.
     H2o,
     /// Pages by bounds on their keys.
     Quest,
+    /// The target's own top-p of the round before.
+    Previous,
     /// The target's own top-p.
     Oracle,
 }
 
 impl Method {
-    /// All of them, in the order of the tables.
-    pub const ALL: [Self; 7] = [
-        Self::Dense,
-        Self::Ours,
-        Self::Paper,
-        Self::StreamingLlm,
-        Self::H2o,
-        Self::Quest,
-        Self::Oracle,
-    ];
-
-    /// Its name in tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Dense => "dense",
-            Self::Ours => "SpecAttn, this map",
-            Self::Paper => "SpecAttn, the paper's layer map",
-            Self::StreamingLlm => "StreamingLLM",
-            Self::H2o => "H2O",
-            Self::Quest => "Quest",
-            Self::Oracle => "oracle top-p",
-        }
-    }
-
     /// Whether its setting is p, the mass to reach; else it is the share of the context to read.
     pub fn is_by_mass(self) -> bool {
-        matches!(self, Self::Ours | Self::Paper | Self::Oracle)
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        matches!(self, Self::Map(_) | Self::Previous | Self::Oracle)
     }
 }
 
@@ -85,39 +55,38 @@ pub struct Setting {
     pub value: f32,
 }
 
+/// A layer map, and the draft before it.
+#[derive(Debug, Clone)]
+pub struct ServedMap {
+    /// The map.
+    pub map: Arc<LayerMap>,
+    /// What the draft reads of its own entries.
+    pub own: OwnPolicy,
+}
+
 /// What every measurement shares.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// What to compare.
     pub settings: Vec<Setting>,
-    /// The map of [`Method::Ours`].
-    pub map: Arc<LayerMap>,
-    /// The map of [`Method::Paper`].
-    pub paper_map: Arc<LayerMap>,
+    /// What [`Method::Map`] counts.
+    pub maps: Vec<ServedMap>,
     /// Sinks, window and granularity; p is the setting's.
     pub policy: MaskPolicy,
-    /// What the draft of [`Method::Ours`] reads; the paper's reads everything.
-    pub own: OwnPolicy,
 }
 
 struct Everything;
 
 impl Masker for Everything {
-    fn start(&mut self, _tokens: &[u32], _cached: usize) -> Result<(), QualityError> {
-        Ok(())
-    }
-
-    fn choose(
-        &mut self,
-        _tokens: &[u32],
-        _base: usize,
-        _draft: usize,
-    ) -> Result<Choice<'_>, QualityError> {
+    fn choose(&mut self, _base: usize) -> Result<Choice<'_>, QualityError> {
         Ok(Choice::Dense)
     }
 }
 
 /// Runs every setting of `plan` over `window`; one [`Figures`] each. `progress` hears (done, in all), in rounds' tokens.
+///
+/// Both models read the window's prompt once. The draft's rows are recorded for one policy of its reads at a time:
+/// settings of maps with the same policy belong together.
 ///
 /// # Errors
 /// [`QualityError`] when a model or a mask fails.
@@ -128,11 +97,14 @@ pub fn measure(
     plan: &Plan,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<Figures>, QualityError> {
-    let reference = Reference::new(target, window)?;
+    let mut sequence = target.new_sequence(window.tokens.len())?;
+    let reference = Reference::new(target, &mut sequence, window)?;
     let heads = target.config().num_layers * target.config().num_kv_heads;
+    let max_context = target.config().max_context;
     let total = (window.tokens.len() - window.prompt) as u64 * plan.settings.len() as u64;
     let mut done = 0;
     let mut sums: Option<PromptSums> = None;
+    let mut trace: Option<(OwnPolicy, DraftTrace)> = None;
     let mut figures = Vec::new();
     for &Setting { method, value } in &plan.settings {
         let policy = MaskPolicy {
@@ -140,35 +112,63 @@ pub fn measure(
             ..plan.policy
         };
         let budget = f64::from(value);
-        if method == Method::H2o && sums.is_none() {
-            sums = Some(prompt_sums(target, window)?);
-        }
-        let every_step = OwnPolicy {
-            capture_every: 1,
-            ..plan.own
-        };
         let mut masker: Box<dyn Masker + '_> = match method {
             Method::Dense => Box::new(Everything),
-            Method::Ours => Box::new(Served::new(draft, &plan.map, policy, plan.own)),
-            Method::Paper => Box::new(Served::new(draft, &plan.paper_map, policy, every_step)),
+            Method::Map(index) => {
+                let ServedMap { map, own, .. } = plan.maps.get(index).ok_or_else(|| {
+                    QualityError::Served(format!("map {index} of {}", plan.maps.len()))
+                })?;
+                let (_, trace) = match trace.take().filter(|(recorded, _)| recorded == own) {
+                    Some(recorded) => trace.insert(recorded),
+                    None => {
+                        let layers = draft_layers(&plan.maps);
+                        let recorded =
+                            DraftTrace::record(draft, window, *own, &plan.policy, &layers)?;
+                        trace.insert((*own, recorded))
+                    }
+                };
+                Box::new(Served::new(trace, map, policy, max_context))
+            }
             Method::StreamingLlm => {
                 let sinks = policy.sink_tokens as usize;
                 Box::new(Streaming::new(sinks, budget, heads))
             }
-            Method::H2o => Box::new(HeavyHitters::new(
-                budget,
-                sums.as_ref().unwrap_or(&Vec::new()),
-            )),
+            Method::H2o => {
+                let sums = match sums.take() {
+                    Some(known) => sums.insert(known),
+                    None => sums.insert(prompt_sums(target, window)?),
+                };
+                Box::new(HeavyHitters::new(budget, sums))
+            }
             Method::Quest => Box::new(ByKeys(Quest { budget, policy })),
+            Method::Previous => Box::new(ByKeys(Previous {
+                policy,
+                last: Vec::new(),
+            })),
             Method::Oracle => Box::new(ByKeys(Oracle { policy })),
         };
         let advance = &mut |tokens| {
             done += tokens;
             progress(done, total);
         };
-        figures.push(run(target, window, &reference, &mut *masker, advance)?);
+        figures.push(run(
+            target,
+            &mut sequence,
+            window,
+            &reference,
+            &mut *masker,
+            advance,
+        )?);
     }
     Ok(figures)
+}
+
+/// The draft layers that any of `maps` needs, increasing.
+fn draft_layers(maps: &[ServedMap]) -> Vec<usize> {
+    let mut layers: Vec<usize> = maps.iter().flat_map(|m| m.map.draft_layers()).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    layers
 }
 
 /// Attention that the prompt's positions gathered, by every [`PROMPT_STRIDE`]th of its rows.

@@ -1,6 +1,6 @@
 //! Rounds over a window: the loop that every method is measured in.
 
-use specattn_engine::{LogitRows, Model, Step};
+use specattn_engine::{KvReads, LogitRows, Model, Sequence, Step};
 
 use crate::error::QualityError;
 use crate::eval::dense::Reference;
@@ -9,9 +9,6 @@ use crate::eval::method::{Choice, Masker};
 
 /// Draft tokens per round: the gateway's default.
 pub const ROUND_DRAFT: usize = 4;
-
-/// Prompt tokens per forward, as the verify worker processes them.
-const CHUNK: usize = 512;
 
 /// A stretch of text: a prompt, then tokens to be judged on.
 #[derive(Debug, Clone, Copy)]
@@ -22,32 +19,22 @@ pub struct Window<'a> {
     pub prompt: usize,
 }
 
-/// Runs `masker` over the window, which `reference` describes. `progress` hears of tokens done.
+/// Runs `masker` over the window. `sequence` holds what a dense target made of the window's prompt, and `reference` its
+/// distributions behind it. `progress` hears of tokens done.
 ///
 /// # Errors
 /// [`QualityError`] when a model or the masker fails.
 pub fn run(
     target: &mut Model,
+    sequence: &mut Sequence,
     window: &Window<'_>,
     reference: &Reference,
     masker: &mut dyn Masker,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Figures, QualityError> {
     let tokens = window.tokens;
-    let mut sequence = target.new_sequence(tokens.len())?;
-    while sequence.len() + 1 < window.prompt {
-        let past = sequence.len();
-        let end = (window.prompt - 1).min(past + CHUNK);
-        target.forward(&mut [Step {
-            sequence: &mut sequence,
-            tokens: &tokens[past..end],
-            lists: None,
-            logits: LogitRows::None,
-            capture: &[],
-            masses: false,
-        }])?;
-    }
-    masker.start(tokens, sequence.len())?;
+    sequence.truncate(window.prompt - 1);
+    masker.start(sequence.len());
     let vocab_size = target.config().vocab_size;
     let mut figures = Figures::default();
     let mut base = window.prompt;
@@ -55,14 +42,14 @@ pub fn run(
     while base + ROUND_DRAFT < tokens.len() {
         let masses = masker.wants_masses();
         let mut step = Step {
-            sequence: &mut sequence,
+            sequence: &mut *sequence,
             tokens: &tokens[base - 1..base + ROUND_DRAFT],
             lists: None,
             logits: LogitRows::All,
             capture: &[],
             masses,
         };
-        let output = match masker.choose(tokens, base, ROUND_DRAFT)? {
+        let output = match masker.choose(base)? {
             Choice::ByKeys(chooser) => target.forward_choosing(&mut step, chooser)?,
             Choice::Dense => target.forward(&mut [step])?.remove(0),
             Choice::Lists(lists) => {
@@ -75,8 +62,12 @@ pub fn run(
             let position = base - 1 + row;
             figures.judge(reference.row(position), logits, tokens[position + 1]);
         }
-        figures.kv.read += output.kv.read;
-        figures.kv.dense += output.kv.dense;
+        figures.kv += output.kv;
+        let (target_bytes, drafted) = (target.kv_entry_bytes() as u64, masker.draft_bytes());
+        figures.system_bytes += KvReads {
+            read: output.kv.read * target_bytes + drafted.read,
+            dense: output.kv.dense * target_bytes + drafted.dense,
+        };
         figures.rounds += 1;
         figures.mask_bytes += masker.mask_bytes() as u64;
         base += ROUND_DRAFT + 1;

@@ -2,115 +2,52 @@
 
 use std::sync::Arc;
 
-use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
-use specattn_engine::{HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
+use specattn_draft::RowSelector;
+use specattn_engine::{KvReads, StepOutput};
 use specattn_mask::{LayerMap, MaskPolicy};
 use specattn_verify::{MaskReader, Masking};
 
 use crate::error::QualityError;
 use crate::eval::method::{Choice, Masker};
+use crate::eval::trace::{DraftTrace, RoundRows};
 
-/// Prompt tokens per forward, as the draft worker catches up.
-const CHUNK: usize = 512;
-
-/// Both ends of a session's masks, and the draft model between them.
-pub struct Served<'m> {
-    draft: &'m mut Model,
-    sequence: Option<Sequence>,
-    /// Layers to capture, increasing.
-    layers: Vec<usize>,
-    own: OwnReads,
+/// Both ends of a session's masks, behind a draft whose rows are recorded.
+pub struct Served<'t> {
+    rounds: std::slice::Iter<'t, RoundRows>,
     rows: RowSelector,
     reader: MaskReader,
     mask_bytes: usize,
+    draft_bytes: KvReads,
 }
 
-impl<'m> Served<'m> {
-    /// Masks by `map` under `policy`, from a draft that reads its own entries by `own`.
+impl<'t> Served<'t> {
+    /// Masks by `map` under `policy`, over at most `max_context` positions.
     pub fn new(
-        draft: &'m mut Model,
+        trace: &'t DraftTrace,
         map: &Arc<LayerMap>,
         policy: MaskPolicy,
-        own: OwnPolicy,
+        max_context: usize,
     ) -> Self {
-        let max_context = draft.config().max_context;
-        let own = OwnReads::new(own, &policy, draft.config().num_kv_heads);
-        let layers = if own.is_sparse() {
-            (0..draft.config().num_layers).collect()
-        } else {
-            map.draft_layers()
-        };
         Self {
-            draft,
-            sequence: None,
-            layers,
-            own,
+            rounds: trace.rounds().iter(),
             rows: RowSelector::new(policy, map.sources.clone()),
             reader: MaskReader::new(Arc::clone(map), policy, max_context),
             mask_bytes: 0,
+            draft_bytes: KvReads::default(),
         }
     }
-}
-
-/// One forward of the draft; `capture` names the layers whose rows it hands out.
-fn feed(
-    draft: &mut Model,
-    sequence: &mut Sequence,
-    tokens: &[u32],
-    lists: Option<&HeadLists>,
-    capture: &[usize],
-) -> Result<StepOutput, QualityError> {
-    let mut outputs = draft.forward(&mut [Step {
-        sequence,
-        tokens,
-        lists,
-        logits: LogitRows::None,
-        capture,
-        masses: false,
-    }])?;
-    Ok(outputs.remove(0))
 }
 
 impl Masker for Served<'_> {
-    fn start(&mut self, tokens: &[u32], cached: usize) -> Result<(), QualityError> {
-        let mut sequence = self.draft.new_sequence(tokens.len())?;
-        for chunk in tokens[..cached].chunks(CHUNK) {
-            feed(self.draft, &mut sequence, chunk, None, &[])?;
-        }
-        self.sequence = Some(sequence);
-        Ok(())
-    }
-
-    fn choose(
-        &mut self,
-        tokens: &[u32],
-        base: usize,
-        draft: usize,
-    ) -> Result<Choice<'_>, QualityError> {
-        let sequence = self
-            .sequence
-            .as_mut()
-            .ok_or_else(|| QualityError::Served("a round before the prompt".to_owned()))?;
+    fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError> {
+        let round = self.rounds.next().ok_or_else(|| {
+            QualityError::Served("a round that the draft has not drafted".to_owned())
+        })?;
         self.rows.begin(base - 1);
-        for step in 0..draft {
-            // The first step also feeds what the last round left unfed.
-            let missing = sequence.len()..base + step;
-            let captured = self.own.captures(step, draft);
-            let (lists, capture) = if captured {
-                (None, self.layers.as_slice())
-            } else {
-                self.own.fit(sequence.len());
-                (Some(self.own.lists()), &[][..])
-            };
-            let output = feed(self.draft, sequence, &tokens[missing], lists, capture)?;
-            match &output.attention {
-                Some(rows) => {
-                    self.own.captured(rows);
-                    self.rows.add_step(rows)?;
-                }
-                None => self.own.passed(),
-            }
+        for rows in &round.rows {
+            self.rows.add_step(rows)?;
         }
+        self.draft_bytes = round.bytes;
         let bytes = self.rows.finish();
         self.mask_bytes = bytes.len();
         match self.reader.read(&bytes, base) {
@@ -132,5 +69,9 @@ impl Masker for Served<'_> {
 
     fn mask_bytes(&self) -> usize {
         self.mask_bytes
+    }
+
+    fn draft_bytes(&self) -> KvReads {
+        self.draft_bytes
     }
 }

@@ -29,16 +29,7 @@ impl Streaming {
 }
 
 impl Masker for Streaming {
-    fn start(&mut self, _tokens: &[u32], _cached: usize) -> Result<(), QualityError> {
-        Ok(())
-    }
-
-    fn choose(
-        &mut self,
-        _tokens: &[u32],
-        base: usize,
-        _draft: usize,
-    ) -> Result<Choice<'_>, QualityError> {
+    fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError> {
         let cached = base - 1;
         let sinks = self.sink_tokens.min(cached);
         let window = ((cached as f64 * self.budget) as usize).saturating_sub(sinks);
