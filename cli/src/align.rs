@@ -57,6 +57,15 @@ pub struct AlignArgs {
     #[arg(long, value_name = "X", default_value_t = Remember::default().p_offset, allow_negative_numbers = true)]
     pub memory_offset: f32,
 
+    /// Of each source, in order: how much more than p its selections cover, in log-odds; eval tells what helps
+    #[arg(
+        long,
+        value_name = "X",
+        value_delimiter = ',',
+        allow_negative_numbers = true
+    )]
+    pub p_offset: Vec<f32>,
+
     /// Leave the target's own memory out [default for the maps layer and head: out]
     #[arg(long)]
     pub no_memory: bool,
@@ -136,6 +145,7 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
             decay: args.memory_decay,
             p_offset: args.memory_offset,
         }),
+        p_offsets: args.p_offset.clone(),
     };
     let books = args
         .text

@@ -23,7 +23,7 @@ impl RowSelector {
     /// A selector for sources that are valid for the draft model.
     pub fn new(policy: MaskPolicy, sources: Vec<Source>) -> Self {
         Self {
-            selector: RoundSelector::new(policy, sources.len()),
+            selector: RoundSelector::new(policy, &sources),
             sources,
             encoder: Encoder::new(),
             context_len: 0,

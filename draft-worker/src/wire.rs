@@ -152,6 +152,7 @@ fn sources(raw: Vec<v1::Source>, model: &ModelConfig) -> Result<Vec<Source>, Fau
         .map(|source| {
             let terms = source.terms.into_iter();
             let source = Source {
+                p_offset: source.p_offset,
                 terms: terms
                     .map(|term| Term {
                         layer: term.layer,

@@ -26,8 +26,8 @@ pub struct MemoryRule {
 
 /// The mass whose log-odds are `offset` above those of `p`.
 pub fn shifted_mass(p: f32, offset: f32) -> f32 {
-    if p >= 1.0 {
-        return 1.0;
+    if p >= 1.0 || offset == 0.0 {
+        return p;
     }
     let odds = p / (1.0 - p) * offset.exp();
     if odds.is_finite() {

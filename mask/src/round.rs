@@ -1,7 +1,9 @@
 //! One round's selections: [`RoundMask`], and [`RoundSelector`] which makes it on the draft side.
 
+use crate::memory::shifted_mass;
 use crate::policy::MaskPolicy;
 use crate::position_set::PositionSet;
+use crate::source::Source;
 use crate::top_p::{Selection, select_top_p};
 
 /// The selections of one round, one per source in use.
@@ -28,19 +30,22 @@ pub struct RoundSelector {
     policy: MaskPolicy,
     context_len: usize,
     sources: Vec<PositionSet>,
+    /// Of each source: log-odds above those of the policy's p.
+    p_offsets: Vec<f32>,
 }
 
 impl RoundSelector {
-    /// A selector for `num_sources` sources under a policy that is valid ([`MaskPolicy::validate`]).
-    pub fn new(policy: MaskPolicy, num_sources: usize) -> Self {
+    /// A selector for the rows of `sources` under a policy that is valid ([`MaskPolicy::validate`]).
+    pub fn new(policy: MaskPolicy, sources: &[Source]) -> Self {
         Self {
             policy,
             context_len: 0,
-            sources: vec![PositionSet::default(); num_sources],
+            sources: vec![PositionSet::default(); sources.len()],
+            p_offsets: sources.iter().map(|source| source.p_offset).collect(),
         }
     }
 
-    /// Selections must reach `p` of a row's mass from the next step on, in (0, 1].
+    /// Selections must reach `p`, moved by their source's offset, of a row's mass from the next step on, in (0, 1].
     pub fn set_mass(&mut self, p: f32) {
         self.policy.p = p;
     }
@@ -60,7 +65,8 @@ impl RoundSelector {
     /// # Panics
     /// When there is no such source.
     pub fn add_step(&mut self, source: usize, row: &[f32]) -> Selection {
-        select_top_p(row, self.policy.p, &mut self.sources[source])
+        let p = shifted_mass(self.policy.p, self.p_offsets[source]);
+        select_top_p(row, p, &mut self.sources[source])
     }
 
     /// Ends the round. The next one begins with [`begin`](Self::begin).
@@ -86,6 +92,10 @@ impl RoundSelector {
 mod tests {
     use super::*;
 
+    fn sources(count: usize) -> Vec<Source> {
+        vec![Source::layer_mean(0, 1); count]
+    }
+
     fn row(len: usize, heavy: &[usize]) -> Vec<f32> {
         let mut row = vec![0.0; len];
         for &position in heavy {
@@ -96,7 +106,7 @@ mod tests {
 
     #[test]
     fn unites_steps_per_source_and_drops_the_rounds_own_inputs() {
-        let mut selector = RoundSelector::new(MaskPolicy::default(), 2);
+        let mut selector = RoundSelector::new(MaskPolicy::default(), &sources(2));
         selector.begin(10);
         selector.add_step(0, &row(11, &[1, 10]));
         selector.add_step(0, &row(12, &[7, 11]));
@@ -108,8 +118,23 @@ mod tests {
     }
 
     #[test]
+    fn a_source_reaches_its_own_mass() {
+        let mut sources = sources(2);
+        sources[1].p_offset = -2.0;
+        let mut selector = RoundSelector::new(MaskPolicy::default(), &sources);
+        selector.begin(4);
+        let row = [0.7, 0.2, 0.06, 0.04];
+        selector.add_step(0, &row);
+        selector.add_step(1, &row);
+        let mask = selector.finish();
+        assert!(mask.sources[0].iter().eq([0, 1, 2]));
+        // The log-odds of 0.95 less 2 are those of 0.72.
+        assert!(mask.sources[1].iter().eq([0, 1]));
+    }
+
+    #[test]
     fn a_new_round_starts_empty() {
-        let mut selector = RoundSelector::new(MaskPolicy::default(), 1);
+        let mut selector = RoundSelector::new(MaskPolicy::default(), &sources(1));
         selector.begin(10);
         selector.add_step(0, &row(11, &[5]));
         selector.begin(20);
@@ -125,7 +150,7 @@ mod tests {
             granularity: 4,
             ..MaskPolicy::default()
         };
-        let mut selector = RoundSelector::new(policy, 1);
+        let mut selector = RoundSelector::new(policy, &sources(1));
         selector.begin(10);
         selector.add_step(0, &row(11, &[5, 9]));
         let mask = selector.finish();

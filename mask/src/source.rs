@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::MaskError;
 
+/// Most log-odds, either way, between a source's p and the session's.
+pub const MAX_P_OFFSET: f32 = 16.0;
+
 /// How far the weights of a source may sum from 1.
 const WEIGHT_TOLERANCE: f64 = 1e-3;
 
@@ -25,6 +28,14 @@ pub struct Term {
 pub struct Source {
     /// The heads that take part, each at most once.
     pub terms: Vec<Term>,
+    /// Log-odds added to those of the session's p: the mass that this source's selections reach. Within
+    /// [`MAX_P_OFFSET`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub p_offset: f32,
+}
+
+fn is_zero(x: &f32) -> bool {
+    *x == 0.0
 }
 
 impl Source {
@@ -32,6 +43,7 @@ impl Source {
     pub fn layer_mean(layer: u32, heads: u32) -> Self {
         let weight = 1.0 / heads as f32;
         Self {
+            p_offset: 0.0,
             terms: (0..heads)
                 .map(|head| Term {
                     layer,
@@ -46,7 +58,7 @@ impl Source {
     ///
     /// # Errors
     /// [`MaskError::InvalidSource`]: no term, a head that does not exist or comes twice, a weight that is negative or
-    /// not finite, weights that do not sum to 1 within 1e-3.
+    /// not finite, weights that do not sum to 1 within 1e-3, an offset out of range.
     pub fn validate(&self, layers: u32, heads: u32) -> Result<(), MaskError> {
         let invalid = |reason: String| Err(MaskError::InvalidSource(reason));
         if self.terms.is_empty() {
@@ -56,6 +68,12 @@ impl Source {
             return invalid(format!(
                 "{} terms for {layers} layers of {heads} heads",
                 self.terms.len()
+            ));
+        }
+        if !(self.p_offset.abs() <= MAX_P_OFFSET) {
+            return invalid(format!(
+                "log-odds of {} are not within {MAX_P_OFFSET}",
+                self.p_offset
             ));
         }
         let mut seen: Vec<(u32, u32)> = self.terms.iter().map(|t| (t.layer, t.head)).collect();
@@ -138,6 +156,7 @@ mod tests {
 
     fn source(terms: &[(u32, u32, f32)]) -> Source {
         Source {
+            p_offset: 0.0,
             terms: terms
                 .iter()
                 .map(|&(layer, head, weight)| Term {
@@ -166,7 +185,11 @@ mod tests {
             source(&[(0, 0, f32::INFINITY)]),
             source(&[(1, 1, 0.5), (1, 1, 0.5)]),
         ];
-        for source in bad {
+        let offsets = [17.0, -17.0, f32::NAN].map(|p_offset| Source {
+            p_offset,
+            ..source(&[(0, 0, 1.0)])
+        });
+        for source in bad.into_iter().chain(offsets) {
             let error = source.validate(3, 3).unwrap_err();
             assert_eq!(error.label(), "invalid_source", "{source:?}");
         }

@@ -36,7 +36,7 @@ pub enum MapKind {
 }
 
 /// How to calibrate.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct AlignOptions {
     /// How sources are chosen.
     pub kind: MapKind,
@@ -52,6 +52,8 @@ pub struct AlignOptions {
     pub rows: usize,
     /// How the target's own memory adds to mixtures; `None`: not at all.
     pub memory: Option<Remember>,
+    /// Of each source, in order: log-odds above those of the session's p, found by evaluating. Empty: none.
+    pub p_offsets: Vec<f32>,
 }
 
 /// A memory rule that is the same for every KV head.
@@ -66,8 +68,8 @@ pub struct Remember {
 impl Default for Remember {
     fn default() -> Self {
         Self {
-            decay: 0.9,
-            p_offset: 1.0,
+            decay: 0.8,
+            p_offset: 1.5,
         }
     }
 }
@@ -82,6 +84,7 @@ impl Default for AlignOptions {
             windows: 1,
             rows: 96,
             memory: Some(Remember::default()),
+            p_offsets: Vec::new(),
         }
     }
 }
@@ -144,6 +147,21 @@ pub fn align(
         metric: options.metric.description().to_owned(),
         divergences: divergences(&recording, &map, options.metric),
     };
+    if !options.p_offsets.is_empty() {
+        if options.p_offsets.len() != map.sources.len() {
+            return Err(QualityError::InvalidOption {
+                what: "offsets of p",
+                reason: format!(
+                    "{} for {} sources",
+                    options.p_offsets.len(),
+                    map.sources.len()
+                ),
+            });
+        }
+        for (source, &offset) in map.sources.iter_mut().zip(&options.p_offsets) {
+            source.p_offset = offset;
+        }
+    }
     map.memory = options.memory.map(|rule| MemoryRule {
         decay: rule.decay,
         p_offset: map
@@ -275,6 +293,7 @@ fn divergences(recording: &Recording, map: &LayerMap, metric: Metric) -> Vec<Vec
 fn to_map(clusters: &Clusters, pair: &PairShape) -> LayerMap {
     let heads = pair.draft_heads as usize;
     let source = |weights: &Vec<f32>| Source {
+        p_offset: 0.0,
         terms: weights
             .iter()
             .enumerate()

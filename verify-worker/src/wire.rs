@@ -260,6 +260,7 @@ fn raw_welcome(welcome: Welcome) -> v1::Welcome {
 fn raw_source(source: Source) -> v1::Source {
     let terms = source.terms.into_iter();
     v1::Source {
+        p_offset: source.p_offset,
         terms: terms
             .map(|term| v1::SourceTerm {
                 layer: term.layer,

@@ -47,7 +47,7 @@ pub fn record(
                 p: p as f32 / 1e3,
                 ..MaskPolicy::default()
             };
-            RoundSelector::new(policy, sources.len())
+            RoundSelector::new(policy, &sources)
         })
         .collect();
     let mut sequence = model.new_sequence(tokens.len())?;

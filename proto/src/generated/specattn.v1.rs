@@ -1619,6 +1619,9 @@ pub struct Welcome {
 pub struct Source {
     #[prost(message, repeated, tag = "1")]
     pub terms: ::prost::alloc::vec::Vec<SourceTerm>,
+    /// Log-odds added to those of mask_p: the mass that this source's selections must reach. In \[-16, 16\].
+    #[prost(float, tag = "2")]
+    pub p_offset: f32,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct SourceTerm {
