@@ -70,7 +70,7 @@ impl Source {
                 self.terms.len()
             ));
         }
-        if !(self.p_offset.abs() <= MAX_P_OFFSET) {
+        if self.p_offset.is_nan() || self.p_offset.abs() > MAX_P_OFFSET {
             return invalid(format!(
                 "log-odds of {} are not within {MAX_P_OFFSET}",
                 self.p_offset
