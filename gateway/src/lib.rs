@@ -33,6 +33,7 @@ mod stop_strings;
 mod tally;
 mod tokenizer;
 mod transcript;
+mod verify_link;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -12,9 +12,9 @@ const LENGTHS: [usize; 5] = [64, 256, 1_024, 4_096, 16_384];
 /// Most prefixes remembered.
 const MOST: usize = 8_192;
 
-/// Hashes of the beginnings of a token list, the longest first. An equal hash of other tokens costs a detour, no more.
+/// Lengths and hashes of the beginnings of a token list, the longest first. An equal hash of other tokens costs a detour, no more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Prefix(Vec<u64>);
+pub(crate) struct Prefix(Vec<(usize, u64)>);
 
 impl Prefix {
     /// The beginnings of `tokens`; none of a list shorter than a block.
@@ -25,7 +25,7 @@ impl Prefix {
         for length in LENGTHS.into_iter().take_while(|&n| n <= tokens.len()) {
             tokens[hashed..length].hash(&mut hasher);
             hashed = length;
-            hashes.push(hasher.finish());
+            hashes.push((length, hasher.finish()));
         }
         hashes.reverse();
         Self(hashes)
@@ -43,7 +43,7 @@ pub(crate) struct Prefixes {
 impl Prefixes {
     /// Notes where a prefix is served.
     pub(crate) fn served(&mut self, prefix: &Prefix, worker: WorkerId) {
-        for &hash in &prefix.0 {
+        for &(_, hash) in &prefix.0 {
             if self.workers.insert(hash, worker).is_none() {
                 self.order.push_back(hash);
             }
@@ -55,13 +55,10 @@ impl Prefixes {
         }
     }
 
-    /// The worker that served the longest part of a prefix.
-    pub(crate) fn worker(&self, prefix: &Prefix) -> Option<WorkerId> {
-        prefix
-            .0
-            .iter()
-            .find_map(|hash| self.workers.get(hash))
-            .copied()
+    /// The worker that served the longest part of a prefix, and how many tokens that is.
+    pub(crate) fn worker(&self, prefix: &Prefix) -> Option<(WorkerId, usize)> {
+        let mut parts = prefix.0.iter();
+        parts.find_map(|(length, hash)| Some((*self.workers.get(hash)?, *length)))
     }
 
     /// A worker is gone, and what it held.
@@ -88,11 +85,11 @@ mod tests {
         let mut prefixes = Prefixes::default();
         let (a, b) = (WorkerId::verify(1), WorkerId::verify(2));
         prefixes.served(&whole, a);
-        assert_eq!(prefixes.worker(&half), Some(a));
+        assert_eq!(prefixes.worker(&half), Some((a, 256)));
         prefixes.served(&half, b);
-        assert_eq!(prefixes.worker(&whole), Some(a));
+        assert_eq!(prefixes.worker(&whole), Some((a, 1_024)));
         prefixes.forget(a);
-        assert_eq!(prefixes.worker(&whole), Some(b));
+        assert_eq!(prefixes.worker(&whole), Some((b, 256)));
         assert_eq!(prefixes.worker(&Prefix::of(&long[..63])), None);
     }
 

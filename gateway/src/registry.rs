@@ -24,17 +24,10 @@ use crate::prefix::Prefixes;
 /// Most workers of one gateway.
 const MAX_WORKERS: usize = 1_024;
 
-/// How much fuller than the least loaded worker one may be and still get the sessions whose prefix it holds.
-const PREFIX_ADVANTAGE: f64 = 0.25;
-
-/// A draft's way to the verify worker that weighs as much as a full worker.
-const FAR: Duration = Duration::from_millis(200);
-
-/// Least gain in fullness for which an attached draft is left for another.
-const WORTH_MOVING: f64 = 0.005;
-
-/// Weight of the latest round trip in the mean.
-const LATEST: f64 = 0.3;
+/// How much fuller than the least loaded worker one may be, for each token of a session's prefix that it holds, and at most:
+/// a prompt of 4,096 tokens is worth a quarter of a worker, one of 256 a sixtieth.
+const PREFIX_ADVANTAGE_PER_TOKEN: f64 = 0.25 / 4_096.0;
+const PREFIX_ADVANTAGE_MOST: f64 = 0.25;
 
 /// Names a stay of a worker in the registry; one that leaves and returns gets another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,12 +94,6 @@ impl Record {
         let then = f64::from(self.load.sessions_active.max(1));
         let blocks = self.load.kv_blocks_used as f64 * f64::from(sessions) / then;
         slots.max(share(blocks, self.load.kv_blocks_total as f64))
-    }
-
-    /// What a session of the verify worker at `endpoint` would find here, less being better.
-    fn draft_cost(&self, endpoint: &str, assigned: u32) -> f64 {
-        let way = self.round_trips.get(endpoint).copied().unwrap_or_default();
-        self.fullness_with(assigned) + way.as_secs_f64() / FAR.as_secs_f64()
     }
 
     fn takes_sessions(&self) -> bool {
@@ -280,10 +267,13 @@ impl Registry {
             by_trust.then(by_load).then(a.assigned.cmp(&b.assigned))
         });
         let least = open.first().map_or(0.0, |(_, record)| record.fullness());
-        let knows = records.prefixes.worker(prefix);
-        let knows = open.iter().position(|(id, record)| {
-            let close = record.fullness() <= least + PREFIX_ADVANTAGE && record.fullness() < 1.0;
-            Some(**id) == knows && close && !record.suspect
+        let knows = records.prefixes.worker(prefix).and_then(|(knows, tokens)| {
+            let advantage = PREFIX_ADVANTAGE_PER_TOKEN * tokens as f64;
+            let most = least + advantage.min(PREFIX_ADVANTAGE_MOST);
+            open.iter().position(|(id, record)| {
+                let close = record.fullness() <= most && record.fullness() < 1.0;
+                **id == knows && close && !record.suspect
+            })
         });
         if let Some(at) = knows {
             open[..=at].rotate_right(1);
@@ -321,74 +311,6 @@ impl Registry {
             }
         }
         if places == 0 { usize::MAX } else { places }
-    }
-
-    /// Assigns a session of `verify` to the best draft worker among those that are `eligible`.
-    pub(crate) fn assign_draft(
-        self: &Arc<Self>,
-        verify: &Worker,
-        eligible: impl Fn(WorkerId) -> bool,
-    ) -> Option<(Worker, Assignment)> {
-        let mut records = self.records();
-        let id = records.best_draft(verify, eligible)?.0;
-        let record = records.by_id.get_mut(&id)?;
-        record.assigned += 1;
-        let worker = record.worker.clone();
-        drop(records);
-        Some((worker, self.assignment(id)))
-    }
-
-    /// Moves a session of `verify` from its draft worker to one that suits it clearly better, or gives the assignment
-    /// back. Sessions move one after another, each seeing where the ones before it went.
-    pub(crate) fn better_draft(
-        self: &Arc<Self>,
-        verify: &Worker,
-        assignment: Assignment,
-    ) -> Result<(Worker, Assignment), Assignment> {
-        let here = assignment.id;
-        let mut records = self.records();
-        let Some((better, cost)) = records.best_draft(verify, |id| id != here) else {
-            drop(records);
-            return Err(assignment);
-        };
-        let stays = records.by_id.get(&here).is_some_and(|record| {
-            let now = record.draft_cost(&verify.endpoint, record.assigned);
-            record.takes_sessions() && now < cost + WORTH_MOVING
-        });
-        let moved = match records.by_id.get_mut(&better) {
-            Some(record) if !stays => {
-                record.assigned += 1;
-                Some(record.worker.clone())
-            }
-            _ => None,
-        };
-        drop(records);
-        match moved {
-            Some(worker) => Ok((worker, self.assignment(better))),
-            None => Err(assignment),
-        }
-    }
-
-    /// A draft worker told how far it is from a verify worker.
-    pub(crate) fn heard_round_trip(&self, draft: WorkerId, verify: &Worker, time: Duration) {
-        let mut records = self.records();
-        let known: Vec<String> = records
-            .by_id
-            .iter()
-            .filter(|(id, _)| id.role == WorkerRole::Verify)
-            .map(|(_, record)| record.worker.endpoint.clone())
-            .collect();
-        if let Some(record) = records.by_id.get_mut(&draft) {
-            // Endpoints that are gone must not gather.
-            record
-                .round_trips
-                .retain(|endpoint, _| known.contains(endpoint));
-            let mean = record
-                .round_trips
-                .entry(verify.endpoint.clone())
-                .or_insert(time);
-            *mean = mean.mul_f64(1.0 - LATEST) + time.mul_f64(LATEST);
-        }
     }
 
     /// Largest vocabulary among the verify workers.
@@ -434,31 +356,6 @@ impl Registry {
                 sessions_assigned: record.assigned,
             })
             .collect()
-    }
-}
-
-impl Records {
-    /// The eligible draft worker that suits a session of `verify` best, and what the session would find there.
-    fn best_draft(
-        &self,
-        verify: &Worker,
-        eligible: impl Fn(WorkerId) -> bool,
-    ) -> Option<(WorkerId, f64)> {
-        let drafts = self.by_id.iter().filter(|(id, record)| {
-            id.role == WorkerRole::Draft
-                && record.takes_sessions()
-                && eligible(**id)
-                && misfit(&record.worker.model, &verify.model).is_none()
-        });
-        let costs = drafts.map(|(id, record)| {
-            let cost = record.draft_cost(&verify.endpoint, record.assigned.saturating_add(1));
-            (record.suspect, cost, record.assigned, *id)
-        });
-        let best = costs.min_by(|a, b| {
-            let by_cost = a.1.total_cmp(&b.1);
-            a.0.cmp(&b.0).then(by_cost).then(a.2.cmp(&b.2))
-        });
-        best.map(|(_, cost, _, id)| (id, cost))
     }
 }
 
@@ -518,5 +415,6 @@ fn warn_of_misfit(a: WorkerId, a_model: &ModelInfo, b: WorkerId, b_model: &Model
     }
 }
 
+mod drafts;
 #[cfg(test)]
 mod tests;

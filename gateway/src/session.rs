@@ -9,16 +9,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use specattn_proto::Fault;
 use specattn_proto::v1::open_response::Event;
-use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{
-    CloseRequest, Committed, FinishReason, Finished, LoggedEnd, LoggedTokens, OpenResponse,
-    Provisional, SessionFinished,
+    Committed, FinishReason, Finished, LoggedEnd, LoggedTokens, OpenResponse, Provisional,
+    SessionFinished,
 };
-use specattn_proto::{Fault, SessionId};
 use tokio::time::Instant;
-use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::Gateway;
 use crate::admission::Ticket;
@@ -27,13 +24,11 @@ use crate::completion::Completion;
 use crate::log::SessionWriter;
 use crate::opening::{OpenSession, Opening};
 use crate::recipe::{Recipe, unix_ms};
-use crate::registry::{Assignment, Prefix, Worker, WorkerId};
+use crate::registry::{Prefix, WorkerId};
 use crate::session_table::SessionSlot;
 use crate::tally::Tally;
 use crate::transcript::{Commit, Transcript};
-
-/// What a verify worker gets to end a session that it was asked to close.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+use crate::verify_link::{VerifyLink, unheard};
 
 /// Workers lost in a row, without a token committed in between, after which it is the session's own fault.
 const FRUITLESS_REOPENINGS: u32 = 8;
@@ -84,54 +79,6 @@ impl Times {
     }
 }
 
-/// The session's side of its verify worker.
-struct Verify {
-    client: VerifyServiceClient<Channel>,
-    events: Streaming<OpenResponse>,
-    worker: Worker,
-    _assignment: Assignment,
-    /// Set once the worker was asked to close: when to stop waiting for it, and why it was asked.
-    closing: Option<(Instant, FinishReason)>,
-}
-
-impl From<OpenSession> for Verify {
-    fn from(open: OpenSession) -> Self {
-        Self {
-            client: open.client,
-            events: open.events,
-            worker: open.worker,
-            _assignment: open.assignment,
-            closing: None,
-        }
-    }
-}
-
-impl Verify {
-    /// Asks the worker to end the session; its events tell when it has.
-    fn close(&mut self, id: SessionId, reason: FinishReason) {
-        let until = Instant::now() + CLOSE_TIMEOUT;
-        self.closing = Some((until, reason));
-        let worker = self.worker.id.to_string();
-        let close = close(self.client.clone(), id, reason, worker);
-        tokio::spawn(tokio::time::timeout_at(until, close));
-    }
-
-    /// The end of a session that was asked to close and whose worker did not answer: its last counters are unknown.
-    fn unheard(&self) -> SessionFinished {
-        let reason = self
-            .closing
-            .map_or(FinishReason::Error, |(_, reason)| reason);
-        unheard(reason)
-    }
-}
-
-fn unheard(reason: FinishReason) -> SessionFinished {
-    SessionFinished {
-        reason: reason.into(),
-        stats: None,
-    }
-}
-
 /// How a session's stay at a worker ended.
 enum Stay {
     /// So did the session.
@@ -153,7 +100,7 @@ enum End {
 impl Session {
     /// Runs to the end, first at the worker that opened it.
     pub(crate) async fn run(mut self, open: OpenSession) {
-        let mut verify = Verify::from(open);
+        let mut verify = VerifyLink::from(open);
         let end = loop {
             let fault = match self.stay(&mut verify).await {
                 Stay::Over(end) => break end,
@@ -171,7 +118,7 @@ impl Session {
             };
             drop(verify);
             match self.reopen(fault).await {
-                Ok(open) => verify = Verify::from(open),
+                Ok(open) => verify = VerifyLink::from(open),
                 Err(end) => break end,
             }
         };
@@ -193,7 +140,7 @@ impl Session {
     }
 
     /// Stays at a worker for as long as that is possible, with a draft while there is one.
-    async fn stay(&mut self, verify: &mut Verify) -> Stay {
+    async fn stay(&mut self, verify: &mut VerifyLink) -> Stay {
         self.slot.entry.set_verify_worker(verify.worker.id);
         let attachment = self.recipe.drafting().map(|policy| Attachment {
             entry: Arc::clone(&self.slot.entry),
@@ -218,7 +165,7 @@ impl Session {
     }
 
     /// Follows the verify worker's events until there is nothing more to follow.
-    async fn follow(&mut self, verify: &mut Verify) -> Stay {
+    async fn follow(&mut self, verify: &mut VerifyLink) -> Stay {
         let entry = Arc::clone(&self.slot.entry);
         let absent = entry.abandoned();
         tokio::pin!(absent);
@@ -250,7 +197,7 @@ impl Session {
     /// Takes one event; tells when it was the last.
     async fn take(
         &mut self,
-        verify: &mut Verify,
+        verify: &mut VerifyLink,
         event: Result<Option<OpenResponse>, tonic::Status>,
     ) -> Option<Stay> {
         let response = match event {
@@ -297,7 +244,7 @@ impl Session {
     }
 
     /// Takes committed tokens: log, text, client.
-    async fn commit(&mut self, verify: &mut Verify, committed: Committed) -> Result<(), Stay> {
+    async fn commit(&mut self, verify: &mut VerifyLink, committed: Committed) -> Result<(), Stay> {
         // After a stop string the session is being closed: what was committed meanwhile is nobody's.
         if self.stop.is_some() {
             return Ok(());
@@ -540,25 +487,5 @@ async fn at(instant: Option<Instant>) {
     match instant {
         Some(instant) => tokio::time::sleep_until(instant).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn close(
-    mut client: VerifyServiceClient<Channel>,
-    id: SessionId,
-    reason: FinishReason,
-    worker: String,
-) {
-    let request = CloseRequest {
-        session_id: id.to_string(),
-        reason: reason.into(),
-    };
-    match client.close(request).await {
-        Ok(_) => {}
-        Err(status) => match Fault::from_status(&status) {
-            // It ended by itself meanwhile.
-            Fault::NotFound(_) => {}
-            fault => tracing::warn!(session_id = %id, worker, %fault, "closing the session failed"),
-        },
     }
 }

@@ -13,18 +13,20 @@ mod prompt;
 mod request;
 mod stream;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Path, State};
-use axum::http::HeaderMap;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use specattn_proto::v1::GenerateRequest;
 use specattn_proto::{Fault, limits};
+use tonic::transport::server::TcpConnectInfo;
 
 use crate::Gateway;
 use crate::admission::ClientKey;
@@ -39,6 +41,20 @@ use request::{ChatRequest, CompletionRequest, Generation};
 
 /// Most choices of a request: prompts times `n`.
 const MAX_CHOICES: usize = 128;
+
+/// Who sent a request.
+struct Peer(ClientKey);
+
+impl<S: Sync> FromRequestParts<S> for Peer {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let connection = parts.extensions.get::<TcpConnectInfo>();
+        let address = connection.and_then(TcpConnectInfo::remote_addr);
+        let address = address.map(|address| address.ip());
+        Ok(Self(ClientKey::of(&parts.headers, address)))
+    }
+}
 
 /// What the handlers share.
 struct Api {
@@ -65,19 +81,19 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Result<Router, GatewayError> {
 
 async fn completions(
     State(api): State<Arc<Api>>,
-    headers: HeaderMap,
+    Peer(client): Peer,
     body: Result<Json<CompletionRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
     let Json(request) = body?;
     let model = api.model_named(request.common.model.as_deref())?;
     let (prompts, generation) = request.into_parts()?;
     let wording = Wording::completion(model, &generation);
-    api.answer(wording, prompts, generation, &headers).await
+    api.answer(wording, prompts, generation, client).await
 }
 
 async fn chat_completions(
     State(api): State<Arc<Api>>,
-    headers: HeaderMap,
+    Peer(client): Peer,
     body: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
     let Json(request) = body?;
@@ -99,8 +115,7 @@ async fn chat_completions(
     .await
     .map_err(|error| Fault::Internal(format!("rendering the conversation failed: {error}")))??;
     let wording = Wording::chat(model, &generation);
-    api.answer(wording, vec![prompt], generation, &headers)
-        .await
+    api.answer(wording, vec![prompt], generation, client).await
 }
 
 async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
@@ -162,7 +177,7 @@ impl Api {
         wording: Wording,
         prompts: Vec<prompt::Prompt>,
         generation: Generation,
-        headers: &HeaderMap,
+        client: ClientKey,
     ) -> Result<Response, ApiError> {
         let count = prompts.len().saturating_mul(generation.choices_per_prompt);
         if count == 0 || count > MAX_CHOICES {
@@ -184,7 +199,7 @@ impl Api {
         }
         let opening = requests
             .into_iter()
-            .map(|request| self.open(request, headers));
+            .map(|request| self.open(request, client.clone()));
         let streams = futures_util::future::try_join_all(opening).await?;
         let tokenizer = Arc::clone(&self.gateway.tokenizer);
         if generation.stream {
@@ -198,11 +213,11 @@ impl Api {
     async fn open(
         &self,
         request: GenerateRequest,
-        headers: &HeaderMap,
+        client: ClientKey,
     ) -> Result<ClientStream, Fault> {
         // A client that leaves drops the stream; this API has no way to come back to it.
         let caller = Caller {
-            client: ClientKey::of(headers, None),
+            client,
             linger: Duration::ZERO,
         };
         self.gateway.generate(request, caller).await

@@ -119,13 +119,16 @@ async fn a_prefix_goes_where_it_was_while_that_is_not_much_fuller() {
     let registry = registry();
     let a = add(&registry, WorkerRole::Verify, 1, 0);
     let b = add(&registry, WorkerRole::Verify, 2, 0);
-    let tokens: Vec<u32> = (0..300).collect();
+    let tokens: Vec<u32> = (0..5_000).collect();
     let prefix = Prefix::of(&tokens);
     let best = |registry: &Registry| registry.verify_candidates(&prefix)[0].id;
     registry.served(b, &prefix);
     assert_eq!((best(&registry), first(&registry)), (b, Some(a)));
     let _two = [registry.assign(b), registry.assign(b)];
     assert_eq!(best(&registry), b);
+    // A short one is not worth a session more.
+    let short = Prefix::of(&tokens[..300]);
+    assert_eq!(registry.verify_candidates(&short)[0].id, a);
     let _three = registry.assign(b);
     assert_eq!(best(&registry), a);
 }
