@@ -244,7 +244,12 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        let mut child = specattn(&["serve", "--listen", "127.0.0.1:0", "--log-level", "warn"])
+        Self::start_at("127.0.0.1:0", &[])
+    }
+
+    fn start_at(address: &str, arguments: &[&str]) -> Self {
+        let mut child = specattn(&["serve", "--listen", address, "--log-level", "warn"])
+            .args(arguments)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -315,6 +320,63 @@ fn serve_status_and_a_remote_generate_work_together() {
 
     signal(&server.child, "TERM");
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_generation_outlives_its_server() {
+    const TOKENS: &str = "1500";
+    let folder = tempfile::tempdir().unwrap();
+    let log = ["--log-dir", folder.path().to_str().unwrap()];
+    let server = Server::start_at("127.0.0.1:0", &log);
+    let url = server.url.clone();
+    let address = url.strip_prefix("http://").unwrap();
+    let line = |more: &[&'static str]| {
+        let mut line = vec![
+            "generate",
+            "Once upon a time",
+            "--gateway",
+            &url,
+            "--ignore-eos",
+        ];
+        line.extend(["-n", TOKENS, "--mode", "dense", "--draft-length", "4"]);
+        line.extend(more);
+        specattn(&line)
+    };
+    let whole = line(&["--json", "-q"]).output().unwrap();
+    let whole: Value = serde_json::from_slice(&whole.stdout).unwrap();
+    let expected = whole["text"].as_str().unwrap();
+
+    let mut child = line(&[])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = vec![0; 40];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    // kill -9, with its session in the middle.
+    drop(server);
+    let server = Server::start_at(address, &log);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    said.extend(&output.stdout);
+    assert_eq!(text(&said).trim_end_matches('\n'), expected);
+
+    // The first session is in the log: the same from any token on.
+    let id = whole["session_id"].as_str().unwrap();
+    let rest = run(&["resume", id, "--from", "1490", "--gateway", &url, "--json"]);
+    let rest: Value = serde_json::from_slice(&rest.stdout).unwrap();
+    check_shape(&rest);
+    let tokens = whole["token_ids"].as_array().unwrap();
+    assert_eq!(rest["token_ids"].as_array().unwrap()[..], tokens[1_490..]);
+    assert!(expected.ends_with(rest["text"].as_str().unwrap()));
+    let unknown = run(&["resume", &"0".repeat(32), "--gateway", &server.url]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(text(&unknown.stderr).contains("not_found"), "{unknown:?}");
 }
 
 #[test]
