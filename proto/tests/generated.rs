@@ -6,12 +6,12 @@ mod codegen;
 fn committed_files_match_the_protos() {
     let fresh = tempfile::tempdir().expect("a temporary folder");
     codegen::generate(fresh.path()).expect("the .proto files compile");
-    for name in codegen::GENERATED_FILES {
+    for (name, place) in codegen::GENERATED_FILES {
         let want = std::fs::read(fresh.path().join(name)).expect("generated just now");
-        let have = std::fs::read(codegen::generated_dir().join(name)).unwrap_or_default();
+        let have = std::fs::read(codegen::committed(place)).unwrap_or_default();
         assert!(
             want == have,
-            "src/generated/{name} is out of date: run `cargo run -p specattn-proto --example generate`"
+            "{place} is out of date: run `cargo run -p specattn-proto --example generate`"
         );
     }
 }
