@@ -82,6 +82,7 @@ fn methods_stand_where_they_must() {
     assert!(ours.system_kept() > ours.kept());
     assert!(thrifty.system_kept() < ours.system_kept());
     assert!(ours.mean_kl() < streaming.mean_kl());
-    assert!(previous.kept() < 1.0 && previous.mean_kl() < streaming.mean_kl());
+    // What mattered a round ago says less than what matters now.
+    assert!(previous.kept() < 1.0 && previous.mean_kl() > oracle.mean_kl());
     assert!(oracle.kept() < 1.0 && oracle.mean_kl() < streaming.mean_kl());
 }
