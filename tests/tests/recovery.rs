@@ -4,7 +4,8 @@
 
 use std::path::Path;
 
-use specattn_proto::v1::{FinishReason, Sampling, WorkerRole};
+use specattn_proto::v1::registry_service_client::RegistryServiceClient;
+use specattn_proto::v1::{FinishReason, Sampling, StatusRequest, WorkerRole};
 use specattn_tests::cluster::gateway_at;
 use specattn_tests::process::{VERIFY, free_address};
 use specattn_tests::texts::references;
@@ -182,6 +183,12 @@ async fn another_gateway_on_the_same_folder_takes_over() {
     let draft = ["--draft-endpoint", cluster.drafts[0].uri()];
     let line = [&arguments[..], &list, &draft].concat();
     let second = gateway_at(&free_address(), &line).await;
+    until("the second gateway to hear of both workers", || async {
+        let mut registry = RegistryServiceClient::new(second.channel().await);
+        let status = registry.status(StatusRequest {}).await.unwrap();
+        status.into_inner().workers.len() == 2
+    })
+    .await;
     let expected = undisturbed(second.channel().await).await;
     let request = Request::tokens(&prompt(), TOKENS).draft_length(4);
     let mut stream = request.start(cluster.channel().await).await.unwrap();
