@@ -2,7 +2,7 @@
 //!
 //! A [`BlockPool`] hands out block numbers; the memory behind them is the backend's. A [`Sequence`] takes blocks as it is
 //! told to ([`Sequence::reserve`]) and gives them back when it is dropped or told to. Whole chunks of a prompt can be
-//! shared: [`Sequence::publish`] puts those just computed into the pool's [`PrefixTree`], [`Sequence::adopt`] takes what
+//! shared: [`Sequence::publish`] puts those just computed into the pool's `PrefixTree`, [`Sequence::adopt`] takes what
 //! is there. A block is free, or held by one sequence, or part of a shared chunk; chunks that nobody uses are given up
 //! when blocks run out.
 

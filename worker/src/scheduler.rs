@@ -2,7 +2,7 @@
 //!
 //! Both workers run sessions that are state machines without a model ([`Session`]): they plan a forward and settle its
 //! output. Each [`Scheduler::step`] makes one ragged batch of whatever is ready: a forward of every session that
-//! generates, in turn, up to a bound on tokens, or one prompt chunk, as [`PrefillShare`] says. Nobody is waited for: what
+//! generates, in turn, up to a bound on tokens, or one prompt chunk, as `PrefillShare` says. Nobody is waited for: what
 //! arrives while a batch runs joins the next. What a session gets does not depend on its company, since forwards do not.
 //!
 //! **KV blocks.** Sessions are kept by age. A session is *admitted* when all its tokens fit; from then on it holds blocks,
