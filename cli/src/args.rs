@@ -359,6 +359,19 @@ impl ServeArgs {
     }
 }
 
+/// A running gateway.
+#[derive(Debug, Args)]
+pub struct GatewayArgs {
+    /// The gateway to ask
+    #[arg(
+        long = "gateway",
+        value_name = "URL",
+        env = "SPECATTN_GATEWAY",
+        default_value = "http://127.0.0.1:7400"
+    )]
+    pub url: String,
+}
+
 /// `specattn resume`.
 #[derive(Debug, Args)]
 pub struct ResumeArgs {
@@ -370,14 +383,9 @@ pub struct ResumeArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub from: u64,
 
-    /// The gateway to ask
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "SPECATTN_GATEWAY",
-        default_value = "http://127.0.0.1:7400"
-    )]
-    pub gateway: String,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub gateway: GatewayArgs,
 
     /// Print one JSON object at the end instead of the streamed text
     #[arg(long)]
@@ -395,14 +403,9 @@ pub struct ResumeArgs {
 /// `specattn status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// The gateway to ask
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "SPECATTN_GATEWAY",
-        default_value = "http://127.0.0.1:7400"
-    )]
-    pub gateway: String,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub gateway: GatewayArgs,
 
     /// Print one JSON object instead of tables
     #[arg(long)]

@@ -14,7 +14,7 @@ use crate::session::Session;
 pub async fn run(args: &ResumeArgs) -> Result<u8, CliError> {
     let interrupt = shutdown::on_signal()?;
     let id = args.session_id.clone();
-    let resuming = Session::resumed(&args.gateway, id, args.from, !args.json);
+    let resuming = Session::resumed(&args.gateway.url, id, args.from, !args.json);
     let session = tokio::select! {
         session = resuming => session?,
         () = interrupt.cancelled() => return Err(CliError::Interrupted),

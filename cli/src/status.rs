@@ -15,7 +15,7 @@ use crate::error::CliError;
 /// # Errors
 /// [`CliError::Service`] when the gateway does not answer.
 pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
-    let mut client = RegistryServiceClient::new(channel::connect(&args.gateway).await?);
+    let mut client = RegistryServiceClient::new(channel::connect(&args.gateway.url).await?);
     let answer = client.status(v1::StatusRequest {}).await?.into_inner();
     let status = Status::from(answer);
     let text = if args.json {

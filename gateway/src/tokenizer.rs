@@ -69,18 +69,18 @@ impl Tokenizer {
 
     /// The token ids of a prompt, with the special tokens that the model wants around it.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, Fault> {
-        let encoding = self
-            .inner
-            .encode_fast(text, true)
-            .map_err(|error| Fault::InvalidArgument(format!("cannot tokenize text: {error}")))?;
-        Ok(encoding.get_ids().to_vec())
+        self.ids(text, true)
     }
 
     /// The token ids of a text that already holds the special tokens it wants.
     pub(crate) fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, Fault> {
+        self.ids(text, false)
+    }
+
+    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Fault> {
         let encoding = self
             .inner
-            .encode_fast(text, false)
+            .encode_fast(text, add_special_tokens)
             .map_err(|error| Fault::InvalidArgument(format!("cannot tokenize text: {error}")))?;
         Ok(encoding.get_ids().to_vec())
     }

@@ -59,7 +59,7 @@ impl<S: Sync> FromRequestParts<S> for Peer {
 /// What the handlers share.
 struct Api {
     gateway: Arc<Gateway>,
-    template: Option<ChatTemplate>,
+    template: Option<Arc<ChatTemplate>>,
 }
 
 /// The routes under `/v1`.
@@ -67,7 +67,7 @@ struct Api {
 /// # Errors
 /// [`GatewayError::ChatTemplate`] when `--chat-template` names no readable template.
 pub(crate) fn router(gateway: Arc<Gateway>) -> Result<Router, GatewayError> {
-    let template = ChatTemplate::find(&gateway.config)?;
+    let template = ChatTemplate::find(&gateway.config)?.map(Arc::new);
     let api = Arc::new(Api { gateway, template });
     Ok(Router::new()
         .route("/v1/completions", post(completions))
@@ -99,18 +99,15 @@ async fn chat_completions(
     let Json(request) = body?;
     let model = api.model_named(request.common.model.as_deref())?;
     let (conversation, generation) = request.into_parts()?;
-    if api.template.is_none() {
+    let Some(template) = api.template.clone() else {
         return Err(ApiError::invalid(
             "messages",
             "this model has no chat template: use /v1/completions, or start the gateway with --chat-template",
         ));
-    }
-    let shared = Arc::clone(&api);
-    let prompt = tokio::task::spawn_blocking(move || match &shared.template {
-        Some(template) => {
-            prompt::of_conversation(&conversation, template, &shared.gateway.tokenizer)
-        }
-        None => unreachable!("looked at before"),
+    };
+    let tokenizer = Arc::clone(&api.gateway.tokenizer);
+    let prompt = tokio::task::spawn_blocking(move || {
+        prompt::of_conversation(&conversation, &template, &tokenizer)
     })
     .await
     .map_err(|error| Fault::Internal(format!("rendering the conversation failed: {error}")))??;
@@ -189,7 +186,7 @@ impl Api {
         let mut echoes = Vec::with_capacity(count);
         for prompt in &prompts {
             for choice in 0..generation.choices_per_prompt {
-                requests.push(generation.request(prompt, choice)?);
+                requests.push(generation.request(prompt, choice));
                 echoes.push(if generation.echo {
                     prompt.text(&self.gateway.tokenizer)?
                 } else {

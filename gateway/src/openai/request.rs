@@ -268,17 +268,13 @@ impl Common {
 impl Generation {
     /// The session of one choice. Choices after the first take the seeds that follow, so that they differ and each can be
     /// had again alone.
-    pub(super) fn request(
-        &self,
-        prompt: &Prompt,
-        choice: usize,
-    ) -> Result<v1::GenerateRequest, ApiError> {
+    pub(super) fn request(&self, prompt: &Prompt, choice: usize) -> v1::GenerateRequest {
         let mut request = self.request.clone();
         request.prompt = Some(prompt.to_proto());
         if let Some(sampling) = &mut request.sampling {
             sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
         }
-        Ok(request)
+        request
     }
 }
 
@@ -303,7 +299,7 @@ mod tests {
             ),
             (1, 1, false)
         );
-        let request = generation.request(&prompts[0], 0).unwrap();
+        let request = generation.request(&prompts[0], 0);
         assert_eq!(request.limits.unwrap().max_tokens, Some(16));
         let sampling = request.sampling.unwrap();
         assert_eq!(
@@ -324,7 +320,7 @@ mod tests {
         .unwrap();
         assert_eq!((prompts.len(), generation.choices_per_prompt), (2, 2));
         assert!(generation.stream && generation.include_usage && generation.logprobs);
-        let request = generation.request(&prompts[1], 1).unwrap();
+        let request = generation.request(&prompts[1], 1);
         let sampling = request.sampling.clone().unwrap();
         assert_eq!(
             (sampling.seed, sampling.logit_bias[&5], sampling.logprobs),
