@@ -9,6 +9,7 @@ pub mod args;
 mod channels;
 mod engine_loop;
 mod link;
+mod metrics;
 pub mod own_reads;
 pub mod rows;
 mod service;

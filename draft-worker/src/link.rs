@@ -9,13 +9,12 @@ use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
 use specattn_proto::{Fault, SessionId, limits};
 use specattn_worker::ServedModel;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::Streaming;
 use tonic::transport::Channel;
 
 use crate::engine_loop::{Command, SessionKey};
-use crate::session::{Proposal, Welcome};
+use crate::session::Welcome;
 use crate::wire::{self, Answer};
 
 /// Longest wait for a verify worker's welcome.
@@ -55,13 +54,12 @@ impl Link {
         (session, known): (SessionId, usize),
         model: &ServedModel,
         engine: EngineSession,
-        proposals: mpsc::Receiver<Proposal>,
+        proposals: impl Stream<Item = SpeculateRequest> + Send + 'static,
         failed: oneshot::Receiver<Fault>,
     ) -> Result<Self, Fault> {
         let joined = async {
             let first = tokio_stream::once(wire::join(session, model.info.clone(), known));
-            let later = ReceiverStream::new(proposals).map(wire::propose);
-            let mut answers = speculate(channel, first.chain(later)).await?;
+            let mut answers = speculate(channel, first.chain(proposals)).await?;
             let welcome = answers
                 .message()
                 .await
@@ -143,7 +141,7 @@ impl Link {
 
 async fn speculate(
     channel: Channel,
-    requests: impl tokio_stream::Stream<Item = SpeculateRequest> + Send + 'static,
+    requests: impl Stream<Item = SpeculateRequest> + Send + 'static,
 ) -> Result<Streaming<SpeculateResponse>, Fault> {
     // The welcome carries a session's tokens.
     let mut client = VerifyServiceClient::new(channel)

@@ -8,6 +8,7 @@ use specattn_proto::v1::draft_service_server::DraftService;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftStatusRequest, DraftStatusResponse};
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{mpsc, oneshot};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -16,6 +17,7 @@ use crate::args::Drafting;
 use crate::channels::Channels;
 use crate::engine_loop::{Command, NewSession, SessionKey};
 use crate::link::{EngineSession, Link};
+use crate::metrics::Totals;
 use crate::wire::{self, Attach};
 
 /// Proposal messages that may wait to be sent: two of the round under way, and those of rounds given up meanwhile.
@@ -34,6 +36,7 @@ pub(crate) struct Service {
     pub(crate) load: Arc<LoadGauge>,
     pub(crate) draining: CancellationToken,
     pub(crate) sessions: AtomicU64,
+    pub(crate) totals: Totals,
 }
 
 type AttachStream = ReceiverStream<Result<AttachResponse, Status>>;
@@ -63,6 +66,11 @@ impl Service {
         opened.await.map_err(|_| gone())??;
         // The engine catches up with the tokens while the link is made.
         let session = (attach.session, known);
+        let totals = self.totals.clone();
+        let outbound = ReceiverStream::new(outbound).map(move |proposal| {
+            totals.count(&proposal);
+            wire::propose(proposal)
+        });
         Link::join(channel, session, &self.model, engine, outbound, failure).await
     }
 }

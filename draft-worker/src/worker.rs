@@ -9,6 +9,7 @@ use specattn_proto::v1::draft_service_server::DraftServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
+use specattn_worker::metrics;
 use specattn_worker::{EngineThread, LoadGauge, Scheduler, ServedModel, WorkerError, inbox};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::args::Config;
 use crate::channels::Channels;
 use crate::engine_loop::{EngineLoop, INBOX_CAPACITY};
+use crate::metrics::Totals;
 use crate::service::Service;
 
 /// A draft worker that holds its model and does not serve yet.
@@ -54,7 +56,11 @@ impl Worker {
         let load = Arc::new(load);
         let served = ServedModel::from(&model);
         let (commands, inbox) = inbox::channel(INBOX_CAPACITY);
+        let totals = Totals::default();
+        let mut metrics = metrics::registry(WorkerRole::Draft, &load);
+        totals.register(&mut metrics);
         let service = Service {
+            totals,
             commands,
             model: served.clone(),
             drafting: config.drafting,
@@ -71,6 +77,7 @@ impl Worker {
             gateway: config.gateway,
             model: served.info,
             load,
+            metrics,
             engine: EngineThread::start(move || engine_loop.run())?,
         };
         // Attach carries a session's tokens.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use specattn_proto::v1::generation_service_server::GenerationService;
 use specattn_proto::v1::{CancelRequest, CancelResponse, GenerateRequest, ResumeRequest};
@@ -96,11 +96,23 @@ impl Gateway {
         if self.shutdown.is_cancelled() {
             return Err(Fault::Unavailable("the gateway is draining".to_owned()));
         }
-        self.admission.admit(caller.client.clone()).await
+        let arrival = Instant::now();
+        let ticket = self.admission.admit(caller.client.clone()).await?;
+        self.metrics.admitted(arrival.elapsed());
+        Ok(ticket)
     }
 
     /// A new session, and its client's stream.
     pub(crate) async fn generate(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+        caller: Caller,
+    ) -> Result<ClientStream, Fault> {
+        let begun = self.begin(request, caller).await;
+        begun.inspect_err(|fault| self.metrics.ended(fault.label()))
+    }
+
+    async fn begin(
         self: &Arc<Self>,
         request: GenerateRequest,
         caller: Caller,
@@ -164,6 +176,7 @@ impl Gateway {
             recipe.stops().to_vec(),
             recipe.stop_tokens().to_vec(),
         )?;
+        self.metrics.opened(recipe.prompt().len());
         tracing::info!(
             mode = recipe.mode().as_str_name(),
             prompt_tokens = recipe.prompt().len(),

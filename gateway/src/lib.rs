@@ -19,6 +19,7 @@ mod generation_service;
 mod known_workers;
 mod listener;
 mod log;
+mod metrics;
 mod openai;
 mod opening;
 mod plan;
@@ -54,6 +55,7 @@ pub use log::{Fsync, LogArgs, LogConfig};
 use admission::Admission;
 use generation_service::Generation;
 use log::SessionLog;
+use metrics::Metrics;
 use registry::Registry;
 use session_table::SessionTable;
 use tokenizer::Tokenizer;
@@ -69,6 +71,7 @@ struct Gateway {
     sessions: Arc<SessionTable>,
     admission: Arc<Admission>,
     log: Option<SessionLog>,
+    metrics: Metrics,
     /// Session and registration tasks, so that the end of the process can wait for them.
     tasks: TaskTracker,
     /// Cancelled when the drain begins.
@@ -104,6 +107,7 @@ pub async fn serve(
         sessions: Arc::default(),
         admission: Arc::new(Admission::new(config.admission)),
         log,
+        metrics: Metrics::default(),
         tokenizer: Arc::new(tokenizer),
         tasks: TaskTracker::new(),
         shutdown: shutdown.clone(),
@@ -125,6 +129,7 @@ pub async fn serve(
         .with(generation)
         .with(registry)
         .with_http(openai::router(Arc::clone(&gateway))?)
+        .with_metrics(metrics::registry(&gateway))
         .serve(listener, &server_config, shutdown)
         .await;
 

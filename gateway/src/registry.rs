@@ -44,14 +44,19 @@ impl WorkerId {
     }
 }
 
-impl fmt::Display for WorkerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let role = match self.role {
+impl WorkerId {
+    fn role_name(self) -> &'static str {
+        match self.role {
             WorkerRole::Verify => "verify",
             WorkerRole::Draft => "draft",
             WorkerRole::Unspecified => "worker",
-        };
-        write!(f, "{role}-{}", self.number)
+        }
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.role_name(), self.number)
     }
 }
 
@@ -338,6 +343,25 @@ impl Registry {
             registry: Arc::clone(self),
             id,
         }
+    }
+
+    /// How many workers there are of each role, by whether they take sessions.
+    pub(crate) fn census(&self) -> BTreeMap<(&'static str, &'static str), u32> {
+        let mut count = BTreeMap::new();
+        for role in ["verify", "draft"] {
+            for state in ["ready", "draining", "suspect"] {
+                count.insert((role, state), 0);
+            }
+        }
+        for (id, record) in &self.records().by_id {
+            let state = match record {
+                _ if record.load.draining => "draining",
+                _ if record.suspect => "suspect",
+                _ => "ready",
+            };
+            *count.entry((id.role_name(), state)).or_default() += 1;
+        }
+        count
     }
 
     /// Every worker, for people.

@@ -115,6 +115,7 @@ impl Gateway {
         };
         let open = opening.open().await?;
         tracing::info!(from, tokens = tokens.len(), verify_worker = %open.worker.id, "session taken up");
+        self.metrics.resumed();
         let session = Session {
             gateway: Arc::clone(self),
             slot,

@@ -22,6 +22,7 @@ use crate::admission::Ticket;
 use crate::attachment::Attachment;
 use crate::completion::Completion;
 use crate::log::SessionWriter;
+use crate::metrics;
 use crate::opening::{OpenSession, Opening};
 use crate::recipe::{Recipe, unix_ms};
 use crate::registry::{Prefix, WorkerId};
@@ -65,6 +66,8 @@ pub(crate) struct Times {
     pub(crate) deadline: Option<Instant>,
     /// When statistics were logged last.
     stats_logged: Option<std::time::Instant>,
+    /// When tokens were committed last.
+    committed: Option<std::time::Instant>,
 }
 
 impl Times {
@@ -75,6 +78,7 @@ impl Times {
             arrival: now.checked_sub(recipe.age()).unwrap_or(now),
             deadline: recipe.deadline().map(|after| Instant::now() + after),
             stats_logged: None,
+            committed: None,
         }
     }
 }
@@ -118,7 +122,10 @@ impl Session {
             };
             drop(verify);
             match self.reopen(fault).await {
-                Ok(open) => verify = VerifyLink::from(open),
+                Ok(open) => {
+                    self.gateway.metrics.reopened();
+                    verify = VerifyLink::from(open);
+                }
                 Err(end) => break end,
             }
         };
@@ -126,12 +133,14 @@ impl Session {
             End::Finished(last) => self.finish(*last).await,
             End::Failed(fault) => {
                 tracing::warn!(code = fault.label(), %fault, "session failed");
+                self.gateway.metrics.ended(fault.label());
                 self.leave(Err(fault));
             }
             End::Abandoned => {
                 let tokens = self.transcript.committed();
                 let resumable = self.writer.is_some();
                 tracing::info!(tokens, resumable, "the client left");
+                self.gateway.metrics.ended(metrics::ABANDONED);
                 // A client that comes back at this very moment tries again.
                 let text = "the session was left by its client".to_owned();
                 self.leave(Err(Fault::Unavailable(text)));
@@ -273,13 +282,27 @@ impl Session {
         }
         // As precise as it is logged: a resumed session says the same.
         let elapsed = Duration::from_micros(micros(self.times.arrival.elapsed()));
-        self.first_token.get_or_insert(elapsed);
+        self.count(commit.tokens.len(), elapsed);
         self.log_tokens(&commit, elapsed).await.map_err(failed)?;
         self.transcript.commit(commit);
         if self.stop.is_some() {
             verify.close(self.slot.entry.id, FinishReason::Stop);
         }
         Ok(())
+    }
+
+    /// Counts tokens committed now, `elapsed` after the request arrived.
+    fn count(&mut self, tokens: usize, elapsed: Duration) {
+        let now = std::time::Instant::now();
+        let before = self.times.committed.replace(now);
+        let metrics = &self.gateway.metrics;
+        match before {
+            Some(before) => metrics.later_tokens(tokens, now - before),
+            // A session taken up from the log had its first tokens elsewhere.
+            None if self.first_token.is_none() => metrics.first_tokens(tokens, elapsed),
+            None => metrics.tokens(tokens),
+        }
+        self.first_token.get_or_insert(elapsed);
     }
 
     /// What of the committed tokens is new; or what is wrong with them. A worker may say again what stands already.
@@ -411,6 +434,7 @@ impl Session {
             reason = FinishReason::Stop;
         }
         let elapsed = self.times.arrival.elapsed();
+        self.gateway.metrics.finished(reason, elapsed);
         let mut stats = self.tally.total();
         stats.completion_tokens = self.transcript.committed() as u64;
         stats.prompt_tokens = self.recipe.prompt().len() as u64;

@@ -56,6 +56,11 @@ impl SessionTable {
         self.entries().get(&id).cloned()
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.entries().len()
+    }
+
     /// Every session that was opened, oldest first, for people.
     pub(crate) fn status(&self) -> Vec<SessionStatus> {
         let entries: Vec<_> = self.entries().values().cloned().collect();

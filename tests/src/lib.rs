@@ -9,6 +9,8 @@ pub mod binaries;
 pub mod client;
 pub mod cluster;
 pub mod count;
+pub mod http;
+pub mod metrics;
 pub mod process;
 pub mod proxy;
 pub mod python;

@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::draft_link::{LinkEvent, LinkId, NewLink, ProposalPart};
 use crate::events::{Ending, Outbox};
-use crate::payoff::Findings;
-use crate::session::{Session, SessionSpec};
+use crate::metrics::Totals;
+use crate::session::{Session, SessionSpec, Shared};
 
 /// Messages that may wait for the engine.
 pub(crate) const INBOX_CAPACITY: usize = 256;
@@ -120,22 +120,25 @@ pub(crate) struct EngineLoop {
     scheduler: Scheduler<Session>,
     inbox: Inbox<Command>,
     draft_timeout: Duration,
-    /// Whether drafts paid so far.
-    findings: Arc<Findings>,
+    shared: Shared,
 }
 
 impl EngineLoop {
-    /// A loop without sessions.
+    /// A loop without sessions, which add what they cost to `totals`.
     pub(crate) fn new(
         scheduler: Scheduler<Session>,
         inbox: Inbox<Command>,
         draft_timeout: Duration,
+        totals: Totals,
     ) -> Self {
         Self {
             scheduler,
             inbox,
             draft_timeout,
-            findings: Arc::default(),
+            shared: Shared {
+                totals,
+                ..Shared::default()
+            },
         }
     }
 
@@ -243,7 +246,7 @@ impl EngineLoop {
         }
         let config = self.scheduler.model().config();
         let room = (spec.limit + ROUND_ROOM).min(config.max_context);
-        let session = Session::new(spec, config.vocab_size, outbox, &self.findings)
+        let session = Session::new(spec, config.vocab_size, outbox, &self.shared)
             .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
         let (id, is_over) = (session.id(), session.is_over());
         tracing::info!(session_id = %id, tokens = session.len(), "session opened");

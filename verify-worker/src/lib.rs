@@ -13,6 +13,7 @@ mod engine_loop;
 mod events;
 mod leash;
 mod masks;
+mod metrics;
 mod oversight;
 mod payoff;
 mod run;

@@ -28,6 +28,7 @@ use specattn_worker::{Plan, clock};
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
 use crate::masks::MaskReader;
+use crate::metrics::Totals;
 use crate::oversight::{Mode, Oversight};
 use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
@@ -62,6 +63,15 @@ pub(crate) struct SessionSpec {
     pub(crate) draft_while_it_pays: bool,
 }
 
+/// What the sessions of a worker have in common.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Shared {
+    /// Whether drafts paid so far.
+    pub(crate) findings: Arc<Findings>,
+    /// What they have cost together.
+    pub(crate) totals: Totals,
+}
+
 /// What the forward under way is.
 #[derive(Debug)]
 enum Pass {
@@ -91,6 +101,9 @@ pub(crate) struct Session {
     payoff: Option<Payoff>,
     outbox: Outbox,
     stats: Stats,
+    /// The statistics as far as they are in the totals.
+    counted: Stats,
+    totals: Totals,
     pass: Pass,
     input: Vec<u32>,
 }
@@ -104,12 +117,17 @@ impl Session {
         mut spec: SessionSpec,
         vocab_size: usize,
         outbox: Outbox,
-        findings: &Arc<Findings>,
+        shared: &Shared,
     ) -> Result<Self, EngineError> {
         let tokens = std::mem::take(&mut spec.tokens);
         let weighs = spec.draft_while_it_pays && spec.mode == Mode::Dense;
         let oversight = Oversight::new(spec.mode, &spec.check, spec.mask_p);
         spec.policy.p = oversight.mask_p().unwrap_or(spec.policy.p);
+        let stats = Stats {
+            prompt_tokens: spec.prompt_tokens as u64,
+            completion_tokens: (tokens.len() - spec.prompt_tokens) as u64,
+            ..Stats::default()
+        };
         Ok(Self {
             run: Run::default(),
             oversight,
@@ -119,13 +137,11 @@ impl Session {
             sampler: Sampler::new(spec.sampling.clone(), vocab_size)?,
             rng: CounterRng::new(spec.sampling.seed),
             link: None,
-            payoff: weighs.then(|| Payoff::new(Arc::clone(findings), tokens.len())),
+            payoff: weighs.then(|| Payoff::new(Arc::clone(&shared.findings), tokens.len())),
             outbox,
-            stats: Stats {
-                prompt_tokens: spec.prompt_tokens as u64,
-                completion_tokens: (tokens.len() - spec.prompt_tokens) as u64,
-                ..Stats::default()
-            },
+            counted: stats,
+            totals: shared.totals.clone(),
+            stats,
             pass: Pass::Prefill,
             input: Vec::new(),
             tokens,
@@ -432,9 +448,16 @@ impl Session {
         self.cached = self.tokens.len() - 1;
         self.stats.completion_tokens += (self.tokens.len() - from) as u64;
         let logprobs = self.logprobs(from, logits)?;
+        self.count();
         self.outbox.progress(self.stats);
         self.outbox.commit(&self.tokens[from..], logprobs);
         Ok(())
+    }
+
+    /// Adds what is new in the statistics to the totals.
+    fn count(&mut self) {
+        self.totals.add(&self.counted, &self.stats);
+        self.counted = self.stats;
     }
 
     /// One distribution for each row of logits from row `skip` on. Row 0 follows the view's first `history` tokens.
@@ -507,6 +530,7 @@ impl Session {
             // A draft that is gone needs no word.
             let _ = link.send(LinkEvent::Closed(ending));
         }
+        self.count();
         self.stats.divergence = self.oversight.divergence();
         self.stats.confirm_length = self.oversight.confirm_length().unwrap_or(0);
         if self.spec.mode != Mode::Dense {

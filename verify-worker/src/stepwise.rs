@@ -23,6 +23,7 @@ use crate::draft_reads::ClaimBound;
 use crate::engine_loop::{Command, EngineLoop};
 use crate::events::{self, Event, Events};
 use crate::masks::LayerMaps;
+use crate::metrics::Totals;
 use crate::service::{LINK_EVENTS, LINK_MESSAGES};
 use crate::wire;
 
@@ -82,7 +83,7 @@ impl Stepwise {
         let (commands, inbox) = inbox::channel(1);
         let scheduler = Scheduler::new(model, Arc::clone(&load), setup.limits);
         Self {
-            engine: EngineLoop::new(scheduler, inbox, setup.draft_timeout),
+            engine: EngineLoop::new(scheduler, inbox, setup.draft_timeout, Totals::default()),
             _commands: commands,
             maps: LayerMaps::proportional(&served.config),
             model: served,

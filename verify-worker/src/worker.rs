@@ -9,6 +9,7 @@ use specattn_proto::v1::verify_service_server::VerifyServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
+use specattn_worker::metrics;
 use specattn_worker::{EngineThread, LoadGauge, Scheduler, ServedModel, WorkerError, inbox};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::args::Config;
 use crate::engine_loop::{EngineLoop, INBOX_CAPACITY};
 use crate::masks::LayerMaps;
+use crate::metrics::Totals;
 use crate::service::Service;
 
 /// A verify worker that holds its model and does not serve yet.
@@ -74,14 +76,18 @@ impl Worker {
             draining: shutdown.clone(),
             links: AtomicU64::new(0),
         };
+        let totals = Totals::default();
+        let mut metrics = metrics::registry(WorkerRole::Verify, &load);
+        totals.register(&mut metrics);
         let scheduler = Scheduler::new(model, Arc::clone(&load), config.model.limits);
-        let engine_loop = EngineLoop::new(scheduler, inbox, config.draft_timeout);
+        let engine_loop = EngineLoop::new(scheduler, inbox, config.draft_timeout, totals);
         let host = Host {
             role: WorkerRole::Verify,
             server: config.server,
             gateway: config.gateway,
             model: served.info,
             load,
+            metrics,
             engine: EngineThread::start(move || engine_loop.run())?,
         };
         // Open carries a session's tokens, and Welcome tells a draft of them.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
 use specattn_service::registration;
 use specattn_service::server::{Server, ServerConfig};
@@ -12,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 use crate::engine_thread::EngineThread;
 use crate::error::WorkerError;
 use crate::load::LoadGauge;
-use crate::metrics;
 
 /// What the engine thread gets to end once nothing can reach it any more.
 const ENGINE_END: Duration = Duration::from_secs(5);
@@ -30,6 +30,8 @@ pub struct Host {
     pub model: ModelInfo,
     /// Its load.
     pub load: Arc<LoadGauge>,
+    /// What it shows at `/metrics`.
+    pub metrics: Registry,
     /// Its engine, whose inbox only `router` and what that spawns may reach.
     pub engine: EngineThread,
 }
@@ -67,7 +69,7 @@ impl Host {
         if let Some(address) = address {
             tracing::info!(%address, "serving");
         }
-        let router = router.with_metrics(metrics::registry(self.role, self.load));
+        let router = router.with_metrics(self.metrics);
         tokio::select! {
             served = router.serve(listener, &self.server, shutdown) => served?,
             () = self.engine.ended() => return Err(WorkerError::EngineDied),

@@ -12,7 +12,7 @@ mod error;
 pub mod host;
 pub mod inbox;
 mod load;
-mod metrics;
+pub mod metrics;
 mod prefill_share;
 pub mod scheduler;
 pub mod served_model;

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 use specattn_engine::BlockPool;
 use specattn_proto::v1::WorkerLoad;
+
+use crate::metrics::{Forward, Forwards};
 
 /// Counters that the engine thread keeps and the edge reports.
 #[derive(Debug)]
@@ -17,6 +18,7 @@ pub struct LoadGauge {
     forwards_total: AtomicU64,
     busy_us_total: AtomicU64,
     preemptions_total: AtomicU64,
+    forwards: Forwards,
 }
 
 impl LoadGauge {
@@ -30,6 +32,7 @@ impl LoadGauge {
             forwards_total: AtomicU64::new(0),
             busy_us_total: AtomicU64::new(0),
             preemptions_total: AtomicU64::new(0),
+            forwards: Forwards::default(),
         }
     }
 
@@ -44,22 +47,24 @@ impl LoadGauge {
         self.sessions_active.store(sessions, Ordering::Relaxed);
     }
 
-    /// Counts tokens that went through the model.
-    pub fn add_tokens(&self, tokens: usize) {
-        self.tokens_total
-            .fetch_add(tokens as u64, Ordering::Relaxed);
-    }
-
-    /// Counts a forward, of however many sessions, and the time it took.
-    pub fn add_forward(&self, time: Duration) {
-        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    /// Counts a forward.
+    pub fn add_forward(&self, forward: &Forward) {
+        let us = u64::try_from(forward.time.as_micros()).unwrap_or(u64::MAX);
         self.forwards_total.fetch_add(1, Ordering::Relaxed);
+        let tokens = forward.tokens as u64;
+        self.tokens_total.fetch_add(tokens, Ordering::Relaxed);
         self.busy_us_total.fetch_add(us, Ordering::Relaxed);
+        self.forwards.observe(forward);
     }
 
     /// Counts a session whose KV blocks were taken away.
     pub fn count_preemption(&self) {
         self.preemptions_total.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How forwards went.
+    pub(crate) fn forwards(&self) -> &Forwards {
+        &self.forwards
     }
 
     /// The report for gateways and status calls.

@@ -21,6 +21,7 @@ use specattn_proto::Fault;
 
 use crate::clock;
 use crate::load::LoadGauge;
+use crate::metrics::Forward;
 use crate::prefill_share::PrefillShare;
 
 /// What a session wants to do now.
@@ -353,6 +354,9 @@ impl<S: Session> Scheduler<S> {
 
     /// Runs the planned forwards of the slots `batch`, ascending; gives the sessions that are gone.
     fn run(&mut self, batch: &[usize]) -> Vec<(S, Exit<S::Ending>)> {
+        // A prompt chunk runs alone.
+        let is_prompt = self.slots[batch[0]].session.is_prefilling();
+        let mut tokens = 0;
         let mut steps = Vec::with_capacity(batch.len());
         let mut chosen = batch.iter().peekable();
         for (at, Slot { session, sequence }) in self.slots.iter_mut().enumerate() {
@@ -361,7 +365,7 @@ impl<S: Session> Scheduler<S> {
             }
             sequence.truncate(session.cached());
             let work = session.work();
-            self.load.add_tokens(work.tokens.len());
+            tokens += work.tokens.len();
             steps.push(Step {
                 sequence,
                 tokens: work.tokens,
@@ -377,7 +381,12 @@ impl<S: Session> Scheduler<S> {
         if !self.limits.forward_delay.is_zero() {
             std::thread::sleep(self.limits.forward_delay);
         }
-        self.load.add_forward(clock::now() - start);
+        self.load.add_forward(&Forward {
+            time: clock::now() - start,
+            sessions: batch.len(),
+            tokens,
+            is_prompt,
+        });
         let mut gone = Vec::new();
         // From the last on, so that those before keep their places.
         for (index, &at) in batch.iter().enumerate().rev() {

@@ -222,7 +222,11 @@ impl Keeper {
                 self.journal.len()
             )));
         }
-        self.journal.append(frames).map_err(|error| {
+        let start = Instant::now();
+        let appended = self.journal.append(frames);
+        let took = start.elapsed();
+        self.gauge.times.write.observe(took.as_secs_f64());
+        appended.map_err(|error| {
             tracing::error!(%error, "the session log cannot be written");
             let text = format!("the session log cannot be written: {error}");
             match error.kind() {
@@ -237,7 +241,11 @@ impl Keeper {
     /// Flushes to the device.
     fn sync(&mut self) -> Result<(), Fault> {
         self.flush_at = None;
-        self.journal.sync().map_err(|error| {
+        let start = Instant::now();
+        let synced = self.journal.sync();
+        let took = start.elapsed();
+        self.gauge.times.flush.observe(took.as_secs_f64());
+        synced.map_err(|error| {
             let reason = format!("the session log cannot be flushed: {error}");
             tracing::error!("{reason}; restart the gateway");
             self.failed = Some(reason.clone());

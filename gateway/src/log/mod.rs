@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use specattn_proto::v1::{
     LogRecord, LoggedEnd, LoggedSession, LoggedTokens, SessionStats, TokenLogprobs, log_record,
 };
@@ -39,9 +40,30 @@ pub(crate) struct SessionLog {
 
 /// How full the log is.
 #[derive(Debug, Default)]
-pub(crate) struct Gauge {
-    pub(crate) bytes: AtomicU64,
-    pub(crate) sessions: AtomicU64,
+struct Gauge {
+    bytes: AtomicU64,
+    sessions: AtomicU64,
+    times: Times,
+}
+
+/// How long the log's device takes.
+#[derive(Debug)]
+pub(crate) struct Times {
+    /// Seconds of each append.
+    pub(crate) write: Histogram,
+    /// Seconds of each flush.
+    pub(crate) flush: Histogram,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        // 1 µs to 1 s.
+        let buckets = || exponential_buckets(1e-6, 4.0, 11);
+        Self {
+            write: Histogram::new(buckets()),
+            flush: Histogram::new(buckets()),
+        }
+    }
 }
 
 /// A session as it was logged.
@@ -95,6 +117,11 @@ impl SessionLog {
             self.gauge.bytes.load(Ordering::Relaxed),
             self.gauge.sessions.load(Ordering::Relaxed),
         )
+    }
+
+    /// How long its device takes.
+    pub(crate) fn times(&self) -> &Times {
+        &self.gauge.times
     }
 
     /// Logs that a session began.

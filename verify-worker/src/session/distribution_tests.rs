@@ -217,7 +217,7 @@ fn draw(ask: &Ask, seed: u64, models: &mut Models) -> ([u32; DRAWN], bool) {
         draft_while_it_pays: false,
     };
     let (outbox, _events) = events::channel(PROMPT.len(), Duration::ZERO, || {});
-    let mut session = Session::new(spec, VOCAB, outbox, &Arc::default()).unwrap();
+    let mut session = Session::new(spec, VOCAB, outbox, &Shared::default()).unwrap();
     let (sender, mut verdicts) = mpsc::channel(32);
     let new = NewLink {
         id: LinkId(1),

@@ -63,7 +63,7 @@ impl Bench {
     fn new(spec: SessionSpec) -> Self {
         let (outbox, events) = events::channel(spec.tokens.len(), Duration::ZERO, || {});
         Self {
-            session: Session::new(spec, VOCAB, outbox, &Arc::default()).unwrap(),
+            session: Session::new(spec, VOCAB, outbox, &Shared::default()).unwrap(),
             events,
             cache: Vec::new(),
             now: Instant::now(),
