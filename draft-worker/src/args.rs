@@ -1,6 +1,6 @@
 //! The command line, and the checked configuration made of it.
 
-use clap::{Args as ClapArgs, Parser};
+use clap::{Args as ClapArgs, Parser, ValueEnum};
 use specattn_engine::sampling::MAX_DRAFT_ENTRIES;
 use specattn_service::ServiceError;
 use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
@@ -50,6 +50,21 @@ pub struct DraftingArgs {
     /// Attention mass that the draft's own reads must keep between captured steps, in (0, 1]
     #[arg(long, value_name = "P", default_value_t = OwnPolicy::default().p)]
     pub own_p: f32,
+
+    /// Draft ahead while a verdict is out: always, never, or while it is measured to be faster
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = LookaheadMode::Auto)]
+    pub lookahead: LookaheadMode,
+}
+
+/// Whether to draft on, along a guess, while a verdict is out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LookaheadMode {
+    /// while that is faster
+    Auto,
+    /// always
+    On,
+    /// never
+    Off,
 }
 
 /// How proposals are made, checked.
@@ -59,6 +74,8 @@ pub struct Drafting {
     pub max_q_entries: usize,
     /// What the draft reads of its own KV cache.
     pub own: OwnPolicy,
+    /// Whether to run ahead of verdicts.
+    pub lookahead: LookaheadMode,
 }
 
 /// A draft worker's configuration.
@@ -93,6 +110,7 @@ impl DraftingArgs {
                 capture_every: self.capture_every,
                 p: self.own_p,
             },
+            lookahead: self.lookahead,
         })
     }
 }

@@ -14,6 +14,7 @@ use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
 use specattn_worker::{Inbox, Received};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::lookahead::Findings;
 use crate::session::{DraftShape, Proposal, Session, SessionSpec, Verdict, Welcome};
 
 /// Messages that may wait for the engine.
@@ -114,12 +115,18 @@ impl scheduler::Session for Attached {
 pub(crate) struct EngineLoop {
     scheduler: Scheduler<Attached>,
     inbox: Inbox<Command>,
+    /// Whether running ahead of verdicts paid so far.
+    findings: Arc<Findings>,
 }
 
 impl EngineLoop {
     /// A loop without sessions.
     pub(crate) fn new(scheduler: Scheduler<Attached>, inbox: Inbox<Command>) -> Self {
-        Self { scheduler, inbox }
+        Self {
+            scheduler,
+            inbox,
+            findings: Arc::default(),
+        }
     }
 
     /// Runs until nothing can reach the inbox any more.
@@ -184,7 +191,7 @@ impl EngineLoop {
         let room = new.spec.capacity;
         let attached = Attached {
             key: new.key,
-            session: Session::new(new.spec, shape, new.proposals),
+            session: Session::new(new.spec, shape, new.proposals, Arc::clone(&self.findings)),
             failed: new.failed,
             abandoned: new.abandoned,
         };

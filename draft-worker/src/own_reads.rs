@@ -67,6 +67,11 @@ impl OwnReads {
         self.capture_every > 1
     }
 
+    /// Whether there is a selection to read by.
+    pub fn has_selection(&self) -> bool {
+        self.is_sparse() && self.age.is_some()
+    }
+
     /// Whether step `step` of a round of `round_length` is to be captured. A captured step that falls due within a round
     /// is its first: the rest of the round then gains by it, and every mask has a row as fresh as can be.
     pub fn captures(&self, step: usize, round_length: usize) -> bool {

@@ -6,8 +6,17 @@
 //! The text is the session's tokens c[0..n), as far as told, then this round's draft tokens d1..dk. In exact mode the last
 //! of c may be provisional: a verdict can withdraw them. Invariants: the KV
 //! cache holds positions `0..cached` of the text; `cached < n + k`; a draft step feeds all that is missing and draws the
-//! next draft token. The last draft token of a round is never fed before its verdict: nobody would use its logits. So
-//! after a round that was accepted whole, the next round's first step feeds two tokens.
+//! next draft token. The last draft token of a round is not fed before its verdict: nobody would use its logits. So after
+//! a round that was accepted whole, the next round's first step feeds two tokens.
+//!
+//! **Running ahead.** While a round waits for its verdict, the draft may guess it: all accepted, and the token that it finds
+//! most probable as the bonus. The guess is then appended to c like a verdict's tokens, and the next round is drafted and
+//! sent. What was guessed is kept in [`Session::guesses`]; a verdict that says the same costs no wait, any other cuts c back
+//! to where the guess began. Whether it pays is for [`Lookahead`] to find out.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
 
 use specattn_engine::sampling::{
     CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
@@ -21,8 +30,19 @@ use specattn_worker::Plan;
 use tokio::sync::mpsc;
 
 use crate::args::Drafting;
+use crate::lookahead::{Findings, Lookahead};
 use crate::own_reads::OwnReads;
+use crate::round_length::RoundLength;
 use crate::rows::RowSelector;
+
+mod conversation;
+
+/// Most rounds whose verdicts are guessed at a time. While the target judges one round the next must be there already, and
+/// the verdict that lets the draft begin the one after is on its way: two, and the one that is being drafted.
+const MOST_GUESSES: usize = 2;
+
+/// Messages of a round at most: its announcement, and the rest.
+const ROUND_MESSAGES: usize = 2;
 
 /// Most tokens fed by a draft step; what is missing beyond them is caught up first.
 const STEP_TOKENS: usize = 32;
@@ -68,6 +88,8 @@ pub(crate) struct Welcome {
     pub(crate) prompt_tokens: usize,
     /// Most draft tokens per round, at least 1.
     pub(crate) draft_length: usize,
+    /// Rounds may be shorter where that is faster.
+    pub(crate) may_shorten: bool,
     pub(crate) sampling: SamplingParams,
     pub(crate) policy: MaskPolicy,
     /// Attention sources to select by; none: no masks are wanted.
@@ -104,6 +126,14 @@ pub(crate) struct Proposal {
     pub(crate) kv: KvReads,
 }
 
+/// A round that is out, and what its verdict is guessed to be.
+#[derive(Debug)]
+struct Guess {
+    base: usize,
+    /// Draft tokens, all guessed to be accepted; the bonus token follows them.
+    proposed: usize,
+}
+
 /// The forward under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pass {
@@ -120,6 +150,11 @@ struct Joined {
     epoch: u64,
     prompt_tokens: usize,
     draft_length: usize,
+    /// Where shorter rounds may be chosen.
+    length: Option<RoundLength>,
+    lookahead: Lookahead,
+    /// When the verdict before came, while rounds follow one another.
+    last_verdict: Option<Instant>,
     sampler: Sampler,
     rng: CounterRng,
     rows: Option<RowSelector>,
@@ -132,7 +167,7 @@ struct Joined {
     sequence: u64,
     /// Draft tokens of this round sent already.
     sent: usize,
-    /// A proposal waits for its verdict.
+    /// The whole round was sent and waits for its verdict.
     waiting: bool,
     /// The verify worker goes on alone. It must hear early that a round is coming: each step it takes meanwhile voids
     /// what was drafted, so a round that takes longer than a step would never be finished.
@@ -148,6 +183,8 @@ pub(crate) struct Session {
     tokens: Vec<u32>,
     /// The first tokens, all but the last of those that the gateway knew: what others may have processed too.
     prompt_end: usize,
+    /// Rounds whose verdicts are guessed, oldest first. The tokens from the first one's base on are not known yet.
+    guesses: VecDeque<Guess>,
     /// This round's d1..dk.
     draft: Vec<DraftToken>,
     cached: usize,
@@ -155,6 +192,8 @@ pub(crate) struct Session {
     kv: KvReads,
     joined: Option<Joined>,
     proposals: mpsc::Sender<Proposal>,
+    /// Whether running ahead paid in other sessions.
+    findings: Arc<Findings>,
     pass: Pass,
     input: Vec<u32>,
 }
@@ -166,17 +205,20 @@ impl Session {
         mut spec: SessionSpec,
         shape: DraftShape,
         proposals: mpsc::Sender<Proposal>,
+        findings: Arc<Findings>,
     ) -> Self {
         Self {
             prompt_end: spec.tokens.len() - 1,
             tokens: std::mem::take(&mut spec.tokens),
             spec,
             shape,
+            guesses: VecDeque::new(),
             draft: Vec::new(),
             cached: 0,
             kv: KvReads::default(),
             joined: None,
             proposals,
+            findings,
             pass: Pass::CatchUp,
             input: Vec::new(),
         }
@@ -216,128 +258,6 @@ impl Session {
         }
     }
 
-    /// The verify worker welcomed the draft.
-    ///
-    /// # Errors
-    /// [`Fault::FailedPrecondition`] for a welcome that makes no sense: the draft must leave.
-    pub(crate) fn join(&mut self, welcome: Welcome) -> Result<(), Fault> {
-        let tokens = self.tokens.len() + welcome.tokens.len();
-        if self.joined.is_some() || !(1..=tokens).contains(&welcome.prompt_tokens) {
-            return Err(broken("welcome"));
-        }
-        self.learn(&welcome.tokens)?;
-        let rng = CounterRng::for_draft(welcome.sampling.seed);
-        let own = OwnReads::new(
-            self.spec.drafting.own,
-            &welcome.policy,
-            self.shape.num_kv_heads,
-        );
-        let rows = (!welcome.sources.is_empty())
-            .then(|| RowSelector::new(welcome.policy, welcome.sources));
-        // The draft's own selection wants every layer, a mask the layers of its sources.
-        let capture = match &rows {
-            _ if own.is_sparse() => (0..self.shape.num_layers).collect(),
-            Some(rows) => rows.layers(),
-            None => Vec::new(),
-        };
-        self.joined = Some(Joined {
-            epoch: welcome.epoch,
-            prompt_tokens: welcome.prompt_tokens,
-            draft_length: welcome.draft_length.min(self.spec.draft_length),
-            sampler: Sampler::new(welcome.sampling, self.shape.vocab_size)
-                .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
-            rng,
-            rows,
-            own,
-            capture,
-            prefill: self.tokens.len(),
-            sequence: 0,
-            sent: 0,
-            waiting: false,
-            unawaited: true,
-        });
-        Ok(())
-    }
-
-    /// Takes a verdict: rolls back what was not accepted and appends what was committed.
-    ///
-    /// # Errors
-    /// [`Fault::FailedPrecondition`] for a verdict that answers nothing: the draft must leave.
-    pub(crate) fn judge(&mut self, verdict: Verdict) -> Result<(), Fault> {
-        let n = self.tokens.len();
-        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
-        if let Some(rows) = &mut joined.rows {
-            if verdict.need_full_mask {
-                rows.forget_base();
-            }
-            if let Some(p) = verdict.mask_p {
-                rows.set_mass(p);
-            }
-        }
-        let base = usize::try_from(verdict.base).unwrap_or(usize::MAX);
-        let new = if verdict.judged {
-            if !joined.waiting || base != n || verdict.accepted > self.draft.len() {
-                return Err(broken("verdict"));
-            }
-            let accepted = self.draft[..verdict.accepted].iter().map(|d| d.token);
-            accepted.chain(verdict.next_tokens).collect()
-        } else {
-            let held = self.tokens.get(base..).ok_or_else(|| broken("verdict"))?;
-            let same = held
-                .iter()
-                .zip(&verdict.next_tokens)
-                .take_while(|(held, told)| held == told)
-                .count();
-            if base + same < joined.prompt_tokens {
-                return Err(broken("verdict"));
-            }
-            if base + same == n
-                && verdict.next_tokens.len() == same
-                && verdict.epoch == joined.epoch
-            {
-                // An answer to a proposal that was given up already.
-                return Ok(());
-            }
-            if base + same < n {
-                // Provisional tokens were withdrawn, and the drafts behind them mean nothing.
-                self.tokens.truncate(base + same);
-                self.prompt_end = self.prompt_end.min(base + same);
-                self.cached = self.cached.min(base + same);
-                self.draft.clear();
-            }
-            verdict.next_tokens[same..].to_vec()
-        };
-        joined.epoch = verdict.epoch;
-        joined.sent = 0;
-        joined.waiting = false;
-        joined.unawaited = !verdict.judged;
-        self.learn(&new)
-    }
-
-    /// Appends tokens of the session and ends the round. KV entries stay for draft tokens that turned out right.
-    fn learn(&mut self, new: &[u32]) -> Result<(), Fault> {
-        if new
-            .iter()
-            .any(|&token| token as usize >= self.shape.vocab_size)
-        {
-            return Err(broken("token"));
-        }
-        let right = self
-            .draft
-            .iter()
-            .zip(new)
-            .take_while(|(d, token)| d.token == **token);
-        self.cached = self.cached.min(self.tokens.len() + right.count());
-        self.draft.clear();
-        self.tokens.extend_from_slice(new);
-        // A step needs at least one token to feed: the pending one.
-        self.cached = self.cached.min(self.tokens.len() - 1);
-        if self.tokens.len() > self.spec.capacity {
-            return Err(Fault::exhausted("the session outgrew the draft's context"));
-        }
-        Ok(())
-    }
-
     /// Whether the next forward is a chunk of tokens that the draft has to catch up with.
     pub(crate) fn is_catching_up(&self) -> bool {
         let missing = (self.tokens.len() - 1).saturating_sub(self.cached);
@@ -349,6 +269,16 @@ impl Session {
         self.joined.as_ref().is_some_and(|joined| joined.waiting)
     }
 
+    /// Whether to guess the verdict of the round that is out, and draft on.
+    fn may_guess(&self) -> bool {
+        let joined = self.joined.as_ref();
+        let after = self.tokens.len() + self.draft.len() + 1;
+        joined.is_some_and(|joined| joined.lookahead.is_on())
+            && self.guesses.len() < MOST_GUESSES
+            && after < self.spec.limit.min(self.spec.capacity)
+            && self.proposals.capacity() >= ROUND_MESSAGES
+    }
+
     /// Whether there is a round to draft.
     fn drafts(&self) -> bool {
         self.joined.is_some() && self.round_length() > 0
@@ -356,7 +286,7 @@ impl Session {
 
     /// Positions that must have blocks: all tokens, and those of a round.
     pub(crate) fn reach(&self) -> usize {
-        self.tokens.len() + self.spec.draft_length
+        self.tokens.len() + self.spec.draft_length + 1
     }
 
     /// Tokens that the draft catches up with chunk by chunk.
@@ -380,7 +310,12 @@ impl Session {
             self.pass = Pass::CatchUp;
             return Plan::Run;
         }
-        if self.is_waiting() || !self.drafts() {
+        let runs = if self.is_waiting() {
+            self.may_guess()
+        } else {
+            self.drafts()
+        };
+        if !runs {
             return Plan::Wait(None);
         }
         let n = self.tokens.len();
@@ -391,7 +326,10 @@ impl Session {
         self.input.extend(self.draft[fed..].iter().map(|d| d.token));
         let (step, round_length) = (self.draft.len(), self.round_length());
         self.pass = match &mut self.joined {
-            Some(joined) if !joined.own.captures(step, round_length) => {
+            // A guess sends no mask, so it needs no rows.
+            Some(joined)
+                if !joined.own.captures(step, round_length) || joined.guesses_sparsely() =>
+            {
                 joined.own.fit(self.cached);
                 Pass::Sparse
             }
@@ -403,10 +341,29 @@ impl Session {
     /// Draft tokens worth proposing: a round commits one more than it verifies, and the last one proposed is not fed.
     fn round_length(&self) -> usize {
         let n = self.tokens.len();
-        let wanted = self.joined.as_ref().map_or(0, |joined| joined.draft_length);
+        let wanted = self.joined.as_ref().map_or(0, |joined| {
+            joined
+                .length
+                .as_ref()
+                .map_or(joined.draft_length, RoundLength::next)
+        });
         wanted
             .min(self.spec.limit.saturating_sub(n + 1))
             .min((self.spec.capacity + 1).saturating_sub(n))
+    }
+
+    /// Goes on as if the round that is out were accepted whole, and `bonus` drawn after it.
+    fn guess(&mut self, bonus: u32) {
+        self.guesses.push_back(Guess {
+            base: self.tokens.len(),
+            proposed: self.draft.len(),
+        });
+        let draft = self.draft.drain(..).map(|d| d.token);
+        self.tokens.extend(draft.chain([bonus]));
+        if let Some(joined) = &mut self.joined {
+            joined.sent = 0;
+            joined.waiting = false;
+        }
     }
 
     /// Takes the output of the planned forward.
@@ -440,6 +397,14 @@ impl Session {
             .sampler
             .distribution(&output.logits, history)
             .map_err(model_failed)?;
+        if joined.waiting {
+            match &output.attention {
+                Some(attention) => joined.own.captured(attention),
+                None => joined.own.passed(),
+            }
+            self.guess(distribution.argmax());
+            return Ok(());
+        }
         let next = if joined.sampler.params().is_greedy() {
             DraftToken {
                 token: distribution.argmax(),
@@ -498,12 +463,6 @@ impl Session {
 
 fn model_failed(error: EngineError) -> Fault {
     Fault::Internal(error.to_string())
-}
-
-fn broken(what: &str) -> Fault {
-    Fault::FailedPrecondition(format!(
-        "the verify worker sent a {what} that makes no sense"
-    ))
 }
 
 #[cfg(test)]

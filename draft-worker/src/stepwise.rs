@@ -15,7 +15,7 @@ use specattn_proto::{Fault, SessionId};
 use specattn_worker::{Limits, LoadGauge, Scheduler, ServedModel, inbox};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::args::Drafting;
+use crate::args::{Drafting, LookaheadMode};
 use crate::engine_loop::{Command, EngineLoop, NewSession, SessionKey};
 use crate::own_reads::OwnPolicy;
 use crate::service::PROPOSALS;
@@ -76,6 +76,7 @@ impl Stepwise {
                     capture_every: 1,
                     p: 1.0,
                 },
+                lookahead: LookaheadMode::Auto,
             },
             load,
             attachments: BTreeMap::new(),

@@ -137,6 +137,7 @@ pub(crate) fn welcome(
         tokens: raw.token_ids,
         prompt_tokens: raw.prompt_tokens as usize,
         draft_length,
+        may_shorten: raw.may_shorten,
         sampling: convert::sampling_params(sampling),
         policy: convert::mask_policy(policy),
         sources: sources(raw.sources, model)?,

@@ -9,6 +9,7 @@ pub mod binaries;
 pub mod client;
 pub mod cluster;
 pub mod count;
+pub mod delay;
 pub mod http;
 pub mod metrics;
 pub mod process;

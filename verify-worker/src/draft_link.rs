@@ -18,7 +18,7 @@ use crate::events::Ending;
 use crate::masks::MaskReader;
 use crate::trust::Trust;
 
-/// Whole proposals that may wait for judgement; a pipelining draft needs two.
+/// Whole proposals that may wait for judgement: a draft that runs ahead has up to three rounds out.
 const MAX_WAITING: usize = 4;
 
 /// Names a link among all of the worker's.
@@ -49,6 +49,8 @@ pub(crate) struct Welcome {
     /// Attention sources in use; empty when the session takes no masks.
     pub(crate) sources: Vec<specattn_mask::Source>,
     pub(crate) draft_length: usize,
+    /// Rounds may be shorter.
+    pub(crate) may_shorten: bool,
     pub(crate) policy: specattn_mask::MaskPolicy,
     /// The session's rule, with the draft's seed.
     pub(crate) sampling: specattn_engine::sampling::SamplingParams,
@@ -232,6 +234,11 @@ impl DraftLink {
             .extend(tokens.map(|token| DraftToken { token, q: q.next() }));
         proposal.mask = part.mask;
         Ok(proposal)
+    }
+
+    /// The proposal that is judged next.
+    pub(crate) fn first(&self) -> Option<&Proposal> {
+        self.waiting.front()
     }
 
     /// The next proposal to judge, in the order of arrival.

@@ -6,6 +6,9 @@
 //! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew; it
 //! starts alone and its first trial is short.
 //!
+//! A round that takes longer to arrive than steps alone would take for all its tokens cannot pay: nobody waits longer for
+//! one, and a few such waits in a row end a trial early. So a draft behind a slow network costs next to nothing.
+//!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
 //! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
 
@@ -30,6 +33,12 @@ const REST_MOST: u32 = 1_024;
 /// Steps alone before the first trial of a session that expects it to fail: many sessions are shorter than the rest that
 /// an earlier one came to, and a finding that nobody tries again would last for ever.
 const REST_AT_START: u32 = 32;
+
+/// How much longer than steps alone would take a round may be waited for: both are timed roughly, in whatever company.
+const PATIENCE: f64 = 1.5;
+const PATIENCE_LEAST: Duration = Duration::from_millis(2);
+/// Waits in vain, one after another, that end a trial.
+const VAIN_WAITS: u32 = 3;
 
 /// What earlier sessions found, by the power of two below the context's length: the steps to rest before a trial; 0 where
 /// drafts paid or nothing is known.
@@ -101,11 +110,18 @@ pub(crate) struct Payoff {
     unsettled: u32,
     /// When the last tokens were committed.
     last: Option<Instant>,
+    /// Tokens that a round may add.
+    round: usize,
+    /// Seconds that a step alone takes, roughly; never timed by one that follows a wait.
+    step: Option<f64>,
+    last_step: Option<Instant>,
+    /// Waits in vain since the last round.
+    vain: u32,
 }
 
 impl Payoff {
-    /// For a session of `context` tokens.
-    pub(crate) fn new(findings: Arc<Findings>, context: usize) -> Self {
+    /// For a session of `context` tokens whose rounds have up to `draft_length` draft tokens.
+    pub(crate) fn new(findings: Arc<Findings>, context: usize, draft_length: usize) -> Self {
         let rest = findings.of(context).load(Ordering::Relaxed);
         let (phase, left) = match rest {
             0 => (Phase::Drafted, TRIAL_ROUNDS),
@@ -122,6 +138,40 @@ impl Payoff {
             drafted: Pace::default(),
             unsettled: UNSETTLED,
             last: None,
+            round: draft_length + 1,
+            step: None,
+            last_step: None,
+            vain: 0,
+        }
+    }
+
+    /// How long a round is worth waiting for, as far as steps alone have been timed.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        let most = Duration::from_secs_f64(self.step? * self.round as f64 * PATIENCE);
+        Some(most.max(PATIENCE_LEAST))
+    }
+
+    /// A round did not come in time.
+    pub(crate) fn waited_in_vain(&mut self) {
+        self.last_step = None;
+        self.vain += 1;
+        if self.vain >= VAIN_WAITS && self.phase == Phase::Drafted {
+            self.vain = 0;
+            self.rest();
+        }
+    }
+
+    /// Times steps alone that follow one another.
+    fn time_step(&mut self, is_round: bool, now: Instant) {
+        if is_round {
+            self.vain = 0;
+            self.last_step = None;
+            return;
+        }
+        if let Some(last) = self.last_step.replace(now) {
+            let seconds = now.saturating_duration_since(last).as_secs_f64();
+            let before = self.step.unwrap_or(seconds);
+            self.step = Some(before + (seconds - before) / 8.0);
         }
     }
 
@@ -132,6 +182,7 @@ impl Payoff {
 
     /// A forward, a round or a step alone, committed `tokens`.
     pub(crate) fn committed(&mut self, tokens: usize, is_round: bool, now: Instant) {
+        self.time_step(is_round, now);
         let drafted = self.wants_drafts();
         if drafted && !is_round && self.unsettled > 0 {
             // The draft is not there yet.
@@ -173,21 +224,30 @@ impl Payoff {
     /// More rounds, or rest.
     fn compare(&mut self) {
         let enough = self.alone.rate().map(|rate| ENOUGH * rate);
-        let found = if self.drafted.rate() >= enough {
+        if self.drafted.rate() >= enough {
             self.rest = REST_FIRST;
             self.stretch = (2 * self.stretch).min(ROUNDS_MOST);
             self.begin(Phase::Drafted, self.stretch);
-            0
+            self.found(0);
         } else {
-            let rest = self.rest;
-            self.rest = (2 * rest).min(REST_MOST);
-            self.stretch = TRIAL_ROUNDS;
-            self.begin(Phase::Resting, rest);
-            rest
-        };
+            self.rest();
+        }
+    }
+
+    /// Rounds do not pay.
+    fn rest(&mut self) {
+        let rest = self.rest;
+        self.rest = (2 * rest).min(REST_MOST);
+        self.stretch = TRIAL_ROUNDS;
+        self.begin(Phase::Resting, rest);
+        self.found(rest);
+    }
+
+    /// Tells sessions to come.
+    fn found(&self, rest: u32) {
         self.findings
             .of(self.context)
-            .store(found, Ordering::Relaxed);
+            .store(rest, Ordering::Relaxed);
     }
 
     /// For tests that do not take time.
@@ -234,7 +294,7 @@ mod tests {
 
     #[test]
     fn drafts_that_pay_are_used_nearly_always() {
-        let mut payoff = Payoff::new(Arc::default(), 1_000);
+        let mut payoff = Payoff::new(Arc::default(), 1_000, 4);
         let (share, _) = run(&mut payoff, 4_000, 1_000, 1_200);
         assert!(share > 0.95, "{share}");
     }
@@ -242,11 +302,11 @@ mod tests {
     #[test]
     fn drafts_that_do_not_pay_cost_little_and_less_the_next_time() {
         let findings = Arc::new(Findings::default());
-        let mut payoff = Payoff::new(Arc::clone(&findings), 1_100);
+        let mut payoff = Payoff::new(Arc::clone(&findings), 1_100, 4);
         let (share, time) = run(&mut payoff, 1_000, 1_000, 3_000);
         assert!(share < 0.08, "{share}");
         assert!(time < Duration::from_micros(1_050_000), "{time:?}");
-        let mut next = Payoff::new(Arc::clone(&findings), 1_500);
+        let mut next = Payoff::new(Arc::clone(&findings), 1_500, 4);
         let (share, _) = run(&mut next, 400, 1_000, 3_000);
         assert!(share < 0.05, "{share}");
         // Another length knows nothing of it.
@@ -255,11 +315,35 @@ mod tests {
 
     #[test]
     fn a_change_is_noticed_both_ways() {
-        let mut payoff = Payoff::new(Arc::default(), 1_000);
+        let mut payoff = Payoff::new(Arc::default(), 1_000, 4);
         run(&mut payoff, 500, 1_000, 3_000);
         let (share, _) = run(&mut payoff, 4_000, 1_000, 1_000);
         assert!(share > 0.7, "{share}");
         let (share, _) = run(&mut payoff, 4_000, 1_000, 5_000);
         assert!(share < 0.15, "{share}");
+    }
+
+    #[test]
+    fn rounds_that_come_too_late_end_the_trial() {
+        let findings = Arc::new(Findings::default());
+        let mut payoff = Payoff::new(Arc::clone(&findings), 1_000, 4);
+        assert_eq!(payoff.patience(), None);
+        let mut now = Instant::now();
+        for _ in 0..20 {
+            now += Duration::from_millis(1);
+            payoff.committed(1, false, now);
+        }
+        let patience = payoff.patience().unwrap();
+        assert_eq!(patience, Duration::from_micros(7_500));
+        for wait in 0..VAIN_WAITS {
+            assert!(payoff.wants_drafts(), "after {wait} waits");
+            now += patience;
+            payoff.waited_in_vain();
+            payoff.committed(1, false, now);
+        }
+        assert!(!payoff.wants_drafts());
+        // The waits are no part of what a step takes, and the next session begins alone.
+        assert_eq!(payoff.patience().unwrap(), patience);
+        assert!(!Payoff::new(findings, 1_000, 4).wants_drafts());
     }
 }

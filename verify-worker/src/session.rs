@@ -33,6 +33,7 @@ use crate::oversight::{Mode, Oversight};
 use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
 use crate::stats::Stats;
+use crate::trust::Patience;
 
 mod conversation;
 
@@ -137,7 +138,8 @@ impl Session {
             sampler: Sampler::new(spec.sampling.clone(), vocab_size)?,
             rng: CounterRng::new(spec.sampling.seed),
             link: None,
-            payoff: weighs.then(|| Payoff::new(Arc::clone(&shared.findings), tokens.len())),
+            payoff: weighs
+                .then(|| Payoff::new(Arc::clone(&shared.findings), tokens.len(), spec.draft_length)),
             outbox,
             counted: stats,
             totals: shared.totals.clone(),
@@ -255,9 +257,16 @@ impl Session {
                 self.begin(draft, masked);
                 return Plan::Run;
             }
+            let most = self.payoff.as_ref().and_then(Payoff::patience);
             let trust = self.link.as_mut().map(|link| &mut link.trust);
-            if let Some(deadline) = trust.and_then(|trust| trust.deadline(now)) {
-                return Plan::Wait(Some(deadline));
+            match trust.map(|trust| trust.patience(now, most)) {
+                Some(Patience::Until(deadline)) => return Plan::Wait(Some(deadline)),
+                Some(Patience::Over) => {
+                    if let Some(payoff) = &mut self.payoff {
+                        payoff.waited_in_vain();
+                    }
+                }
+                Some(Patience::Unwarranted) | None => {}
             }
         }
         self.begin(Vec::new(), false);

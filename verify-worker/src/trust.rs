@@ -10,6 +10,17 @@ use std::time::{Duration, Instant};
 /// Most solo steps between two waits, as a power of two.
 const BACKOFF_BITS_MAX: u32 = 6;
 
+/// What a session does about its draft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Wait for a proposal, no longer than until then.
+    Until(Instant),
+    /// The wait was in vain: go on alone.
+    Over,
+    /// There is nothing to wait for: go on alone.
+    Unwarranted,
+}
+
 /// The state of waiting for one draft.
 #[derive(Debug, Clone)]
 pub(crate) struct Trust {
@@ -54,20 +65,21 @@ impl Trust {
         self.waiting_since = None;
     }
 
-    /// Until when to wait for a proposal, or `None` to go on alone now.
-    pub(crate) fn deadline(&mut self, now: Instant) -> Option<Instant> {
+    /// Until when to wait for a proposal; no longer than `most`, where that is known.
+    pub(crate) fn patience(&mut self, now: Instant, most: Option<Duration>) -> Patience {
         if !self.proposed || self.solo_first > 0 {
-            return None;
+            return Patience::Unwarranted;
         }
-        let deadline = *self.waiting_since.get_or_insert(now) + self.timeout;
+        let wait = most.map_or(self.timeout, |most| most.min(self.timeout));
+        let deadline = *self.waiting_since.get_or_insert(now) + wait;
         if now < deadline {
-            return Some(deadline);
+            return Patience::Until(deadline);
         }
         self.proposed = false;
         self.timeouts = (self.timeouts + 1).min(BACKOFF_BITS_MAX);
         self.solo_first = 1 << self.timeouts;
         self.waiting_since = None;
-        None
+        Patience::Over
     }
 }
 
@@ -81,16 +93,19 @@ mod tests {
     fn only_a_draft_that_proposed_is_waited_for() {
         let mut trust = Trust::new(TIMEOUT);
         let now = Instant::now();
-        assert_eq!(trust.deadline(now), None);
+        assert_eq!(trust.patience(now, None), Patience::Unwarranted);
         trust.proposal_arrived();
-        assert_eq!(trust.deadline(now), Some(now + TIMEOUT));
+        assert_eq!(trust.patience(now, None), Patience::Until(now + TIMEOUT));
         // Asking again, or a stale proposal, does not lengthen the wait.
         trust.proposal_arrived();
         let later = now + TIMEOUT / 2;
-        assert_eq!(trust.deadline(later), Some(now + TIMEOUT));
+        assert_eq!(trust.patience(later, None), Patience::Until(now + TIMEOUT));
         // A judged proposal begins a new one.
         trust.judged();
-        assert_eq!(trust.deadline(later), Some(later + TIMEOUT));
+        assert_eq!(
+            trust.patience(later, None),
+            Patience::Until(later + TIMEOUT)
+        );
     }
 
     #[test]
@@ -100,12 +115,12 @@ mod tests {
         let mut steps = Vec::new();
         for _ in 0..8 {
             trust.proposal_arrived();
-            assert!(trust.deadline(now).is_some());
+            assert_eq!(trust.patience(now, None), Patience::Until(now + TIMEOUT));
             now += TIMEOUT;
-            assert_eq!(trust.deadline(now), None);
+            assert_eq!(trust.patience(now, None), Patience::Over);
             trust.proposal_arrived();
             let mut alone = 0;
-            while trust.deadline(now).is_none() {
+            while trust.patience(now, None) == Patience::Unwarranted {
                 trust.stepped_alone();
                 alone += 1;
             }
@@ -114,8 +129,8 @@ mod tests {
         }
         assert_eq!(steps, [2, 4, 8, 16, 32, 64, 64, 64]);
         trust.judged();
-        trust.deadline(now);
-        assert_eq!(trust.deadline(now + TIMEOUT), None);
+        trust.patience(now, None);
+        assert_eq!(trust.patience(now + TIMEOUT, None), Patience::Over);
         assert_eq!(trust.solo_first, 2);
     }
 
@@ -124,11 +139,26 @@ mod tests {
         let mut trust = Trust::new(TIMEOUT);
         let now = Instant::now();
         trust.proposal_arrived();
-        trust.deadline(now);
-        assert_eq!(trust.deadline(now + TIMEOUT), None);
+        trust.patience(now, None);
+        assert_eq!(trust.patience(now + TIMEOUT, None), Patience::Over);
         for _ in 0..1_000 {
             trust.stepped_alone();
-            assert_eq!(trust.deadline(now + TIMEOUT), None);
+            let patience = trust.patience(now + TIMEOUT, None);
+            assert_eq!(patience, Patience::Unwarranted);
         }
+    }
+
+    #[test]
+    fn no_wait_is_longer_than_is_worth_it() {
+        let mut trust = Trust::new(TIMEOUT);
+        let (now, most) = (Instant::now(), TIMEOUT / 5);
+        trust.proposal_arrived();
+        let patience = trust.patience(now, Some(most));
+        assert_eq!(patience, Patience::Until(now + most));
+        assert_eq!(trust.patience(now + most, Some(most)), Patience::Over);
+        trust.judged();
+        trust.proposal_arrived();
+        let patience = trust.patience(now, Some(2 * TIMEOUT));
+        assert_eq!(patience, Patience::Until(now + TIMEOUT));
     }
 }

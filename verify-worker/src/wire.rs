@@ -254,6 +254,7 @@ fn raw_welcome(welcome: Welcome) -> v1::Welcome {
         mask: Some(convert::checked_mask_policy(&welcome.policy).into()),
         sampling: Some((&sampling).into()),
         prompt_tokens: welcome.prompt_tokens as u32,
+        may_shorten: welcome.may_shorten,
     }
 }
 

@@ -5,7 +5,10 @@ use specattn_engine::sampling::check_draft;
 use specattn_mask::{Decoder, Limits, Term};
 
 use super::*;
+use crate::args::LookaheadMode;
 use crate::own_reads::OwnPolicy;
+
+mod ahead;
 
 const VOCAB: usize = 16;
 const HEADS: usize = 2;
@@ -28,6 +31,7 @@ fn spec(limit: usize) -> SessionSpec {
                 capture_every: 1,
                 p: 0.9,
             },
+            lookahead: LookaheadMode::Off,
         },
     }
 }
@@ -38,6 +42,7 @@ fn welcome() -> Welcome {
         tokens: Vec::new(),
         prompt_tokens: 3,
         draft_length: 4,
+        may_shorten: false,
         sampling: SamplingParams::default(),
         policy: MaskPolicy::default(),
         sources: Vec::new(),
@@ -54,7 +59,7 @@ struct Bench {
 
 impl Bench {
     fn new(spec: SessionSpec) -> Self {
-        let (sender, proposals) = mpsc::channel(4);
+        let (sender, proposals) = mpsc::channel(crate::service::PROPOSALS);
         Self {
             session: Session::new(
                 spec,
@@ -64,6 +69,7 @@ impl Bench {
                     num_kv_heads: 1,
                 },
                 sender,
+                Arc::default(),
             ),
             proposals,
             cache: Vec::new(),

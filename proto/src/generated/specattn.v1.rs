@@ -1613,6 +1613,9 @@ pub struct Welcome {
     /// How many of the session's tokens are prompt (penalties need it).
     #[prost(uint32, tag = "8")]
     pub prompt_tokens: u32,
+    /// Rounds may be shorter than draft_length where that commits more tokens a second.
+    #[prost(bool, tag = "9")]
+    pub may_shorten: bool,
 }
 /// One attention row per draft step: a mixture of the draft's heads.
 #[derive(Clone, PartialEq, ::prost::Message)]

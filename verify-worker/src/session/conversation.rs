@@ -57,6 +57,7 @@ impl Session {
                 .as_ref()
                 .map_or_else(Vec::new, |m| m.map().sources.clone()),
             draft_length: self.spec.draft_length,
+            may_shorten: self.payoff.is_some(),
             policy: self.spec.policy,
             sampling: SamplingParams {
                 seed: self.rng.draft_seed(),
@@ -72,6 +73,7 @@ impl Session {
 
     /// Takes a proposal message of link `id`; one of an earlier link is dropped.
     pub(crate) fn receive(&mut self, id: LinkId, part: ProposalPart) {
+        self.drop_stale();
         if let Some(link) = self.link.as_mut().filter(|link| link.id() == id) {
             match link.receive(part) {
                 Ok(reads) => self.stats.draft.add(reads),
@@ -93,19 +95,42 @@ impl Session {
     /// The first waiting proposal that is not stale, and whether its masks can be used.
     pub(super) fn next_round(&mut self) -> Option<(Vec<DraftToken>, bool)> {
         loop {
-            let proposal = self.link.as_mut()?.next_proposal()?;
-            match self.round(proposal) {
-                Ok(None) => {
-                    self.stats.stale_proposals += 1;
-                    let link = self.link.as_mut()?;
-                    if let Err(fault) = link.catch_up(self.epoch, &self.tokens) {
-                        self.drop_link(fault);
-                    }
-                }
-                Ok(Some(round)) => return Some(round),
-                Err(fault) => self.drop_link(fault),
+            if let Some(round) = self.take_proposal()? {
+                return Some(round);
             }
         }
+    }
+
+    /// Answers what became stale while it waited, so that only what can still be judged takes up room. What was sent ahead is
+    /// no such thing: its turn may come.
+    fn drop_stale(&mut self) {
+        loop {
+            let first = self.link.as_ref().and_then(DraftLink::first);
+            let old = |first: &Proposal| {
+                first.epoch < self.epoch || first.base < self.tokens.len() as u64
+            };
+            if !first.is_some_and(old) || self.take_proposal().is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Takes the first waiting proposal, if there is any: a round or, when it is stale, an answer to it.
+    fn take_proposal(&mut self) -> Option<Option<(Vec<DraftToken>, bool)>> {
+        let proposal = self.link.as_mut()?.next_proposal()?;
+        let round = self.round(proposal).unwrap_or_else(|fault| {
+            self.drop_link(fault);
+            None
+        });
+        if round.is_none()
+            && let Some(link) = &mut self.link
+        {
+            self.stats.stale_proposals += 1;
+            if let Err(fault) = link.catch_up(self.epoch, &self.tokens) {
+                self.drop_link(fault);
+            }
+        }
+        Some(round)
     }
 
     /// Checks a proposal; `None` when it is stale.

@@ -246,6 +246,24 @@ fn long_prompts_come_in_chunks_and_a_token_alone_needs_none() {
 }
 
 #[test]
+fn proposals_that_became_stale_take_no_room() {
+    let mut bench = Bench::new(spec(40));
+    let mut draft = bench.join(3);
+    draft.welcome();
+    bench.step();
+    for _ in 0..6 {
+        let stale = draft.part(&[1, 2]);
+        bench.session.receive(draft.id, stale);
+    }
+    let right = continuation(&[3, 1, 4], 7);
+    bench.propose(&mut draft, &right[3..]);
+    bench.step();
+    let verdict = std::iter::repeat_with(|| draft.verdict()).find(|verdict| verdict.judged);
+    assert_eq!(verdict.unwrap().accepted, 4);
+    assert_eq!(bench.session.stats.stale_proposals, 6);
+}
+
+#[test]
 fn rounds_accept_recover_and_add_a_bonus() {
     let mut bench = Bench::new(spec(40));
     let mut draft = bench.join(3);

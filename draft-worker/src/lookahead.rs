@@ -1,0 +1,210 @@
+//! [`Lookahead`]: whether drafting ahead of verdicts pays, measured.
+//!
+//! Far from its verify worker, or before a slow target, a draft that waits for each verdict wastes the wait. Where draft and
+//! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed as
+//! tokens per second from verdict to verdict; the faster one goes on, and the other is tried again now and then. What a
+//! session finds is where the worker's next one begins.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Verdicts of a trial.
+const TRIAL: u32 = 12;
+/// Verdicts from one trial to the next: at first, and the most.
+const STRETCH_FIRST: u32 = 48;
+const STRETCH_MOST: u32 = 768;
+/// Verdicts after a change that are not timed: they answer rounds of before.
+const UNSETTLED: u32 = 3;
+/// How much faster running ahead must be: a trial tells a rate to some percent.
+const MARGIN: f64 = 1.03;
+/// What a new trial leaves of what the one before found of the other way.
+const OLD_TRIAL: f64 = 0.25;
+
+/// What sessions found last.
+#[derive(Debug, Default)]
+pub(crate) struct Findings(AtomicBool);
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Pace {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Pace {
+    fn rate(self) -> Option<f64> {
+        (self.seconds > 0.0).then(|| self.tokens / self.seconds)
+    }
+
+    /// Lets what comes next count more than what was.
+    fn fade(&mut self, kept: f64) {
+        self.tokens *= kept;
+        self.seconds *= kept;
+    }
+}
+
+/// Both ways' paces, and when the next one is tried.
+#[derive(Debug)]
+struct Trials {
+    findings: Arc<Findings>,
+    /// Whether the present way is only on trial.
+    on_trial: bool,
+    /// Verdicts until the next change.
+    left: u32,
+    stretch: u32,
+    unsettled: u32,
+    /// Of waiting and of running ahead.
+    paces: [Pace; 2],
+    last: Option<Instant>,
+}
+
+/// The state of one session.
+#[derive(Debug)]
+pub(crate) struct Lookahead {
+    ahead: bool,
+    /// `None` where the way was chosen by whoever runs the worker.
+    trials: Option<Trials>,
+}
+
+impl Lookahead {
+    /// A session begins the way the last one found best, and tries the other one soon.
+    pub(crate) fn measured(findings: Arc<Findings>) -> Self {
+        Self {
+            ahead: findings.0.load(Ordering::Relaxed),
+            trials: Some(Trials {
+                findings,
+                on_trial: false,
+                left: TRIAL,
+                stretch: STRETCH_FIRST,
+                unsettled: UNSETTLED,
+                paces: [Pace::default(); 2],
+                last: None,
+            }),
+        }
+    }
+
+    /// One way for good.
+    pub(crate) fn fixed(ahead: bool) -> Self {
+        Self {
+            ahead,
+            trials: None,
+        }
+    }
+
+    /// Whether to run ahead now.
+    pub(crate) fn is_on(&self) -> bool {
+        self.ahead
+    }
+
+    /// A verdict came that settled `tokens` tokens.
+    pub(crate) fn judged(&mut self, tokens: usize, now: Instant) {
+        if let Some(trials) = &mut self.trials
+            && trials.judged(self.ahead, tokens, now)
+        {
+            self.ahead = trials.next(self.ahead);
+        }
+    }
+
+    /// Something else than rounds went on: the time to the next verdict says nothing.
+    pub(crate) fn interrupted(&mut self) {
+        if let Some(trials) = &mut self.trials {
+            trials.last = None;
+        }
+    }
+}
+
+impl Trials {
+    /// Times a verdict on the present way; whether it was the last of its stretch.
+    fn judged(&mut self, ahead: bool, tokens: usize, now: Instant) -> bool {
+        let last = self.last.replace(now);
+        if self.unsettled > 0 {
+            self.unsettled -= 1;
+            return false;
+        }
+        if let Some(last) = last {
+            let pace = &mut self.paces[usize::from(ahead)];
+            pace.tokens += tokens as f64;
+            pace.seconds += now.saturating_duration_since(last).as_secs_f64();
+        }
+        self.left = self.left.saturating_sub(1);
+        self.left == 0
+    }
+
+    /// The way to go on after a stretch of the present one.
+    fn next(&mut self, ahead: bool) -> bool {
+        let [waiting, running] = self.paces.map(Pace::rate);
+        let Some((waiting, running)) = waiting.zip(running) else {
+            return self.turn(ahead, true);
+        };
+        let best = running > MARGIN * waiting;
+        self.findings.0.store(best, Ordering::Relaxed);
+        if !self.on_trial {
+            self.paces[usize::from(!ahead)].fade(OLD_TRIAL);
+            let same_weight = f64::from(TRIAL) / f64::from(self.stretch);
+            self.paces[usize::from(ahead)].fade(same_weight);
+            return self.turn(ahead, true);
+        }
+        self.stretch = (2 * self.stretch).min(STRETCH_MOST);
+        if best == ahead {
+            self.on_trial = false;
+            self.left = self.stretch;
+            return ahead;
+        }
+        self.turn(ahead, false)
+    }
+
+    /// Goes over to the other way.
+    fn turn(&mut self, ahead: bool, on_trial: bool) -> bool {
+        self.on_trial = on_trial;
+        self.left = if on_trial { TRIAL } else { self.stretch };
+        self.unsettled = UNSETTLED;
+        self.last = None;
+        !ahead
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Runs `verdicts` verdicts of 3 tokens that take `waiting` or `ahead` ms; the share of them that ran ahead.
+    fn run(lookahead: &mut Lookahead, verdicts: u32, [waiting, ahead]: [u64; 2]) -> f64 {
+        let mut now = Instant::now();
+        let mut ran_ahead = 0;
+        for _ in 0..verdicts {
+            let ms = if lookahead.is_on() { ahead } else { waiting };
+            ran_ahead += u32::from(lookahead.is_on());
+            now += Duration::from_millis(ms);
+            lookahead.judged(3, now);
+        }
+        f64::from(ran_ahead) / f64::from(verdicts)
+    }
+
+    #[test]
+    fn the_faster_way_is_taken() {
+        let mut lookahead = Lookahead::measured(Arc::default());
+        assert!(run(&mut lookahead, 1_000, [80, 50]) > 0.9);
+        let mut lookahead = Lookahead::measured(Arc::default());
+        assert!(run(&mut lookahead, 1_000, [50, 80]) < 0.1);
+        // What makes no difference is left.
+        let mut lookahead = Lookahead::measured(Arc::default());
+        assert!(run(&mut lookahead, 1_000, [50, 50]) < 0.1);
+    }
+
+    #[test]
+    fn a_change_is_noticed_and_the_next_session_knows() {
+        let findings = Arc::new(Findings::default());
+        let mut lookahead = Lookahead::measured(Arc::clone(&findings));
+        run(&mut lookahead, 500, [50, 80]);
+        assert!(run(&mut lookahead, 4_000, [80, 50]) > 0.6);
+        assert!(Lookahead::measured(findings).is_on());
+    }
+
+    #[test]
+    fn a_way_that_was_chosen_is_kept() {
+        let mut lookahead = Lookahead::fixed(true);
+        assert!(run(&mut lookahead, 1_000, [50, 80]) == 1.0);
+    }
+}

@@ -1,0 +1,203 @@
+//! What the verify worker says and what a session makes of it: the welcome, verdicts, progress made alone.
+
+use std::sync::Arc;
+
+use specattn_engine::sampling::{CounterRng, Sampler};
+use specattn_proto::Fault;
+use specattn_worker::clock;
+
+use super::{Joined, Session, Verdict, Welcome};
+use crate::args::LookaheadMode;
+use crate::lookahead::Lookahead;
+use crate::own_reads::OwnReads;
+use crate::round_length::RoundLength;
+use crate::rows::RowSelector;
+
+impl Session {
+    /// The verify worker welcomed the draft.
+    ///
+    /// # Errors
+    /// [`Fault::FailedPrecondition`] for a welcome that makes no sense: the draft must leave.
+    pub(crate) fn join(&mut self, welcome: Welcome) -> Result<(), Fault> {
+        let tokens = self.tokens.len() + welcome.tokens.len();
+        if self.joined.is_some() || !(1..=tokens).contains(&welcome.prompt_tokens) {
+            return Err(broken("welcome"));
+        }
+        self.learn(self.tokens.len(), &welcome.tokens)?;
+        let rng = CounterRng::for_draft(welcome.sampling.seed);
+        let draft_length = welcome.draft_length.min(self.spec.draft_length);
+        let own = OwnReads::new(
+            self.spec.drafting.own,
+            &welcome.policy,
+            self.shape.num_kv_heads,
+        );
+        let rows = (!welcome.sources.is_empty())
+            .then(|| RowSelector::new(welcome.policy, welcome.sources));
+        // The draft's own selection wants every layer, a mask the layers of its sources.
+        let capture = match &rows {
+            _ if own.is_sparse() => (0..self.shape.num_layers).collect(),
+            Some(rows) => rows.layers(),
+            None => Vec::new(),
+        };
+        self.joined = Some(Joined {
+            epoch: welcome.epoch,
+            prompt_tokens: welcome.prompt_tokens,
+            draft_length,
+            length: welcome.may_shorten.then(|| RoundLength::new(draft_length)),
+            lookahead: match self.spec.drafting.lookahead {
+                LookaheadMode::Auto => Lookahead::measured(Arc::clone(&self.findings)),
+                LookaheadMode::On => Lookahead::fixed(true),
+                LookaheadMode::Off => Lookahead::fixed(false),
+            },
+            last_verdict: None,
+            sampler: Sampler::new(welcome.sampling, self.shape.vocab_size)
+                .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
+            rng,
+            rows,
+            own,
+            capture,
+            prefill: self.tokens.len(),
+            sequence: 0,
+            sent: 0,
+            waiting: false,
+            unawaited: true,
+        });
+        Ok(())
+    }
+
+    /// Takes a verdict: rolls back what was not accepted and appends what was committed.
+    ///
+    /// # Errors
+    /// [`Fault::FailedPrecondition`] for a verdict that answers nothing: the draft must leave.
+    pub(crate) fn judge(&mut self, verdict: Verdict) -> Result<(), Fault> {
+        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        if let Some(rows) = &mut joined.rows {
+            if verdict.need_full_mask {
+                rows.forget_base();
+            }
+            if let Some(p) = verdict.mask_p {
+                rows.set_mass(p);
+            }
+        }
+        if verdict.judged {
+            self.judged(verdict)
+        } else {
+            self.told(&verdict)
+        }
+    }
+
+    /// The answer to the oldest round that is out.
+    fn judged(&mut self, verdict: Verdict) -> Result<(), Fault> {
+        let n = self.tokens.len();
+        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        let (base, proposed) = match self.guesses.front() {
+            Some(guess) => (guess.base, guess.proposed),
+            None if joined.waiting => (n, self.draft.len()),
+            None => return Err(broken("verdict")),
+        };
+        if verdict.base != base as u64 || verdict.accepted > proposed {
+            return Err(broken("verdict"));
+        }
+        let mut new: Vec<u32> = self.text_from(base).take(verdict.accepted).collect();
+        new.extend(verdict.next_tokens);
+        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        let now = clock::now();
+        joined.lookahead.judged(new.len(), now);
+        if let Some(length) = &mut joined.length {
+            let last = joined.last_verdict.replace(now);
+            let took = last.map(|last| now.saturating_duration_since(last));
+            length.judged(proposed, verdict.accepted, took);
+        }
+        let as_guessed = !self.guesses.is_empty()
+            && verdict.epoch == joined.epoch
+            && self.tokens[base..].get(..=proposed) == Some(&new[..]);
+        if as_guessed {
+            self.guesses.pop_front();
+            return Ok(());
+        }
+        joined.begin_round(verdict.epoch, false);
+        self.learn(base, &new)
+    }
+
+    /// Progress that the target made alone, tokens that it withdrew, or the answer to a round that was stale.
+    fn told(&mut self, verdict: &Verdict) -> Result<(), Fault> {
+        let known = self
+            .guesses
+            .front()
+            .map_or(self.tokens.len(), |guess| guess.base);
+        let base = usize::try_from(verdict.base).unwrap_or(usize::MAX);
+        let held = self.tokens[..known]
+            .get(base..)
+            .ok_or_else(|| broken("verdict"))?;
+        let same = held
+            .iter()
+            .zip(&verdict.next_tokens)
+            .take_while(|(held, told)| held == told)
+            .count();
+        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        if base + same < joined.prompt_tokens {
+            return Err(broken("verdict"));
+        }
+        let is_news = base + same < known || verdict.next_tokens.len() > same;
+        if !is_news && verdict.epoch == joined.epoch {
+            // An answer to a proposal that was given up already.
+            return Ok(());
+        }
+        joined.lookahead.interrupted();
+        joined.last_verdict = None;
+        joined.begin_round(verdict.epoch, true);
+        self.learn(base + same, &verdict.next_tokens[same..])
+    }
+
+    /// The text from index `from` on: tokens, then this round's draft.
+    fn text_from(&self, from: usize) -> impl Iterator<Item = u32> {
+        let draft = self.draft.iter().map(|d| d.token);
+        self.tokens[from..].iter().copied().chain(draft)
+    }
+
+    /// Puts what is known in place of the text from index `from` on, and ends the round. KV entries stay for what turned out
+    /// right.
+    fn learn(&mut self, from: usize, new: &[u32]) -> Result<(), Fault> {
+        if new
+            .iter()
+            .any(|&token| token as usize >= self.shape.vocab_size)
+        {
+            return Err(broken("token"));
+        }
+        let pairs = self.text_from(from).zip(new);
+        let right = pairs.take_while(|(held, token)| held == *token).count();
+        self.cached = self.cached.min(from + right);
+        self.draft.clear();
+        self.guesses.clear();
+        self.prompt_end = self.prompt_end.min(from);
+        self.tokens.truncate(from);
+        self.tokens.extend_from_slice(new);
+        // A step needs at least one token to feed: the pending one.
+        self.cached = self.cached.min(self.tokens.len() - 1);
+        if self.tokens.len() > self.spec.capacity {
+            return Err(Fault::exhausted("the session outgrew the draft's context"));
+        }
+        Ok(())
+    }
+}
+
+impl Joined {
+    /// Whether the step is a guess of a verdict that can read less than everything.
+    pub(super) fn guesses_sparsely(&self) -> bool {
+        self.waiting && self.own.has_selection()
+    }
+
+    /// Whatever was drafted is settled. `unawaited`: the verify worker went on alone.
+    fn begin_round(&mut self, epoch: u64, unawaited: bool) {
+        self.epoch = epoch;
+        self.sent = 0;
+        self.waiting = false;
+        self.unawaited = unawaited;
+    }
+}
+
+fn broken(what: &str) -> Fault {
+    Fault::FailedPrecondition(format!(
+        "the verify worker sent a {what} that makes no sense"
+    ))
+}
