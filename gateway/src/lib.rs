@@ -13,6 +13,7 @@ mod admission;
 mod args;
 mod attachment;
 mod completion;
+mod console;
 mod detokenizer;
 mod error;
 mod generation_service;
@@ -129,6 +130,7 @@ pub async fn serve(
         .with(generation)
         .with(registry)
         .with_http(openai::router(Arc::clone(&gateway))?)
+        .with_http(console::router(Arc::clone(&gateway)))
         .with_metrics(metrics::registry(&gateway))
         .serve(listener, &server_config, shutdown)
         .await;

@@ -192,6 +192,7 @@ mod tests {
         Commit {
             tokens: vec![7],
             texts: vec!["x".to_owned()],
+            origins: Vec::new(),
             logprobs: Vec::new(),
         }
     }

@@ -288,6 +288,12 @@ impl Registry {
             .collect()
     }
 
+    /// A worker that is here.
+    pub(crate) fn worker(&self, id: WorkerId) -> Option<Worker> {
+        let records = self.records();
+        records.by_id.get(&id).map(|record| record.worker.clone())
+    }
+
     /// A verify worker holds a session with this prefix now.
     pub(crate) fn served(&self, id: WorkerId, prefix: &Prefix) {
         self.records().prefixes.served(prefix, id);

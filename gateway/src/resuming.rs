@@ -147,6 +147,8 @@ fn replay(stored: Stored, tokenizer: Arc<Tokenizer>) -> Result<Replayed, Fault> 
     let mut commit = Commit {
         tokens: stored.tokens,
         texts: Vec::new(),
+        // Not logged: they are for those who watch.
+        origins: Vec::new(),
         logprobs: stored.logprobs,
     };
     let mut stop = None;

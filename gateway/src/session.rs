@@ -272,6 +272,7 @@ impl Session {
             if scan.stop.is_some() {
                 commit.tokens.truncate(index + 1);
                 commit.logprobs.truncate(index + 1);
+                commit.origins.truncate(index + 1);
                 self.stop = scan.stop;
                 break;
             }
@@ -310,12 +311,15 @@ impl Session {
         let len = self.transcript.len();
         let count = committed.token_ids.len();
         let with_logprobs = committed.logprobs.len() == count;
+        let with_origins = [0, count].contains(&committed.origins.len());
         let start = usize::try_from(committed.start).unwrap_or(usize::MAX);
         let known = len.checked_sub(start);
         let fits = count <= self.recipe.max_tokens_total().saturating_sub(start);
-        let (Some(known), true, true) =
-            (known, fits, with_logprobs || committed.logprobs.is_empty())
-        else {
+        let (Some(known), true, true) = (
+            known,
+            fits && with_origins,
+            with_logprobs || committed.logprobs.is_empty(),
+        ) else {
             return Err(format!(
                 "committed {count} tokens at {} with {} log-probabilities; the session holds {len} of {}",
                 committed.start,
@@ -334,6 +338,7 @@ impl Session {
         Ok(Commit {
             tokens: committed.token_ids[known..].to_vec(),
             texts: Vec::new(),
+            origins: committed.origins().skip(known).collect(),
             logprobs: committed
                 .logprobs
                 .get(known..)

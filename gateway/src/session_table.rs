@@ -1,7 +1,7 @@
 //! [`SessionTable`]: the sessions that run now.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,10 +15,15 @@ use crate::recipe::Recipe;
 use crate::registry::{WorkerId, millis};
 use crate::transcript::Transcript;
 
+/// Ended sessions that can still be watched.
+const ENDED: usize = 8;
+
 /// Running sessions. How many there may be is for `admission` to say.
 #[derive(Default)]
 pub(crate) struct SessionTable {
     entries: Mutex<HashMap<SessionId, Arc<SessionEntry>>>,
+    /// Those that ended last, the latest at the end.
+    ended: Mutex<VecDeque<Arc<SessionEntry>>>,
 }
 
 impl SessionTable {
@@ -54,6 +59,17 @@ impl SessionTable {
     /// A session that has a place.
     pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionEntry>> {
         self.entries().get(&id).cloned()
+    }
+
+    /// A session that has a place, or was among the last to leave theirs.
+    pub(crate) fn recent(&self, id: SessionId) -> Option<Arc<SessionEntry>> {
+        let ended = || {
+            lock(&self.ended)
+                .iter()
+                .find(|entry| entry.id == id)
+                .cloned()
+        };
+        self.get(id).or_else(ended)
     }
 
     /// How many there are.
@@ -134,6 +150,11 @@ impl SessionEntry {
         place.verify_worker = Some(worker);
     }
 
+    /// At which verify worker it runs.
+    pub(crate) fn verify_worker(&self) -> Option<WorkerId> {
+        lock(&self.place).verify_worker
+    }
+
     /// Notes which draft worker is attached.
     pub(crate) fn set_draft_worker(&self, worker: Option<WorkerId>) {
         lock(&self.place).draft_worker = worker;
@@ -166,6 +187,13 @@ pub(crate) struct SessionSlot {
 
 impl Drop for SessionSlot {
     fn drop(&mut self) {
+        if self.entry.facts().is_some() {
+            let mut ended = lock(&self.table.ended);
+            if ended.len() == ENDED {
+                ended.pop_front();
+            }
+            ended.push_back(Arc::clone(&self.entry));
+        }
         self.table.entries().remove(&self.entry.id);
     }
 }

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use specattn_proto::Fault;
 use specattn_proto::v1::generate_response::Event;
-use specattn_proto::v1::{Delta, Finished, ProvisionalDelta, TokenLogprobs, Withdrawn};
+use specattn_proto::v1::{
+    Delta, Finished, ProvisionalDelta, TokenLogprobs, TokenOrigin, Withdrawn,
+};
 use specattn_proto::validate::Invalid;
 use tokio::sync::watch;
 
@@ -31,6 +33,8 @@ struct State {
     text: String,
     /// Bytes of text that are certain with each token of the completion.
     text_ends: Vec<usize>,
+    /// How each token of the completion came about.
+    origins: Vec<TokenOrigin>,
     /// One per token of the completion when asked for, else empty.
     logprobs: Vec<TokenLogprobs>,
     /// What is provisional, and its text.
@@ -44,6 +48,8 @@ pub(crate) struct Commit {
     pub(crate) tokens: Vec<u32>,
     /// The text that became certain with each token.
     pub(crate) texts: Vec<String>,
+    /// How each came about; those that are missing are not known.
+    pub(crate) origins: Vec<TokenOrigin>,
     /// One per token, or none.
     pub(crate) logprobs: Vec<TokenLogprobs>,
 }
@@ -57,6 +63,7 @@ impl Transcript {
                 tokens: prompt,
                 text: String::new(),
                 text_ends: Vec::new(),
+                origins: Vec::new(),
                 logprobs: Vec::new(),
                 ahead: Default::default(),
                 end: None,
@@ -104,6 +111,9 @@ impl Transcript {
                 state.text.push_str(text);
                 state.text_ends.push(state.text.len());
             }
+            state.origins.extend(commit.origins);
+            let count = state.text_ends.len();
+            state.origins.resize(count, TokenOrigin::Unspecified);
             state.logprobs.extend(commit.logprobs);
             // What was provisional is committed now, or withdrawn.
             state.ahead = Default::default();
@@ -259,6 +269,72 @@ impl Reader {
     pub(crate) async fn changed(&mut self) {
         // The transcript is held: the wait cannot fail.
         let _ = self.changes.changed().await;
+    }
+}
+
+/// A place in a transcript from which its tokens are read one by one, with how each came about.
+pub(crate) struct Watcher {
+    transcript: Arc<Transcript>,
+    changes: watch::Receiver<()>,
+    /// Completion tokens handed out.
+    index: usize,
+}
+
+/// What a watcher finds.
+#[derive(Debug, Default)]
+pub(crate) struct News {
+    /// The text that became certain with each token, and how the token came about.
+    pub(crate) pieces: Vec<(String, TokenOrigin)>,
+    /// Set when there is no more.
+    pub(crate) end: Option<End>,
+}
+
+impl Watcher {
+    /// A watcher that has seen nothing.
+    pub(crate) fn new(transcript: Arc<Transcript>) -> Self {
+        Self {
+            changes: transcript.changes.subscribe(),
+            transcript,
+            index: 0,
+        }
+    }
+
+    /// Waits for news. There are none after the end.
+    pub(crate) async fn next(&mut self) -> News {
+        loop {
+            let news = self.look();
+            if !news.pieces.is_empty() || news.end.is_some() {
+                return news;
+            }
+            // The transcript is held: the wait cannot fail.
+            let _ = self.changes.changed().await;
+        }
+    }
+
+    fn look(&mut self) -> News {
+        let state = self.transcript.state();
+        let text_end = |tokens: usize| {
+            tokens
+                .checked_sub(1)
+                .map_or(0, |last| state.text_ends[last])
+        };
+        let count = state.text_ends.len();
+        let piece = |index| {
+            let text = &state.text[text_end(index)..text_end(index + 1)];
+            (text.to_owned(), state.origins[index])
+        };
+        let mut pieces: Vec<_> = (self.index..count).map(piece).collect();
+        let tail = &state.text[text_end(count)..];
+        if !tail.is_empty() {
+            // It comes with the end, and belongs to the last token.
+            let origin = state.origins.last().copied();
+            pieces.push((tail.to_owned(), origin.unwrap_or(TokenOrigin::Unspecified)));
+        }
+        self.index = count;
+        News {
+            pieces,
+            end: state.end.clone(),
+        }
     }
 }
 

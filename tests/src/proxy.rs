@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::verify_service_server::{VerifyService, VerifyServiceServer};
 use specattn_proto::v1::{
-    CloseRequest, CloseResponse, OpenRequest, OpenResponse, Propose, SpeculateRequest,
-    SpeculateResponse, Verdict, VerifyStatusRequest, VerifyStatusResponse, Welcome,
-    speculate_request, speculate_response,
+    CloseRequest, CloseResponse, InspectRequest, InspectResponse, OpenRequest, OpenResponse,
+    Propose, SpeculateRequest, SpeculateResponse, Verdict, VerifyStatusRequest,
+    VerifyStatusResponse, Welcome, speculate_request, speculate_response,
 };
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
@@ -119,6 +119,15 @@ impl VerifyService for Pass {
 
     async fn close(&self, _: Request<CloseRequest>) -> Result<Response<CloseResponse>, Status> {
         Err(Status::unimplemented("sessions are closed directly"))
+    }
+
+    async fn inspect(
+        &self,
+        request: Request<InspectRequest>,
+    ) -> Result<Response<InspectResponse>, Status> {
+        VerifyServiceClient::new(self.channel.clone())
+            .inspect(request)
+            .await
     }
 
     async fn verify_status(

@@ -13,3 +13,9 @@ fn a_client_written_from_the_proto_files_alone() {
 fn the_openai_package() {
     run_script("openai_test.py", &["openai", "grpc", "grpc_tools"]);
 }
+
+/// The console's page, in a real browser.
+#[test]
+fn the_console_in_chromium() {
+    run_script("console_test.py", &["playwright.sync_api"]);
+}

@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::draft_link::{LinkEvent, LinkId, NewLink, ProposalPart};
 use crate::events::{Ending, Outbox};
+use crate::kept_map::KeptMap;
 use crate::metrics::Totals;
 use crate::session::{Session, SessionSpec, Shared};
 
@@ -63,6 +64,12 @@ pub(crate) enum Command {
         session: SessionId,
         ending: Ending,
         reply: oneshot::Sender<Result<(), Fault>>,
+    },
+    /// Asks what a session's masks let it read.
+    Inspect {
+        session: SessionId,
+        columns: usize,
+        reply: oneshot::Sender<Result<KeptMap, Fault>>,
     },
     /// Some session's gateway is gone.
     Sweep,
@@ -231,6 +238,14 @@ impl EngineLoop {
                 let closed = self.scheduler.remove(|open| open.id() == session);
                 let closed = closed.map(|open| part((open, Exit::Ended(ending))));
                 let _ = reply.send(closed.ok_or_else(unknown));
+            }
+            Command::Inspect {
+                session,
+                columns,
+                reply,
+            } => {
+                let found = self.find(session).ok_or_else(unknown);
+                let _ = reply.send(found.map(|found| found.kept_map(columns)));
             }
             Command::Sweep => self.scheduler.sweep().into_iter().for_each(part),
         }

@@ -20,6 +20,7 @@ use specattn_proto::v1::FinishReason;
 use tokio::time::{Sleep, sleep};
 use tokio_stream::Stream;
 
+use crate::origin::Origin;
 use crate::stats::Stats;
 
 /// How a session ended.
@@ -58,6 +59,8 @@ pub(crate) enum Event {
     Committed {
         start: usize,
         tokens: Vec<u32>,
+        /// One per token.
+        origins: Vec<Origin>,
         /// One per token when asked for, else empty.
         logprobs: Vec<TokenLogprobs>,
     },
@@ -77,6 +80,7 @@ struct State {
     /// Index of the first token not yet taken by the stream.
     start: usize,
     tokens: Vec<u32>,
+    origins: Vec<Origin>,
     logprobs: Vec<TokenLogprobs>,
     /// What is provisional, when the stream has yet to take it.
     provisional: Option<Vec<u32>>,
@@ -133,10 +137,16 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// Tells of committed tokens, and of their log-probabilities where the session reports them.
-    pub(crate) fn commit(&self, tokens: &[u32], logprobs: Vec<TokenLogprobs>) {
+    /// Tells of committed tokens, of how each came about, and of their log-probabilities where the session reports them.
+    pub(crate) fn commit(
+        &self,
+        tokens: &[u32],
+        origins: Vec<Origin>,
+        logprobs: Vec<TokenLogprobs>,
+    ) {
         self.change(|state| {
             state.tokens.extend_from_slice(tokens);
+            state.origins.extend(origins);
             state.logprobs.extend(logprobs);
             // What was provisional is committed now, or withdrawn.
             state.provisional = None;
@@ -237,6 +247,7 @@ impl State {
             return Some(Event::Committed {
                 start,
                 tokens,
+                origins: std::mem::take(&mut self.origins),
                 logprobs: std::mem::take(&mut self.logprobs),
             });
         }
@@ -306,15 +317,16 @@ mod tests {
     async fn commits_are_joined_and_indexed() {
         let (outbox, mut events) = channel(3, Duration::ZERO, || {});
         assert_eq!(events.next().await, Some(Event::Opened));
-        outbox.commit(&[7], Vec::new());
-        outbox.commit(&[8, 9], Vec::new());
+        outbox.commit(&[7], Vec::new(), Vec::new());
+        outbox.commit(&[8, 9], Vec::new(), Vec::new());
         let committed = |start, tokens: &[u32]| Event::Committed {
             start,
             tokens: tokens.to_vec(),
+            origins: Vec::new(),
             logprobs: Vec::new(),
         };
         assert_eq!(events.next().await, Some(committed(3, &[7, 8, 9])));
-        outbox.commit(&[1], Vec::new());
+        outbox.commit(&[1], Vec::new(), Vec::new());
         outbox.finish(Ending::Stop, Stats::default(), None);
         assert_eq!(events.next().await, Some(committed(6, &[1])));
         let end = Event::Finished {
@@ -338,12 +350,13 @@ mod tests {
         assert_eq!(events.next().await, provisional(3, &[7, 8]));
         // The second is withdrawn and replaced.
         outbox.withdraw(4);
-        outbox.commit(&[7, 9], Vec::new());
+        outbox.commit(&[7, 9], Vec::new(), Vec::new());
         outbox.provisional(&[1]);
         assert_eq!(events.next().await, Some(Event::RolledBack { to: 4 }));
         let committed = Event::Committed {
             start: 3,
             tokens: vec![7, 9],
+            origins: Vec::new(),
             logprobs: Vec::new(),
         };
         assert_eq!(events.next().await, Some(committed));
@@ -351,7 +364,7 @@ mod tests {
         // What the reader never heard of is withdrawn in silence, and what became committed is not told again.
         outbox.provisional(&[1, 2]);
         outbox.withdraw(6);
-        outbox.commit(&[1, 3], Vec::new());
+        outbox.commit(&[1, 3], Vec::new(), Vec::new());
         assert!(
             matches!(events.next().await, Some(Event::Committed { tokens, .. }) if tokens == [1, 3])
         );
@@ -365,7 +378,7 @@ mod tests {
         events.next().await;
         let writer = std::thread::spawn(move || {
             std::thread::sleep(std::time::Duration::from_millis(5));
-            outbox.commit(&[1], Vec::new());
+            outbox.commit(&[1], Vec::new(), Vec::new());
             outbox
         });
         assert!(matches!(events.next().await, Some(Event::Committed { .. })));
@@ -379,12 +392,12 @@ mod tests {
         let interval = Duration::from_millis(500);
         let (outbox, mut events) = channel(0, interval, || {});
         events.next().await;
-        outbox.commit(&[1], Vec::new());
+        outbox.commit(&[1], Vec::new(), Vec::new());
         let begin = Instant::now();
         let first = events.next().await;
         assert!(matches!(first, Some(Event::Committed { start: 0, .. })));
-        outbox.commit(&[2], Vec::new());
-        outbox.commit(&[3], Vec::new());
+        outbox.commit(&[2], Vec::new(), Vec::new());
+        outbox.commit(&[3], Vec::new(), Vec::new());
         let Some(Event::Committed { tokens, .. }) = events.next().await else {
             panic!("tokens were committed");
         };
@@ -396,7 +409,7 @@ mod tests {
             Instant::now(),
         );
         tokio::task::yield_now().await;
-        outbox.commit(&[4], Vec::new());
+        outbox.commit(&[4], Vec::new(), Vec::new());
         outbox.finish(Ending::Stop, Stats::default(), None);
         let last = waiting.await.unwrap();
         assert!(matches!(last, Some(Event::Committed { start: 3, .. })));

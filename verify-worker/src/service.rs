@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use specattn_proto::v1::verify_service_server::VerifyService;
 use specattn_proto::v1::{
-    CloseRequest, CloseResponse, OpenRequest, OpenResponse, SpeculateRequest, SpeculateResponse,
-    VerifyStatusRequest, VerifyStatusResponse,
+    CloseRequest, CloseResponse, InspectRequest, InspectResponse, OpenRequest, OpenResponse,
+    SpeculateRequest, SpeculateResponse, VerifyStatusRequest, VerifyStatusResponse,
 };
 use specattn_proto::{Fault, SessionId, limits, validate};
 use specattn_worker::{LoadGauge, ServedModel};
@@ -152,6 +152,19 @@ impl VerifyService for Service {
         })
         .await?;
         Ok(Response::new(CloseResponse {}))
+    }
+
+    async fn inspect(
+        &self,
+        request: Request<InspectRequest>,
+    ) -> Result<Response<InspectResponse>, Status> {
+        let (session, columns) = wire::inspection(&request.into_inner())?;
+        let map = self.ask(|reply| Command::Inspect {
+            session,
+            columns,
+            reply,
+        });
+        Ok(Response::new(wire::kept_map(map.await?)))
     }
 
     async fn verify_status(

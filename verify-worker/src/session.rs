@@ -27,8 +27,10 @@ use specattn_worker::{Plan, clock};
 
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
+use crate::kept_map::KeptMap;
 use crate::masks::MaskReader;
 use crate::metrics::Totals;
+use crate::origin::Origin;
 use crate::oversight::{Mode, Oversight};
 use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
@@ -89,6 +91,8 @@ pub(crate) struct Session {
     spec: SessionSpec,
     /// The view: committed tokens, then provisional ones.
     tokens: Vec<u32>,
+    /// How the provisional ones came about and, during a settle, those about to be committed.
+    origins: Vec<Origin>,
     /// The view's last tokens, which no dense pass has seen. Without oversight nothing is kept of them.
     run: Run,
     oversight: Oversight,
@@ -130,6 +134,7 @@ impl Session {
             ..Stats::default()
         };
         Ok(Self {
+            origins: Vec::new(),
             run: Run::default(),
             oversight,
             cached: 0,
@@ -138,8 +143,13 @@ impl Session {
             sampler: Sampler::new(spec.sampling.clone(), vocab_size)?,
             rng: CounterRng::new(spec.sampling.seed),
             link: None,
-            payoff: weighs
-                .then(|| Payoff::new(Arc::clone(&shared.findings), tokens.len(), spec.draft_length)),
+            payoff: weighs.then(|| {
+                Payoff::new(
+                    Arc::clone(&shared.findings),
+                    tokens.len(),
+                    spec.draft_length,
+                )
+            }),
             outbox,
             counted: stats,
             totals: shared.totals.clone(),
@@ -320,6 +330,15 @@ impl Session {
         };
     }
 
+    /// What the last mask lets each layer read, in so many columns.
+    pub(crate) fn kept_map(&self, columns: usize) -> KeptMap {
+        let tokens = self.tokens.len();
+        let masks = self.link.as_ref().and_then(|link| link.masks.as_ref());
+        masks.map_or(KeptMap::empty(tokens), |masks| {
+            KeptMap::of(masks.lists(), masks.map().of_head.len(), tokens, columns)
+        })
+    }
+
     /// Share of the cached positions that the last mask lets the heads read, on average.
     fn kept(&self) -> f64 {
         let masks = self.link.as_ref().and_then(|link| link.masks.as_ref());
@@ -368,9 +387,13 @@ impl Session {
         };
         let outcome = verify_round(&q, &candidates, &rng, m as u64);
         let accepted = outcome.accepted;
+        let before = self.origins.len();
         self.tokens.extend_from_slice(&self.input[1..=accepted]);
         self.tokens.push(outcome.next_token);
         let ending = self.cut(m);
+        self.origins.resize(before + accepted, Origin::Accepted);
+        self.origins.push(Origin::of_drawn(accepted, draft.len()));
+        self.origins.truncate(before + self.tokens.len() - m);
         let rows = output.logits.chunks_exact(self.vocab_size);
         for (drawn, row) in q.iter().zip(rows).take(self.tokens.len() - m) {
             if let Some(record) = self.oversight.record(drawn, row) {
@@ -428,6 +451,12 @@ impl Session {
         self.tokens.extend_from_slice(&proposed[..accepted]);
         self.tokens.push(outcome.next_token);
         let ending = self.cut(n);
+        // Confirmed ones keep theirs.
+        self.origins.truncate(accepted);
+        self.origins.resize(accepted, Origin::Accepted);
+        self.origins
+            .push(Origin::of_drawn(accepted, provisional + draft.len()));
+        self.origins.truncate(self.tokens.len() - n);
         self.choose_mask_p();
         if accepted < provisional {
             self.outbox.withdraw(n + accepted);
@@ -459,7 +488,8 @@ impl Session {
         let logprobs = self.logprobs(from, logits)?;
         self.count();
         self.outbox.progress(self.stats);
-        self.outbox.commit(&self.tokens[from..], logprobs);
+        let origins = std::mem::take(&mut self.origins);
+        self.outbox.commit(&self.tokens[from..], origins, logprobs);
         Ok(())
     }
 

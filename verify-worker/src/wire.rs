@@ -5,15 +5,19 @@ use specattn_engine::{KvReads, ModelConfig};
 use specattn_mask::Source;
 use specattn_proto::v1::{self, open_response, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
-use specattn_proto::{Fault, limits};
+use specattn_proto::{Fault, SessionId, limits};
 use specattn_worker::convert;
 
 use crate::draft_link::{LinkEvent, ProposalPart, Verdict, Welcome};
 use crate::draft_reads::ClaimBound;
 use crate::events::{Ending, Event};
+use crate::kept_map::KeptMap;
 use crate::oversight::Mode;
 use crate::session::SessionSpec;
 use crate::stats::Stats;
+
+/// Most columns of an inspection.
+const MOST_COLUMNS: u32 = 256;
 
 /// Checks an `OpenRequest` against the model.
 pub(crate) fn session_spec(
@@ -85,6 +89,26 @@ pub(crate) fn ending(raw: i32) -> Result<Ending, Invalid> {
         Ok(v1::FinishReason::Unspecified) | Err(_) => {
             Err(Invalid::new("reason", format!("{raw} is none")))
         }
+    }
+}
+
+/// Checks which session to inspect, and in how many columns.
+pub(crate) fn inspection(request: &v1::InspectRequest) -> Result<(SessionId, usize), Invalid> {
+    let columns = request.columns;
+    if !(1..=MOST_COLUMNS).contains(&columns) {
+        let reason = format!("must be from 1 to {MOST_COLUMNS}");
+        return Err(Invalid::new("columns", reason));
+    }
+    Ok((request.session_id.parse()?, columns as usize))
+}
+
+/// What an inspection found.
+pub(crate) fn kept_map(map: KeptMap) -> v1::InspectResponse {
+    v1::InspectResponse {
+        tokens: map.tokens as u64,
+        num_layers: map.num_layers as u32,
+        columns: map.columns as u32,
+        kept: map.kept,
     }
 }
 
@@ -191,10 +215,15 @@ pub(crate) fn open_response(
         Event::Committed {
             start,
             tokens,
+            origins,
             logprobs,
         } => open_response::Event::Committed(v1::Committed {
             start: start as u64,
             token_ids: tokens,
+            origins: origins
+                .into_iter()
+                .map(|origin| v1::TokenOrigin::from(origin).into())
+                .collect(),
             logprobs: logprobs.into_iter().map(token_logprobs).collect(),
             stats: progress.map(|stats| stats.report(kv_entry_bytes)),
         }),

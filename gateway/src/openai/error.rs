@@ -10,7 +10,7 @@ use specattn_proto::validate::Invalid;
 
 /// A failed request.
 #[derive(Debug)]
-pub(super) struct ApiError {
+pub(crate) struct ApiError {
     fault: Fault,
     /// The field that is wrong, where one is.
     param: Option<&'static str>,

@@ -36,7 +36,7 @@ use crate::listener::ClientStream;
 use crate::registry::Prefix;
 use answer::Wording;
 use chat_template::ChatTemplate;
-use error::ApiError;
+pub(crate) use error::ApiError;
 use request::{ChatRequest, CompletionRequest, Generation};
 
 /// Most choices of a request: prompts times `n`.

@@ -4,6 +4,7 @@ fn commit(tokens: &[u32], texts: &[&str]) -> Commit {
     Commit {
         tokens: tokens.to_vec(),
         texts: texts.iter().map(|&text| text.to_owned()).collect(),
+        origins: Vec::new(),
         logprobs: Vec::new(),
     }
 }
@@ -66,4 +67,28 @@ fn only_what_was_shown_is_withdrawn() {
     assert_eq!(reader.next(), withdrawn);
     assert_eq!(reader.next(), delta(0, &[7, 5], "xv", 0));
     assert!(!reader.is_ready());
+}
+
+#[tokio::test]
+async fn a_watcher_sees_tokens_one_by_one_and_how_they_came_about() {
+    use TokenOrigin::{Accepted, Bonus, Unspecified};
+    let transcript = Arc::new(Transcript::new(vec![1]));
+    let mut watcher = Watcher::new(Arc::clone(&transcript));
+    transcript.commit(Commit {
+        origins: vec![Accepted, Bonus],
+        ..commit(&[3, 4], &["a", ""])
+    });
+    let piece = |text: &str, origin| (text.to_owned(), origin);
+    let news = watcher.next().await;
+    assert_eq!(news.pieces, [piece("a", Accepted), piece("", Bonus)]);
+    assert!(news.end.is_none());
+    // Of a session taken from the log nobody knows.
+    transcript.commit(commit(&[5], &["é"]));
+    transcript.end("!", Ok(Finished::default()));
+    let news = watcher.next().await;
+    assert_eq!(
+        news.pieces,
+        [piece("é", Unspecified), piece("!", Unspecified)]
+    );
+    assert!(news.end.is_some());
 }

@@ -1,8 +1,10 @@
 //! The gateway over real sockets, between a client and scripted workers.
 #![allow(clippy::unwrap_used)]
 
+mod console;
 mod generation;
 mod hostile;
+mod http;
 mod openai;
 mod resuming;
 mod support;

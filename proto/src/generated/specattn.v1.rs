@@ -1472,6 +1472,9 @@ pub struct Committed {
     /// What the session has cost so far at this worker; a gateway that loses the worker knows no more than the last of these.
     #[prost(message, optional, tag = "4")]
     pub stats: ::core::option::Option<SessionStats>,
+    /// One per token.
+    #[prost(enumeration = "TokenOrigin", repeated, tag = "5")]
+    pub origins: ::prost::alloc::vec::Vec<i32>,
 }
 /// Tokens that masked attention let through and no dense pass has confirmed yet: all there are, in place of what an
 /// earlier Provisional said.
@@ -1679,6 +1682,28 @@ pub struct CloseRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CloseResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct InspectRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    /// Parts to cut the session's positions into, 1 to 256.
+    #[prost(uint32, tag = "2")]
+    pub columns: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct InspectResponse {
+    /// Tokens the session holds: the columns are equal parts of them.
+    #[prost(uint64, tag = "1")]
+    pub tokens: u64,
+    #[prost(uint32, tag = "2")]
+    pub num_layers: u32,
+    #[prost(uint32, tag = "3")]
+    pub columns: u32,
+    /// Share of a column's KV entries that the KV heads of a layer may read, 0 to 255; \[num_layers, columns\]. Empty while the
+    /// session uses no masks.
+    #[prost(bytes = "vec", tag = "4")]
+    pub kept: ::prost::alloc::vec::Vec<u8>,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VerifyStatusRequest {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1687,6 +1712,46 @@ pub struct VerifyStatusResponse {
     pub model: ::core::option::Option<ModelInfo>,
     #[prost(message, optional, tag = "2")]
     pub load: ::core::option::Option<WorkerLoad>,
+}
+/// How a committed token came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum TokenOrigin {
+    Unspecified = 0,
+    /// Proposed by the draft and accepted.
+    Accepted = 1,
+    /// Drawn from the target after a rejection.
+    Recovered = 2,
+    /// Drawn from the target after every token it was to judge was accepted.
+    Bonus = 3,
+    /// Drawn from the target in a step alone.
+    Solo = 4,
+}
+impl TokenOrigin {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "TOKEN_ORIGIN_UNSPECIFIED",
+            Self::Accepted => "TOKEN_ORIGIN_ACCEPTED",
+            Self::Recovered => "TOKEN_ORIGIN_RECOVERED",
+            Self::Bonus => "TOKEN_ORIGIN_BONUS",
+            Self::Solo => "TOKEN_ORIGIN_SOLO",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TOKEN_ORIGIN_UNSPECIFIED" => Some(Self::Unspecified),
+            "TOKEN_ORIGIN_ACCEPTED" => Some(Self::Accepted),
+            "TOKEN_ORIGIN_RECOVERED" => Some(Self::Recovered),
+            "TOKEN_ORIGIN_BONUS" => Some(Self::Bonus),
+            "TOKEN_ORIGIN_SOLO" => Some(Self::Solo),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod verify_service_client {
@@ -1856,6 +1921,31 @@ pub mod verify_service_client {
                 .insert(GrpcMethod::new("specattn.v1.VerifyService", "Close"));
             self.inner.unary(req, path, codec).await
         }
+        /// What a session's masks let the target read now, for people who look. NOT_FOUND: no such session.
+        pub async fn inspect(
+            &mut self,
+            request: impl tonic::IntoRequest<super::InspectRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::InspectResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/specattn.v1.VerifyService/Inspect",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("specattn.v1.VerifyService", "Inspect"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Model and load, for gateways that know this worker from a list.
         pub async fn verify_status(
             &mut self,
@@ -1928,6 +2018,11 @@ pub mod verify_service_server {
             &self,
             request: tonic::Request<super::CloseRequest>,
         ) -> std::result::Result<tonic::Response<super::CloseResponse>, tonic::Status>;
+        /// What a session's masks let the target read now, for people who look. NOT_FOUND: no such session.
+        async fn inspect(
+            &self,
+            request: tonic::Request<super::InspectRequest>,
+        ) -> std::result::Result<tonic::Response<super::InspectResponse>, tonic::Status>;
         /// Model and load, for gateways that know this worker from a list.
         async fn verify_status(
             &self,
@@ -2136,6 +2231,51 @@ pub mod verify_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = CloseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/specattn.v1.VerifyService/Inspect" => {
+                    #[allow(non_camel_case_types)]
+                    struct InspectSvc<T: VerifyService>(pub Arc<T>);
+                    impl<
+                        T: VerifyService,
+                    > tonic::server::UnaryService<super::InspectRequest>
+                    for InspectSvc<T> {
+                        type Response = super::InspectResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::InspectRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as VerifyService>::inspect(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = InspectSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -14,6 +14,7 @@ use super::*;
 use crate::draft_link::{LinkId, NewLink, ProposalPart, Verdict, Welcome};
 use crate::draft_reads::DraftReads;
 use crate::events::{self, Event, Events};
+use crate::origin::Origin;
 
 const VOCAB: usize = 16;
 const TIMEOUT: Duration = Duration::from_millis(10);
@@ -218,6 +219,7 @@ fn alone_it_decodes_to_the_limit() {
     let committed = Event::Committed {
         start: 3,
         tokens: expected[3..].to_vec(),
+        origins: vec![Origin::Solo; 7],
         logprobs: Vec::new(),
     };
     assert_eq!(bench.drain_events(), [Event::Opened, committed]);

@@ -9,10 +9,10 @@ use specattn_proto::Fault;
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_server::{VerifyService, VerifyServiceServer};
 use specattn_proto::v1::{
-    CloseRequest, CloseResponse, Committed, FinishReason, ModelInfo, OpenRequest, OpenResponse,
-    Opened, Provisional, RolledBack, SessionFinished, SessionStats, SpeculateRequest,
-    SpeculateResponse, TokenLogprobs, VerifyStatusRequest, VerifyStatusResponse, WorkerLoad,
-    WorkerRole,
+    CloseRequest, CloseResponse, Committed, FinishReason, InspectRequest, InspectResponse,
+    ModelInfo, OpenRequest, OpenResponse, Opened, Provisional, RolledBack, SessionFinished,
+    SessionStats, SpeculateRequest, SpeculateResponse, TokenLogprobs, TokenOrigin,
+    VerifyStatusRequest, VerifyStatusResponse, WorkerLoad, WorkerRole,
 };
 use specattn_service::server::Server;
 use tokio::sync::{mpsc, watch};
@@ -165,6 +165,19 @@ impl VerifyService for FakeVerify {
         Ok(Response::new(CloseResponse {}))
     }
 
+    async fn inspect(
+        &self,
+        request: Request<InspectRequest>,
+    ) -> Result<Response<InspectResponse>, Status> {
+        let columns = request.into_inner().columns;
+        Ok(Response::new(InspectResponse {
+            tokens: 1_000,
+            num_layers: 2,
+            columns,
+            kept: vec![255; 2 * columns as usize],
+        }))
+    }
+
     async fn verify_status(
         &self,
         _: Request<VerifyStatusRequest>,
@@ -225,6 +238,7 @@ async fn play(
             start: script.wrong_start.unwrap_or((prompt + done) as u64),
             token_ids: tokens.clone(),
             logprobs,
+            origins: origins(tokens.len()),
             stats: Some(stats(done + tokens.len() - opened_with)),
         };
         if script.looks_ahead {
@@ -266,6 +280,15 @@ async fn play(
         stats: Some(stats(done - opened_with)),
     };
     sender.send(event(Event::Finished(finished))).await
+}
+
+/// All accepted but the last.
+fn origins(tokens: usize) -> Vec<i32> {
+    let of = |index| match index + 1 == tokens {
+        true => TokenOrigin::Bonus.into(),
+        false => TokenOrigin::Accepted.into(),
+    };
+    (0..tokens).map(of).collect()
 }
 
 /// A forward per token.

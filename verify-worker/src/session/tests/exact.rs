@@ -162,6 +162,7 @@ fn what_the_dense_pass_would_not_say_is_withdrawn_everywhere() {
     let committed = Event::Committed {
         start: 3,
         tokens: right[3..6].to_vec(),
+        origins: vec![Origin::Accepted, Origin::Accepted, Origin::Recovered],
         logprobs: Vec::new(),
     };
     assert_eq!(
