@@ -57,6 +57,16 @@ pub struct AlignArgs {
     #[arg(long, value_name = "X", default_value_t = Remember::default().p_offset, allow_negative_numbers = true)]
     pub memory_offset: f32,
 
+    /// Of a round's mean attention row, the share of an entry's mass that counts for the position beside it, the share
+    /// of that for the next, and so on; in [0, 1)
+    #[arg(long, value_name = "SHARE", default_value_t = AlignOptions::default().spread.unwrap_or(0.0))]
+    pub spread: f32,
+
+    /// Keep the union of the steps' own selections, as the paper does, in place of the selection of their mean
+    /// [default for the maps layer and head]
+    #[arg(long)]
+    pub union: bool,
+
     /// Of each source, in order: how much more than p its selections cover, in log-odds; eval tells what helps
     #[arg(
         long,
@@ -145,6 +155,7 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
             decay: args.memory_decay,
             p_offset: args.memory_offset,
         }),
+        spread: (args.map == MapArg::Mixture && !args.union).then_some(args.spread),
         p_offsets: args.p_offset.clone(),
     };
     let books = args

@@ -154,6 +154,7 @@ fn sources(raw: Vec<v1::Source>, model: &ModelConfig) -> Result<Vec<Source>, Fau
             let terms = source.terms.into_iter();
             let source = Source {
                 p_offset: source.p_offset,
+                spread: source.spread,
                 terms: terms
                     .map(|term| Term {
                         layer: term.layer,

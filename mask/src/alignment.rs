@@ -7,7 +7,7 @@
 //!   "draft": { "checkpoint_hash": "…", "layers": 3, "heads": 3 },
 //!   "text": { "files": [ { "name": "book.txt", "sha256": "…" } ], "tokens": 65536 },
 //!   "metric": "KL(target || source), nats, mean over rows",
-//!   "sources": [ { "terms": [ { "layer": 0, "head": 1, "weight": 1.0 } ], "p_offset": -0.5 } ],
+//!   "sources": [ { "terms": [ { "layer": 0, "head": 1, "weight": 1.0 } ], "p_offset": -0.5, "spread": 0.5 } ],
 //!   "of_head": [ [ 0, 0 ], … ],
 //!   "divergences": [ [ 0.31, 0.27 ], … ],
 //!   "memory": { "decay": 0.9, "p_offset": [ [ 1.0, 0.5 ], … ] }
@@ -15,8 +15,8 @@
 //! ```
 //!
 //! `heads` are KV heads of the target and query heads of the draft. `of_head`, `divergences` and
-//! the memory's `p_offset` are `[target layers][target KV heads]`. `memory` may be absent, and a source's `p_offset`,
-//! then 0. Fields that this version does not know are an error.
+//! the memory's `p_offset` are `[target layers][target KV heads]`. `memory` may be absent, and of a source `p_offset`,
+//! then 0, and `spread`, then a union. Fields that this version does not know are an error.
 
 use std::fs;
 use std::path::Path;

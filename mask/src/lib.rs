@@ -1,7 +1,7 @@
 //! Masks: which KV cache positions the target reads in a round, chosen from the draft's attention.
 //!
 //! The draft side mixes its heads' attention rows into [`Source`] rows, selects from each step's row the positions
-//! that carry a share `p` of its mass ([`select_top_p`]), unites a round's steps ([`RoundSelector`]) and sends the
+//! that carry a share `p` of its mass ([`select_top_p`]), pools a round's steps ([`RoundSelector`]) and sends the
 //! [`RoundMask`] compressed against the previous round's ([`Encoder`]). The target side decodes it ([`Decoder`]), looks
 //! up each KV head's source in the [`LayerMap`] and makes the list of positions that the head reads ([`read_list()`]).
 //!
@@ -19,6 +19,7 @@ pub mod position_set;
 pub mod read_list;
 pub mod round;
 pub mod source;
+pub mod spread;
 pub mod top_p;
 
 pub use alignment::Calibration;

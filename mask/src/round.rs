@@ -4,7 +4,8 @@ use crate::memory::shifted_mass;
 use crate::policy::MaskPolicy;
 use crate::position_set::PositionSet;
 use crate::source::Source;
-use crate::top_p::{Selection, select_top_p};
+use crate::spread::spread;
+use crate::top_p::select_top_p;
 
 /// The selections of one round, one per source in use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -24,14 +25,31 @@ impl RoundMask {
     }
 }
 
-/// Gathers a round's selections while the draft steps: the union over steps, then whole groups.
+/// Gathers a round's selections while the draft steps: of each source the union over steps or the selection of their
+/// mean, then whole groups.
+///
+/// For one list that serves all of a round's queries, the mean's selection carries the most of their mass for its length;
+/// a union also keeps what a single noisy row puts first.
 #[derive(Debug)]
 pub struct RoundSelector {
     policy: MaskPolicy,
     context_len: usize,
-    sources: Vec<PositionSet>,
-    /// Of each source: log-odds above those of the policy's p.
-    p_offsets: Vec<f32>,
+    sources: Vec<Gathered>,
+    /// A spread row: kept between rounds.
+    spread: Vec<f32>,
+}
+
+/// What a source has come to in the round so far.
+#[derive(Debug)]
+struct Gathered {
+    /// Log-odds above those of the policy's p.
+    p_offset: f32,
+    /// The share by which the steps' sum is spread, for a source of means.
+    spread: Option<f32>,
+    /// Sum of the steps' rows over the context, for a source of means.
+    sum: Vec<f32>,
+    /// Union of the steps' selections, for a source of unions.
+    union: PositionSet,
 }
 
 impl RoundSelector {
@@ -40,12 +58,21 @@ impl RoundSelector {
         Self {
             policy,
             context_len: 0,
-            sources: vec![PositionSet::default(); sources.len()],
-            p_offsets: sources.iter().map(|source| source.p_offset).collect(),
+            sources: sources
+                .iter()
+                .map(|source| Gathered {
+                    p_offset: source.p_offset,
+                    spread: source.spread,
+                    sum: Vec::new(),
+                    union: PositionSet::default(),
+                })
+                .collect(),
+            spread: Vec::new(),
         }
     }
 
-    /// Selections must reach `p`, moved by their source's offset, of a row's mass from the next step on, in (0, 1].
+    /// Selections must reach `p`, moved by their source's offset, of a row's mass, in (0, 1]. Unions of steps that were
+    /// added before stay as they are.
     pub fn set_mass(&mut self, p: f32) {
         self.policy.p = p;
     }
@@ -54,19 +81,30 @@ impl RoundSelector {
     pub fn begin(&mut self, context_len: usize) {
         self.context_len = context_len;
         for source in &mut self.sources {
-            source.clear();
-            source.resize(context_len);
+            source.union.clear();
+            source.union.resize(context_len);
+            source.sum.clear();
+            if source.spread.is_some() {
+                source.sum.resize(context_len, 0.0);
+            }
         }
     }
 
     /// Adds one draft step's row of source `source`. The row covers the context and the round's own inputs up to the
-    /// step; those are always read, so only positions below `context_len` are selected.
+    /// step; those are always read, so only positions below `context_len` are selected, and summed.
     ///
     /// # Panics
     /// When there is no such source.
-    pub fn add_step(&mut self, source: usize, row: &[f32]) -> Selection {
-        let p = shifted_mass(self.policy.p, self.p_offsets[source]);
-        select_top_p(row, p, &mut self.sources[source])
+    pub fn add_step(&mut self, source: usize, row: &[f32]) {
+        let source = &mut self.sources[source];
+        if source.spread.is_some() {
+            for (sum, &x) in source.sum.iter_mut().zip(row) {
+                *sum += x;
+            }
+        } else {
+            let p = shifted_mass(self.policy.p, source.p_offset);
+            select_top_p(row, p, &mut source.union);
+        }
     }
 
     /// Ends the round. The next one begins with [`begin`](Self::begin).
@@ -75,7 +113,12 @@ impl RoundSelector {
             .sources
             .iter_mut()
             .map(|source| {
-                let mut set = std::mem::take(source);
+                let mut set = std::mem::take(&mut source.union);
+                if let Some(share) = source.spread {
+                    let p = shifted_mass(self.policy.p, source.p_offset);
+                    spread(&source.sum, share, &mut self.spread);
+                    select_top_p(&self.spread, p, &mut set);
+                }
                 set.fill_groups(self.policy.granularity as usize);
                 set
             })
@@ -130,6 +173,36 @@ mod tests {
         assert!(mask.sources[0].iter().eq([0, 1, 2]));
         // The log-odds of 0.95 less 2 are those of 0.72.
         assert!(mask.sources[1].iter().eq([0, 1]));
+    }
+
+    #[test]
+    fn a_source_of_means_selects_once_among_the_context() {
+        let mut sources = sources(2);
+        sources[0].spread = Some(0.0);
+        sources[1].spread = Some(0.5);
+        let policy = MaskPolicy {
+            p: 0.6,
+            ..MaskPolicy::default()
+        };
+        let mut selector = RoundSelector::new(policy, &sources);
+        selector.begin(10);
+        for source in [0, 1] {
+            // The round's own inputs, from position 10 on, weigh most in either row and do not count.
+            for own in [10, 11] {
+                let mut row = row(12, &[]);
+                (row[2], row[8], row[own]) = (0.4, 0.1, 0.5);
+                selector.add_step(source, &row);
+            }
+        }
+        let mask = selector.finish();
+        assert!(mask.sources[0].iter().eq([2]));
+        // Spread, 2 and its neighbours weigh 1.6 of 2.64, position 8 weighs 0.2.
+        assert!(mask.sources[1].iter().eq([1, 2, 3]));
+        selector.begin(4);
+        assert_eq!(
+            selector.finish().sources,
+            [PositionSet::new(4), PositionSet::new(4)]
+        );
     }
 
     #[test]

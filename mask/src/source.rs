@@ -32,6 +32,10 @@ pub struct Source {
     /// [`MAX_P_OFFSET`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub p_offset: f32,
+    /// How a round's rows become one selection. `None`: the union of the rows' own selections, the paper's. `Some`: the
+    /// selection of the rows' mean, [`spread`](crate::spread) by this share, in `[0, 1)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<f32>,
 }
 
 fn is_zero(x: &f32) -> bool {
@@ -44,6 +48,7 @@ impl Source {
         let weight = 1.0 / heads as f32;
         Self {
             p_offset: 0.0,
+            spread: None,
             terms: (0..heads)
                 .map(|head| Term {
                     layer,
@@ -58,7 +63,7 @@ impl Source {
     ///
     /// # Errors
     /// [`MaskError::InvalidSource`]: no term, a head that does not exist or comes twice, a weight that is negative or
-    /// not finite, weights that do not sum to 1 within 1e-3, an offset out of range.
+    /// not finite, weights that do not sum to 1 within 1e-3, an offset or a spread out of range.
     pub fn validate(&self, layers: u32, heads: u32) -> Result<(), MaskError> {
         let invalid = |reason: String| Err(MaskError::InvalidSource(reason));
         if self.terms.is_empty() {
@@ -75,6 +80,11 @@ impl Source {
                 "log-odds of {} are not within {MAX_P_OFFSET}",
                 self.p_offset
             ));
+        }
+        if let Some(share) = self.spread
+            && !(0.0..1.0).contains(&share)
+        {
+            return invalid(format!("a spread of {share} is not in [0, 1)"));
         }
         let mut seen: Vec<(u32, u32)> = self.terms.iter().map(|t| (t.layer, t.head)).collect();
         seen.sort_unstable();
@@ -157,6 +167,7 @@ mod tests {
     fn source(terms: &[(u32, u32, f32)]) -> Source {
         Source {
             p_offset: 0.0,
+            spread: None,
             terms: terms
                 .iter()
                 .map(|&(layer, head, weight)| Term {
@@ -189,7 +200,11 @@ mod tests {
             p_offset,
             ..source(&[(0, 0, 1.0)])
         });
-        for source in bad.into_iter().chain(offsets) {
+        let spreads = [1.0, -0.1, f32::NAN].map(|share| Source {
+            spread: Some(share),
+            ..source(&[(0, 0, 1.0)])
+        });
+        for source in bad.into_iter().chain(offsets).chain(spreads) {
             let error = source.validate(3, 3).unwrap_err();
             assert_eq!(error.label(), "invalid_source", "{source:?}");
         }

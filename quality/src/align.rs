@@ -52,6 +52,8 @@ pub struct AlignOptions {
     pub rows: usize,
     /// How the target's own memory adds to mixtures; `None`: not at all.
     pub memory: Option<Remember>,
+    /// Of mixtures: the share by which a round's mean row is spread; `None`: unions of the steps' own selections.
+    pub spread: Option<f32>,
     /// Of each source, in order: log-odds above those of the session's p, found by evaluating. Empty: none.
     pub p_offsets: Vec<f32>,
 }
@@ -84,6 +86,7 @@ impl Default for AlignOptions {
             windows: 1,
             rows: 96,
             memory: Some(Remember::default()),
+            spread: Some(0.5),
             p_offsets: Vec::new(),
         }
     }
@@ -161,6 +164,9 @@ pub fn align(
         for (source, &offset) in map.sources.iter_mut().zip(&options.p_offsets) {
             source.p_offset = offset;
         }
+    }
+    for source in &mut map.sources {
+        source.spread = options.spread;
     }
     map.memory = options.memory.map(|rule| MemoryRule {
         decay: rule.decay,
@@ -294,6 +300,7 @@ fn to_map(clusters: &Clusters, pair: &PairShape) -> LayerMap {
     let heads = pair.draft_heads as usize;
     let source = |weights: &Vec<f32>| Source {
         p_offset: 0.0,
+        spread: None,
         terms: weights
             .iter()
             .enumerate()

@@ -71,12 +71,13 @@ impl Count {
 }
 
 /// The bundled map without the target's memory, whose additions no mask shows: for an outside count of what is read. The
-/// sources' offsets, which were chosen together with the memory, go too.
+/// sources' offsets and spreads, which were chosen together with the memory, go too.
 pub fn layer_map() -> LayerMap {
     let mut map = LayerMap::load(&process::target().join("alignment.json")).unwrap();
     map.memory = None;
     for source in &mut map.sources {
         source.p_offset = 0.0;
+        source.spread = None;
     }
     map
 }

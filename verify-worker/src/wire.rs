@@ -291,6 +291,7 @@ fn raw_source(source: Source) -> v1::Source {
     let terms = source.terms.into_iter();
     v1::Source {
         p_offset: source.p_offset,
+        spread: source.spread,
         terms: terms
             .map(|term| v1::SourceTerm {
                 layer: term.layer,

@@ -391,10 +391,12 @@ fn masks_cover_the_targets_cache_and_can_start_over() {
     let sources = vec![
         Source {
             p_offset: 0.0,
+            spread: None,
             terms: vec![term(1, 0), term(1, 1)],
         },
         Source {
             p_offset: 0.0,
+            spread: None,
             terms: vec![term(0, 0), term(2, 1)],
         },
     ];
@@ -513,6 +515,7 @@ fn withdrawn_tokens_are_replaced_and_forgotten() {
 fn a_verdict_changes_the_mass_of_masks() {
     let source = Source {
         p_offset: 0.0,
+        spread: None,
         terms: vec![Term {
             layer: 0,
             head: 0,

@@ -1628,6 +1628,10 @@ pub struct Source {
     /// Log-odds added to those of mask_p: the mass that this source's selections must reach. In \[-16, 16\].
     #[prost(float, tag = "2")]
     pub p_offset: f32,
+    /// How a round's rows become one selection. Absent: the union of the rows' own selections. Present: the selection of the
+    /// rows' mean, in which an entry's mass counts for its neighbours too, this share of it per position. In \[0, 1).
+    #[prost(float, optional, tag = "3")]
+    pub spread: ::core::option::Option<f32>,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct SourceTerm {
