@@ -36,7 +36,7 @@ def compile_protos(root):
 def start_server(binary, target, draft, threads, extra):
     """(process, address), once its workers have registered: it prints its URL then."""
     command = [str(binary), "serve", "--listen", "127.0.0.1:0", "--target", str(target), "--draft", str(draft)]
-    command += ["--threads", str(threads), "--quiet", "--log-level", "warn", *extra]
+    command += ["--threads", str(threads), "--quiet", "--log-level", "warn", "--no-prefix-sharing", *extra]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     atexit.register(stop_server, process)
     timer = threading.Timer(START_TIMEOUT_S, process.kill)

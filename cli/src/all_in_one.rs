@@ -44,6 +44,8 @@ pub struct Plan {
     folders: ModelFolders,
     models: ModelArgs,
     show_progress: bool,
+    /// Whether sessions take over what others have processed of a common beginning.
+    pub share_prefixes: bool,
     /// How the gateway is reached and how long it drains.
     pub server: ServerConfig,
     /// What the gateway's HTTP API says and takes.
@@ -64,6 +66,7 @@ impl Plan {
             folders: ModelFolders::find(args, with_draft)?,
             models: args.clone(),
             show_progress,
+            share_prefixes: true,
             server: ServerConfig::default(),
             http: HttpArgs::default(),
             log: None,
@@ -92,6 +95,9 @@ impl Plan {
         flag("--listen", "127.0.0.1:0".to_owned());
         let drain_timeout = self.server.drain_timeout.as_millis();
         flag("--drain-timeout-ms", drain_timeout.to_string());
+        if !self.share_prefixes {
+            line.push("--no-prefix-sharing".into());
+        }
         parse_from(service, line).map_err(|error| CliError::Usage(error.to_string()))
     }
 }

@@ -331,6 +331,10 @@ pub struct ServeArgs {
     #[arg(long, conflicts_with = "draft")]
     pub no_draft: bool,
 
+    /// Process every prompt in full, also where sessions begin alike
+    #[arg(long, env = "SPECATTN_NO_PREFIX_SHARING")]
+    pub no_prefix_sharing: bool,
+
     /// Show no progress
     #[arg(short, long)]
     pub quiet: bool,

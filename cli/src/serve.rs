@@ -15,6 +15,7 @@ use crate::error::CliError;
 pub async fn run(args: &ServeArgs) -> Result<(), CliError> {
     let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet)?;
     plan.server = args.server.config()?;
+    plan.share_prefixes = !args.no_prefix_sharing;
     plan.http = args.http.clone();
     plan.log = args
         .log

@@ -80,6 +80,11 @@ pub struct ModelArgs {
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     pub prefill_share: f64,
 
+    /// Process every prompt in full, also where sessions begin alike: nobody can tell from the time to a first token what
+    /// others have asked
+    #[arg(long, env = "SPECATTN_NO_PREFIX_SHARING")]
+    pub no_prefix_sharing: bool,
+
     /// For tests of slow models only: milliseconds added to every forward
     #[arg(long, value_name = "MS", default_value_t = 0, hide = true)]
     pub inject_forward_delay_ms: u64,
@@ -179,6 +184,7 @@ impl ModelArgs {
             limits: Limits {
                 batch_tokens: self.batch_tokens,
                 prefill_share: self.prefill_share,
+                share_prefixes: !self.no_prefix_sharing,
                 forward_delay: Duration::from_millis(self.inject_forward_delay_ms),
             },
         })
@@ -206,6 +212,7 @@ mod tests {
             max_sessions: 2,
             batch_tokens: 64,
             prefill_share: 0.5,
+            no_prefix_sharing: false,
             inject_forward_delay_ms: 0,
         }
     }

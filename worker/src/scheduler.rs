@@ -85,6 +85,8 @@ pub struct Limits {
     pub batch_tokens: usize,
     /// Share of the time that prompts may take from sessions that generate, in `(0, 1)`.
     pub prefill_share: f64,
+    /// Whether sessions take over what others have processed of a common beginning.
+    pub share_prefixes: bool,
     /// Added to every forward, for tests of slow models.
     pub forward_delay: Duration,
 }
@@ -397,7 +399,9 @@ impl<S: Session> Scheduler<S> {
             };
             let exit = match settled {
                 Ok(None) => {
-                    sequence.publish(session.prompt());
+                    if self.limits.share_prefixes {
+                        sequence.publish(session.prompt());
+                    }
                     continue;
                 }
                 Ok(Some(ending)) => Exit::Ended(ending),

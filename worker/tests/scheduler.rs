@@ -107,6 +107,7 @@ fn scheduler(kv_blocks: usize, batch_tokens: usize) -> (Scheduler<Greedy>, Arc<L
     let limits = Limits {
         batch_tokens,
         prefill_share: 0.5,
+        share_prefixes: true,
         forward_delay: Duration::ZERO,
     };
     (Scheduler::new(model, Arc::clone(&load), limits), load)
