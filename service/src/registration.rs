@@ -64,8 +64,9 @@ pub async fn run(
             fault = stay_registered(&worker, &report, &draining, &mut on_registered) => fault,
             () = stopped.cancelled() => return,
         };
-        // A gateway that starts after its workers is ordinary: say so once, not at every try.
-        if tries == 0 {
+        // A gateway that starts after its workers is ordinary: say so once, not at every try. So is one that ends while they
+        // drain.
+        if tries == 0 && !draining.is_cancelled() {
             tracing::warn!(gateway = worker.gateway, %fault, "not registered; will keep trying");
         } else {
             tracing::debug!(gateway = worker.gateway, %fault, tries, "not registered");
