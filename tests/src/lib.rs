@@ -16,6 +16,7 @@ pub mod process;
 pub mod proxy;
 pub mod python;
 pub mod raw;
+pub mod replay;
 pub mod session;
 pub mod stranger;
 pub mod texts;

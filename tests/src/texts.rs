@@ -1,5 +1,7 @@
 //! Prompts: token ids of real and generated prose, with what the bundled target continues them by.
 
+use std::path::{Path, PathBuf};
+
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
@@ -38,24 +40,31 @@ pub fn tokenizer() -> Tokenizer {
 /// Books are not part of the tree: they are looked for in `shared/corpus/test` beside it. Where there are none the
 /// longest reference prompt serves, which the target wrote itself, and stderr says so.
 pub fn book(tokens: usize) -> Vec<u32> {
-    let folder = workspace().join("../shared/corpus/test");
-    let mut books: Vec<_> = std::fs::read_dir(&folder)
-        .map(|entries| {
-            entries
-                .filter_map(|entry| Some(entry.ok()?.path()))
-                .collect()
-        })
-        .unwrap_or_default();
-    books.sort();
-    let Some(text) = books
-        .first()
-        .and_then(|path| std::fs::read_to_string(path).ok())
-    else {
-        eprintln!("SKIPPED real text: no books in {}", folder.display());
+    let Some(path) = book_files().into_iter().next() else {
+        eprintln!("SKIPPED real text: no books beside the repository");
         let longest = references().pop().expect("there are references").prompt;
         return longest[..tokens.min(longest.len())].to_vec();
     };
-    let middle = text.len() / 2;
+    middle_of(&path, tokens)
+}
+
+/// The books that [`book`] takes the first of, by name; empty where there are none.
+pub fn book_files() -> Vec<PathBuf> {
+    let folder = workspace().join("../shared/corpus/test");
+    let entries = std::fs::read_dir(&folder).into_iter().flatten();
+    let mut books: Vec<_> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    books.sort();
+    books
+}
+
+/// The first `tokens` tokens of the middle of a text.
+pub fn middle_of(path: &Path, tokens: usize) -> Vec<u32> {
+    let text =
+        std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let middle = (text.len() / 2..).find(|&at| text.is_char_boundary(at));
+    let middle = middle.expect("the end is a boundary");
     let start = text[middle..].find("\n\n").map_or(0, |at| middle + at + 2);
     // Four bytes a token, and some to spare.
     let end = text.len().min(start + 8 * tokens);
