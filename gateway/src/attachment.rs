@@ -31,6 +31,9 @@ const RETRY_MOST: Duration = Duration::from_secs(5);
 /// An attachment that held this long is a success: the next pause is short again.
 const HELD: Duration = Duration::from_secs(1);
 
+/// Pause between two looks for a better draft worker: changes of the registry come with every session that begins or ends.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
 /// Pause before an ended attachment counts as lost: the session's own end detaches too, and ends this search.
 const SETTLE: Duration = Duration::from_millis(20);
 
@@ -120,7 +123,8 @@ impl Attachment {
         tracing::info!(draft_worker = %id, "draft attached");
         self.entry.set_draft_worker(Some(id));
         let mut changes = self.registry.changes();
-        let settled = Instant::now() + HELD;
+        // Not before it has settled: a move costs the new draft a prompt.
+        let mut next_look = Instant::now() + HELD;
         loop {
             tokio::select! {
                 event = events.message() => match event {
@@ -133,13 +137,15 @@ impl Attachment {
                         return Left::Because(Fault::from_status(&status).to_string());
                     }
                 },
-                // Not before it has settled: a move costs the new draft a prompt.
                 () = async {
-                    tokio::time::sleep_until(settled).await;
+                    tokio::time::sleep_until(next_look).await;
                     let _ = changes.changed().await;
                 } => match self.registry.better_draft(&self.verify, assignment) {
                     Ok(better) => return Left::For(Box::new(better)),
-                    Err(same) => assignment = same,
+                    Err(same) => {
+                        assignment = same;
+                        next_look = Instant::now() + LOOK_AGAIN;
+                    }
                 },
             }
         }

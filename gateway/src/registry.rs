@@ -76,14 +76,19 @@ struct Record {
     heard: Instant,
     /// Sessions of this gateway.
     assigned: u32,
+    /// Sessions of others: what the last two reports both had beyond this gateway's own. Sessions begin and end while a report
+    /// is on its way, so that one alone may count some that are none.
+    others: u32,
+    /// The same by the last report alone.
+    told_others: u32,
     /// It did not answer a session since it was heard of last.
     suspect: bool,
-    /// Of a draft worker: mean round trips to verify workers, by endpoint.
+    /// Of a draft worker: the shortest round trips to verify workers, by endpoint.
     round_trips: BTreeMap<String, Duration>,
 }
 
 impl Record {
-    /// How full the worker is: what it said last or what was assigned since, whichever is more. Below 1 there is room.
+    /// How full the worker is. Below 1 there is room.
     fn fullness(&self) -> f64 {
         self.fullness_with(self.assigned)
     }
@@ -91,14 +96,22 @@ impl Record {
     /// How full it were with another number of this gateway's sessions.
     fn fullness_with(&self, assigned: u32) -> f64 {
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-        // What others have assigned is known from what it said.
-        let others = self.load.sessions_active.saturating_sub(self.assigned);
-        let sessions = assigned.saturating_add(others);
+        let sessions = assigned.saturating_add(self.others);
         let slots = share(sessions.into(), self.load.sessions_max.into());
         // It said so of the sessions that it had then. Block counts are far below 2^52: the conversion is exact.
         let then = f64::from(self.load.sessions_active.max(1));
         let blocks = self.load.kv_blocks_used as f64 * f64::from(sessions) / then;
         slots.max(share(blocks, self.load.kv_blocks_total as f64))
+    }
+
+    /// Takes a report.
+    fn hear(&mut self, load: WorkerLoad) {
+        let others = load.sessions_active.saturating_sub(self.assigned);
+        self.others = others.min(self.told_others);
+        self.told_others = others;
+        self.load = load;
+        self.heard = Instant::now();
+        self.suspect = false;
     }
 
     fn takes_sessions(&self) -> bool {
@@ -207,6 +220,8 @@ impl Registry {
             load,
             heard: Instant::now(),
             assigned: 0,
+            others: load.sessions_active,
+            told_others: load.sessions_active,
             suspect: false,
             round_trips: BTreeMap::new(),
         };
@@ -225,10 +240,9 @@ impl Registry {
         let before = record.fullness();
         let drains = load.draining && !record.load.draining;
         let resized = load.sessions_max != record.load.sessions_max;
-        record.load = load;
-        record.heard = Instant::now();
-        let gained_room = record.fullness() < before || record.suspect;
-        record.suspect = false;
+        let was_suspect = record.suspect;
+        record.hear(load);
+        let gained_room = record.fullness() < before || was_suspect;
         drop(records);
         if drains {
             tracing::info!(worker_id = %id, "worker drains");

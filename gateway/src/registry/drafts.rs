@@ -10,11 +10,17 @@ use super::{Assignment, Record, Records, Registry, Worker, WorkerId, misfit};
 /// A draft's way to the verify worker that weighs as much as a full worker.
 const FAR: Duration = Duration::from_millis(200);
 
-/// Least gain in fullness for which an attached draft is left for another.
-const WORTH_MOVING: f64 = 0.005;
+/// Ways up to this are all the same. Within a region they are shorter, and what is measured beyond that is how busy the hosts
+/// are.
+const NEAR: Duration = Duration::from_millis(10);
 
-/// Weight of the latest round trip in the mean.
-const LATEST: f64 = 0.3;
+/// The gain for which an attached draft is left for another, in what one session adds to that: moving must even the load out,
+/// not turn it over.
+const WORTH_MOVING: f64 = 0.5;
+
+/// How much of the way up to a longer round trip is believed at a time. A verify worker that is busy makes a short way look
+/// long, and nothing makes a long one look short: the shortest counts, and is forgotten slowly.
+const LONGER: f64 = 0.05;
 
 impl Registry {
     /// Assigns a session of `verify` to the best draft worker among those that are `eligible`.
@@ -45,9 +51,12 @@ impl Registry {
             drop(records);
             return Err(assignment);
         };
+        let added = records.by_id.get(&better).map_or(0.0, |record| {
+            record.fullness_with(record.assigned.saturating_add(1)) - record.fullness()
+        });
         let stays = records.by_id.get(&here).is_some_and(|record| {
             let now = record.draft_cost(&verify.endpoint, record.assigned);
-            record.takes_sessions() && now < cost + WORTH_MOVING
+            record.takes_sessions() && now < cost + WORTH_MOVING * added
         });
         let moved = match records.by_id.get_mut(&better) {
             Some(record) if !stays => {
@@ -77,11 +86,12 @@ impl Registry {
             record
                 .round_trips
                 .retain(|endpoint, _| known.contains(endpoint));
-            let mean = record
+            let shortest = record
                 .round_trips
                 .entry(verify.endpoint.clone())
                 .or_insert(time);
-            *mean = mean.mul_f64(1.0 - LATEST) + time.mul_f64(LATEST);
+            let longer = time.saturating_sub(*shortest).mul_f64(LONGER);
+            *shortest = time.min(*shortest + longer);
         }
     }
 }
@@ -90,7 +100,8 @@ impl Record {
     /// What a session of the verify worker at `endpoint` would find here, less being better.
     fn draft_cost(&self, endpoint: &str, assigned: u32) -> f64 {
         let way = self.round_trips.get(endpoint).copied().unwrap_or_default();
-        self.fullness_with(assigned) + way.as_secs_f64() / FAR.as_secs_f64()
+        let far = way.saturating_sub(NEAR).as_secs_f64() / FAR.as_secs_f64();
+        self.fullness_with(assigned) + far
     }
 }
 
