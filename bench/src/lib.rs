@@ -5,3 +5,4 @@ pub mod codec;
 pub mod draft;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod service;

@@ -37,6 +37,11 @@ impl Worker {
         Ok(Self { config, model })
     }
 
+    /// A worker of a model that is loaded already.
+    pub fn with_model(config: Config, model: Model) -> Self {
+        Self { config, model }
+    }
+
     /// What the draft model is.
     pub fn model_info(&self) -> ModelInfo {
         specattn_worker::model_info(&self.model)

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Packages whose binaries the tests start.
+/// Packages whose binaries are started.
 const PACKAGES: [&str; 3] = ["specattn-gateway", "specattn-verify", "specattn-draft"];
 
 /// The workspace's folder.
@@ -15,20 +15,20 @@ pub fn workspace() -> &'static Path {
         .expect("the tests' crate is a folder of the workspace")
 }
 
-/// The binary `name`, of the same profile as the running test.
+/// The binary `name`, of the same profile as the running program.
 pub fn path(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(build).join(name)
 }
 
-/// Builds what is not up to date and gives the folder of the binaries.
+/// Builds what is not up to date, and gives the folder of the binaries.
 fn build() -> PathBuf {
-    // target/<profile>/deps/<test>
-    let test = std::env::current_exe().expect("a test knows its own path");
-    let folder = test
-        .parent()
-        .and_then(Path::parent)
-        .expect("cargo put the test in target/<profile>/deps");
+    // A test lies in target/<profile>/deps, a program in target/<profile>.
+    let program = std::env::current_exe().expect("a program knows its own path");
+    let mut folder = program.parent().expect("a program lies in a folder");
+    if folder.ends_with("deps") {
+        folder = folder.parent().expect("cargo puts deps into a folder");
+    }
     let profile = folder
         .file_name()
         .and_then(|name| name.to_str())

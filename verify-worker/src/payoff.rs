@@ -37,8 +37,9 @@ const REST_AT_START: u32 = 32;
 /// How much longer than steps alone would take a round may be waited for: both are timed roughly, in whatever company.
 const PATIENCE: f64 = 1.5;
 const PATIENCE_LEAST: Duration = Duration::from_millis(2);
-/// Waits in vain, one after another, that end a trial.
+/// Waits in vain, one after another, that end a trial: the first of a session, and those after one that failed.
 const VAIN_WAITS: u32 = 3;
+const VAIN_WAITS_AGAIN: u32 = 1;
 
 /// What earlier sessions found, by the power of two below the context's length: the steps to rest before a trial; 0 where
 /// drafts paid or nothing is known.
@@ -155,7 +156,13 @@ impl Payoff {
     pub(crate) fn waited_in_vain(&mut self) {
         self.last_step = None;
         self.vain += 1;
-        if self.vain >= VAIN_WAITS && self.phase == Phase::Drafted {
+        let failed_before = self.rest > REST_FIRST;
+        let most = if failed_before {
+            VAIN_WAITS_AGAIN
+        } else {
+            VAIN_WAITS
+        };
+        if self.vain >= most && self.phase == Phase::Drafted {
             self.vain = 0;
             self.rest();
         }
@@ -344,6 +351,14 @@ mod tests {
         assert!(!payoff.wants_drafts());
         // The waits are no part of what a step takes, and the next session begins alone.
         assert_eq!(payoff.patience().unwrap(), patience);
+        // The next trial costs one.
+        for _ in 0..REST_FIRST {
+            now += Duration::from_millis(1);
+            payoff.committed(1, false, now);
+        }
+        assert!(payoff.wants_drafts());
+        payoff.waited_in_vain();
+        assert!(!payoff.wants_drafts());
         assert!(!Payoff::new(findings, 1_000, 4).wants_drafts());
     }
 }

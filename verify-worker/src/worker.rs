@@ -44,6 +44,15 @@ impl Worker {
         })
     }
 
+    /// A worker of a model that is loaded already, with a proportional layer map.
+    pub fn with_model(config: Config, model: Model) -> Self {
+        Self {
+            maps: LayerMaps::proportional(model.config()),
+            config,
+            model,
+        }
+    }
+
     /// What the target model is.
     pub fn model_info(&self) -> ModelInfo {
         specattn_worker::model_info(&self.model)

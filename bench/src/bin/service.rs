@@ -1,0 +1,155 @@
+//! Times the services around the models: `cargo run --release -p specattn-bench --bin service -- far`.
+//!
+//! Tables go to standard output in Markdown; `bench/serve/service.md` keeps them, with what was found.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use specattn_bench::service::far::Distance;
+use specattn_bench::service::prefix;
+use specattn_bench::service::round::{self, Case};
+
+/// Times the services around the models.
+#[derive(Debug, Parser)]
+struct Command {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Drafts far from their target
+    Far(Far),
+    /// What a round costs beside compute
+    Round {
+        /// Rounds per figure
+        #[arg(long, default_value_t = 5000)]
+        rounds: usize,
+    },
+    /// Many sessions on one prompt
+    Prefix {
+        /// Tokens of the prompt
+        #[arg(long, value_delimiter = ',', default_value = "4096")]
+        prompts: Vec<usize>,
+        /// Sessions that come at once after the first
+        #[arg(long, default_value_t = 49)]
+        others: usize,
+    },
+    /// A verify worker whose target answers at once
+    #[command(name = round::VERIFY_COMMAND, hide = true)]
+    ScriptedVerify {
+        /// Where to listen
+        address: SocketAddr,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Far {
+    /// Milliseconds that each way between draft and verify worker takes
+    #[arg(long, default_value_t = 20)]
+    one_way_ms: u64,
+    /// Milliseconds added to every forward of the slow target
+    #[arg(long, default_value_t = 40)]
+    forward_ms: u64,
+    /// Tokens of a session behind the slow target
+    #[arg(long, default_value_t = 256)]
+    slow_tokens: u32,
+    /// Tokens of a session of the plain pair
+    #[arg(long, default_value_t = 1500)]
+    fast_tokens: u32,
+    /// Sessions per figure of the plain pair
+    #[arg(long, default_value_t = 7)]
+    passes: usize,
+}
+
+fn main() -> Result<()> {
+    let part = Command::parse().part;
+    let block_on = |future: std::pin::Pin<Box<dyn Future<Output = Result<()>>>>| {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?
+            .block_on(future)
+    };
+    match part {
+        Part::Far(far) => block_on(Box::pin(far_table(far))),
+        Part::Round { rounds } => block_on(Box::pin(round_table(rounds))),
+        Part::Prefix { prompts, others } => block_on(Box::pin(prefix_table(prompts, others))),
+        Part::ScriptedVerify { address } => round::verify_worker(address),
+    }
+}
+
+/// Prints what a distance costs, with a slow target and with the plain pair.
+async fn far_table(far: Far) -> Result<()> {
+    ensure!(far.passes > 0, "--passes must be at least 1");
+    let distance = Distance {
+        one_way: Duration::from_millis(far.one_way_ms),
+        forward: Duration::from_millis(far.forward_ms),
+        slow_tokens: far.slow_tokens,
+        fast_tokens: far.fast_tokens,
+        passes: far.passes,
+    };
+    distance.slow_target().await?;
+    println!();
+    distance.fast_pair().await
+}
+
+/// Prints a round's overhead, by its shape.
+async fn round_table(rounds: usize) -> Result<()> {
+    println!("| round | p50 µs | p90 µs | p99 µs |");
+    println!("| --- | --- | --- | --- |");
+    let cases = [
+        (false, 1, 64),
+        (false, 4, 64),
+        (true, 4, 64),
+        (true, 4, 4_096),
+    ];
+    for (sparse, draft_length, prompt) in cases {
+        let case = Case {
+            draft_length,
+            sparse,
+            prompt,
+        };
+        let mut times = round::overheads(case, rounds).await?;
+        times.sort_unstable();
+        let at =
+            |share: f64| times[(share * (times.len() - 1) as f64) as usize].as_secs_f64() * 1e6;
+        let mode = if sparse { "sparse" } else { "dense" };
+        println!(
+            "| {mode}, {draft_length} draft tokens, context {prompt} | {:.0} | {:.0} | {:.0} |",
+            at(0.5),
+            at(0.9),
+            at(0.99)
+        );
+    }
+    Ok(())
+}
+
+/// Prints what sessions on one prompt share.
+async fn prefix_table(prompts: Vec<usize>, others: usize) -> Result<()> {
+    println!(
+        "| prompt | sessions | first: TTFT ms | others: p50 | longest | first / p50 | target: processed | taken over | draft: \
+         processed | taken over |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+    for prompt in prompts {
+        let shared = prefix::sessions_on(prompt, others).await?;
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let median = shared.others[shared.others.len() / 2];
+        println!(
+            "| {prompt} | {} | {:.0} | {:.0} | {:.0} | {:.1} | {} | {} | {} | {} |",
+            others + 1,
+            ms(shared.first),
+            ms(median),
+            ms(shared.others[shared.others.len() - 1]),
+            ms(shared.first) / ms(median),
+            shared.target.tokens_total,
+            shared.target.prefix_tokens_total,
+            shared.draft.tokens_total,
+            shared.draft.prefix_tokens_total,
+        );
+    }
+    Ok(())
+}
