@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 
 use crate::engine_loop::{Command, SessionKey};
 use crate::session::Welcome;
-use crate::wire::{self, Answer};
+use crate::wire::{self, Answer, Joining};
 
 /// Longest wait for a verify worker's welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,31 +45,33 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Joins `session`, of which `known` tokens are known, over `channel`.
+    /// Joins a session over `channel`.
     ///
     /// # Errors
     /// [`Fault::Unavailable`] when the verify worker cannot be reached; what it answers otherwise.
     pub(crate) async fn join(
         channel: Channel,
-        (session, known): (SessionId, usize),
+        joining: Joining,
         model: &ServedModel,
         engine: EngineSession,
         proposals: impl Stream<Item = SpeculateRequest> + Send + 'static,
         failed: oneshot::Receiver<Fault>,
     ) -> Result<Self, Fault> {
         let joined = async {
-            let first = tokio_stream::once(wire::join(session, model.info.clone(), known));
+            let first = tokio_stream::once(wire::join(&joining, model.info.clone()));
             let mut answers = speculate(channel, first.chain(proposals)).await?;
             let welcome = answers
                 .message()
                 .await
                 .map_err(|s| Fault::from_status(&s))?;
-            Ok::<_, Fault>((wire::welcome(welcome, &model.config, known)?, answers))
+            let welcome = wire::welcome(welcome, &model.config, joining.known)?;
+            Ok::<_, Fault>((welcome, answers))
         };
         let began = Instant::now();
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await
             .map_err(|_| Fault::Unavailable("the verify worker does not answer".to_owned()))??;
+        let session = joining.session;
         tracing::info!(session_id = %session, "attached");
         let link = Self {
             session,

@@ -44,7 +44,6 @@ type AttachStream = ReceiverStream<Result<AttachResponse, Status>>;
 impl Service {
     async fn take_up(&self, attach: Attach) -> Result<Link, Fault> {
         let channel = self.channels.get(&attach.endpoint)?;
-        let known = attach.spec.tokens.len();
         let (proposals, outbound) = mpsc::channel(PROPOSALS);
         let (failed, failure) = oneshot::channel();
         let (reply, opened) = oneshot::channel();
@@ -65,13 +64,13 @@ impl Service {
         self.commands.send(open).await.map_err(|_| gone())?;
         opened.await.map_err(|_| gone())??;
         // The engine catches up with the tokens while the link is made.
-        let session = (attach.session, known);
         let totals = self.totals.clone();
         let outbound = ReceiverStream::new(outbound).map(move |proposal| {
             totals.count(&proposal);
             wire::propose(proposal)
         });
-        Link::join(channel, session, &self.model, engine, outbound, failure).await
+        let joining = attach.joining;
+        Link::join(channel, joining, &self.model, engine, outbound, failure).await
     }
 }
 

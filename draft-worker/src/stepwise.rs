@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use specattn_engine::Model;
+use specattn_proto::Fault;
 use specattn_proto::v1::{
     AttachRequest, ModelInfo, SpeculateRequest, SpeculateResponse, WorkerLoad,
 };
-use specattn_proto::{Fault, SessionId};
 use specattn_worker::{Limits, LoadGauge, Scheduler, ServedModel, inbox};
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,7 +32,6 @@ pub enum Said {
 }
 
 struct Attachment {
-    session: SessionId,
     /// Tokens known when it began.
     known: usize,
     welcomed: bool,
@@ -100,7 +99,6 @@ impl Stepwise {
     /// As the service's.
     pub fn attach(&mut self, request: AttachRequest) -> Result<(u64, SpeculateRequest), Fault> {
         let attach = wire::attach(request, &self.model.config, self.drafting)?;
-        let known = attach.spec.tokens.len();
         self.last += 1;
         let key = self.last;
         let (sender, proposals) = mpsc::channel(PROPOSALS);
@@ -119,14 +117,13 @@ impl Stepwise {
             .try_recv()
             .unwrap_or_else(|_| Err(Fault::Internal("the engine gave no answer".to_owned())))?;
         let attachment = Attachment {
-            session: attach.session,
-            known,
+            known: attach.joining.known,
             welcomed: false,
             proposals,
             failed,
             abandoned,
         };
-        let join = wire::join(attachment.session, self.model.info.clone(), known);
+        let join = wire::join(&attach.joining, self.model.info.clone());
         self.attachments.insert(key, attachment);
         Ok((key, join))
     }

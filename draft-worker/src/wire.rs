@@ -7,16 +7,25 @@ use specattn_engine::sampling::DraftToken;
 use specattn_mask::{Source, Term};
 use specattn_proto::v1::{self, ModelInfo, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
-use specattn_proto::{Fault, SessionId, limits};
+use specattn_proto::{Capability, Fault, SessionId, limits};
 use specattn_worker::convert;
 
 use crate::args::Drafting;
 use crate::session::{Proposal, SessionSpec, Verdict, Welcome};
 
+/// Which session to join, and by what right.
+#[derive(Debug)]
+pub(crate) struct Joining {
+    pub(crate) session: SessionId,
+    pub(crate) capability: Option<Capability>,
+    /// Tokens of the session that the draft knows.
+    pub(crate) known: usize,
+}
+
 /// A checked `AttachRequest`.
 #[derive(Debug)]
 pub(crate) struct Attach {
-    pub(crate) session: SessionId,
+    pub(crate) joining: Joining,
     /// URI of the verify worker.
     pub(crate) endpoint: String,
     pub(crate) spec: SessionSpec,
@@ -28,7 +37,11 @@ pub(crate) fn attach(
     model: &ModelConfig,
     drafting: Drafting,
 ) -> Result<Attach, Invalid> {
-    let session = request.session_id.parse()?;
+    let joining = Joining {
+        session: request.session_id.parse()?,
+        capability: Capability::from_wire(&request.capability)?,
+        known: request.token_ids.len(),
+    };
     validate::endpoint("verify_endpoint", &request.verify_endpoint)?;
     validate::session_tokens(&request.token_ids, model.vocab_size, model.max_context)?;
     let policy = validate::draft_policy(request.policy.as_ref())?;
@@ -52,7 +65,7 @@ pub(crate) fn attach(
         drafting.own.p = p;
     }
     Ok(Attach {
-        session,
+        joining,
         endpoint: request.verify_endpoint,
         spec: SessionSpec {
             capacity: (limit + draft_length).min(model.max_context),
@@ -65,11 +78,13 @@ pub(crate) fn attach(
 }
 
 /// The first message of a `Speculate` stream.
-pub(crate) fn join(session: SessionId, model: ModelInfo, known: usize) -> v1::SpeculateRequest {
+pub(crate) fn join(joining: &Joining, model: ModelInfo) -> v1::SpeculateRequest {
+    let capability = joining.capability.as_ref();
     request(speculate_request::Message::Join(v1::Join {
-        session_id: session.to_string(),
+        session_id: joining.session.to_string(),
         draft_model: Some(model),
-        known_tokens: known as u64,
+        known_tokens: joining.known as u64,
+        capability: capability.map(Capability::to_wire).unwrap_or_default(),
     }))
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use specattn_proto::v1::attach_response::Event;
 use specattn_proto::v1::draft_service_client::DraftServiceClient;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy};
-use specattn_proto::{Fault, limits};
+use specattn_proto::{Capability, Fault, limits};
 use specattn_service::Backoff;
 use tokio::time::Instant;
 use tonic::Streaming;
@@ -43,6 +43,8 @@ pub(crate) struct Attachment {
     pub(crate) transcript: Arc<Transcript>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) verify: Worker,
+    /// What the draft must show there.
+    pub(crate) capability: Capability,
     /// Its draft_length is at least 1.
     pub(crate) policy: DraftPolicy,
     pub(crate) max_tokens_total: u64,
@@ -162,6 +164,7 @@ impl Attachment {
             token_ids: self.transcript.tokens(),
             policy: Some(self.policy),
             max_tokens_total: self.max_tokens_total,
+            capability: self.capability.to_wire(),
         };
         let mut events = client.attach(request).await.map_err(status)?.into_inner();
         match events.message().await.map_err(status)? {

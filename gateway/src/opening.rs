@@ -7,7 +7,7 @@ use std::time::Duration;
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{CloseRequest, FinishReason, ModelInfo, OpenRequest, OpenResponse};
-use specattn_proto::{Fault, limits};
+use specattn_proto::{Capability, Fault, limits};
 use specattn_service::Backoff;
 use tokio::time::Instant;
 use tonic::Streaming;
@@ -30,6 +30,8 @@ pub(crate) struct OpenSession {
     /// What follows Opened.
     pub(crate) events: Streaming<OpenResponse>,
     pub(crate) assignment: Assignment,
+    /// What drafts must show to join it there.
+    pub(crate) capability: Capability,
 }
 
 /// What to open, and where not.
@@ -132,10 +134,13 @@ impl Opening<'_> {
 }
 
 async fn open_at(
-    request: OpenRequest,
+    mut request: OpenRequest,
     worker: Worker,
     assignment: Assignment,
 ) -> Result<OpenSession, Fault> {
+    // From a cryptographic generator, and for this opening alone: a draft of an earlier one cannot come back.
+    let capability = Capability::from_bits(rand::random());
+    request.draft_capability = capability.to_wire();
     let status = |status: tonic::Status| Fault::from_status(&status);
     let mut client = VerifyServiceClient::new(worker.channel.clone())
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
@@ -162,6 +167,7 @@ async fn open_at(
             client,
             events,
             assignment,
+            capability,
         }),
         None => Err(Fault::Unavailable(format!("{} hung up", worker.id))),
         Some(_) => Err(Fault::Internal(format!(

@@ -140,6 +140,8 @@ impl Plan {
             check: Some(self.check.into()),
             provisional: self.provisional,
             draft_while_it_pays: self.draft_while_it_pays,
+            // Each opening gets one of its own.
+            draft_capability: Vec::new(),
         }
     }
 }

@@ -156,6 +156,7 @@ impl Session {
             transcript: Arc::clone(&self.transcript),
             registry: Arc::clone(&self.gateway.registry),
             verify: verify.worker.clone(),
+            capability: verify.capability.clone(),
             policy,
             max_tokens_total: self.recipe.max_tokens_total() as u64,
         });

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{CloseRequest, FinishReason, OpenResponse, SessionFinished};
-use specattn_proto::{Fault, SessionId};
+use specattn_proto::{Capability, Fault, SessionId};
 use tokio::time::Instant;
 use tonic::Streaming;
 use tonic::transport::Channel;
@@ -21,6 +21,8 @@ pub(crate) struct VerifyLink {
     pub(crate) events: Streaming<OpenResponse>,
     pub(crate) worker: Worker,
     _assignment: Assignment,
+    /// What drafts must show to join the session there.
+    pub(crate) capability: Capability,
     /// Set once the worker was asked to close: when to stop waiting for it, and why it was asked.
     pub(crate) closing: Option<(Instant, FinishReason)>,
 }
@@ -32,6 +34,7 @@ impl From<OpenSession> for VerifyLink {
             events: open.events,
             worker: open.worker,
             _assignment: open.assignment,
+            capability: open.capability,
             closing: None,
         }
     }

@@ -4,11 +4,13 @@
 //! Generated types stay at the edge of a service: [`validate`] turns raw messages into plain checked values, and
 //! [`status::Fault`] is what handlers return instead of building a [`tonic::Status`] themselves.
 
+mod capability;
 pub mod limits;
 mod session_id;
 pub mod status;
 pub mod validate;
 
+pub use capability::Capability;
 pub use session_id::SessionId;
 pub use status::Fault;
 

@@ -7,7 +7,8 @@ use crate::validate::Invalid;
 
 /// Names a session everywhere: at the gateway that made it, at its verify worker and at its draft worker.
 ///
-/// Whoever knows the id may cancel or join the session, so it must come from a cryptographic generator.
+/// Where clients have no keys, whoever knows the id may cancel or resume the session, so it must come from a cryptographic
+/// generator.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(u128);
 

@@ -11,6 +11,11 @@ use tonic::{Status, Streaming};
 
 use crate::soon;
 
+/// What drafts must show to join the sessions of tests.
+pub fn capability() -> Vec<u8> {
+    (0..32).collect()
+}
+
 /// A greedy dense `OpenRequest` of a session that nobody else has, to change to taste.
 pub fn open_request(prompt: &[u32], max_tokens: u32) -> OpenRequest {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -37,6 +42,7 @@ pub fn open_request(prompt: &[u32], max_tokens: u32) -> OpenRequest {
         draft_while_it_pays: false,
         check: None,
         provisional: false,
+        draft_capability: capability(),
     }
 }
 
@@ -88,6 +94,7 @@ impl Session {
                 ..DraftPolicy::default()
             }),
             max_tokens_total: self.limit() as u64,
+            capability: self.request.draft_capability.clone(),
         };
         let mut client = DraftServiceClient::new(channel);
         let mut events = soon("Attach", client.attach(request)).await?.into_inner();

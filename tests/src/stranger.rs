@@ -10,6 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use crate::session::capability;
 use crate::soon;
 
 /// A link to a session, with what it knows of the session's state.
@@ -46,6 +47,7 @@ pub fn join(id: &str, known: usize) -> Join {
         session_id: id.to_owned(),
         draft_model: Some(model_info()),
         known_tokens: known as u64,
+        capability: capability(),
     }
 }
 

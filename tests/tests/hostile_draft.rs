@@ -2,9 +2,9 @@
 //! verify worker lives, and the liar is told what was wrong.
 #![allow(clippy::unwrap_used)]
 
-use specattn_proto::v1::{DraftDistribution, FinishReason, ModelInfo, Propose};
+use specattn_proto::v1::{DraftDistribution, FinishReason, Join, ModelInfo, Propose};
 use specattn_tests::process::VERIFY;
-use specattn_tests::session::open_request;
+use specattn_tests::session::{capability, open_request};
 use specattn_tests::stranger::{Stranger, join, model_info};
 use specattn_tests::texts::references;
 use specattn_tests::{Process, Session, soon};
@@ -95,6 +95,48 @@ async fn false_joins_are_refused() {
         assert_eq!(status.code(), code, "{status}");
     }
     bench.unharmed(session).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_stolen_session_id_opens_nothing() {
+    let mut bench = Bench::start().await;
+    let session = bench.open().await;
+    let mut draft = bench.join(&session).await;
+    let known = bench.prompt.len();
+    let showing = |capability: Vec<u8>| Join {
+        capability,
+        ..join(session.id(), known)
+    };
+    let mut almost = capability();
+    almost[31] ^= 1;
+    let thieves = [
+        (Code::PermissionDenied, showing(Vec::new())),
+        (Code::PermissionDenied, showing(almost)),
+        (Code::InvalidArgument, showing(capability()[..31].to_vec())),
+    ];
+    for (code, join) in thieves {
+        let refused = Stranger::join_with(bench.channel.clone(), join, &bench.prompt).await;
+        let status = refused.map(|_| ()).unwrap_err();
+        assert_eq!(status.code(), code, "{status}");
+    }
+    // The draft that has the right to be there was not disturbed.
+    draft.insist(&[5, 6], |propose| propose).await.unwrap();
+    drop(draft);
+    bench.unharmed(session).await;
+
+    let mut closed = open_request(&bench.prompt, TOKENS);
+    closed.draft_capability = Vec::new();
+    let closed = Session::open(bench.channel.clone(), closed).await.unwrap();
+    let join = Join {
+        capability: Vec::new(),
+        ..join(closed.id(), known)
+    };
+    let refused = Stranger::join_with(bench.channel.clone(), join, &bench.prompt).await;
+    assert_eq!(
+        refused.map(|_| ()).unwrap_err().code(),
+        Code::PermissionDenied
+    );
+    bench.unharmed(closed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

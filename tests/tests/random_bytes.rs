@@ -109,6 +109,7 @@ async fn every_handler_withstands_any_bytes() {
             ..DraftPolicy::default()
         }),
         max_tokens_total: 60,
+        capability: open.draft_capability.clone(),
     };
     let close = CloseRequest {
         session_id: id.clone(),

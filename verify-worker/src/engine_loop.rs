@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use specattn_engine::StepOutput;
 use specattn_mask::LayerMap;
-use specattn_proto::{Fault, SessionId, limits};
+use specattn_proto::{Capability, Fault, SessionId, limits};
 use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
 use specattn_worker::{Inbox, Received};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Join {
         session: SessionId,
         link: LinkId,
+        /// What the draft shows.
+        capability: Option<Capability>,
         known_tokens: u64,
         map: Arc<LayerMap>,
         sender: mpsc::Sender<LinkEvent>,
@@ -195,6 +197,7 @@ impl EngineLoop {
             Command::Join {
                 session,
                 link,
+                capability,
                 known_tokens,
                 map,
                 sender,
@@ -207,8 +210,11 @@ impl EngineLoop {
                     slots,
                     timeout: self.draft_timeout,
                 };
-                let joined = self.find(session).ok_or_else(unknown);
-                let _ = reply.send(joined.and_then(|found| found.join(new, known_tokens, map)));
+                let joined = self.find(session).ok_or_else(unknown).and_then(|found| {
+                    found.admit(capability.as_ref())?;
+                    found.join(new, known_tokens, map)
+                });
+                let _ = reply.send(joined);
             }
             Command::Propose {
                 session,

@@ -14,7 +14,7 @@ use specattn_proto::v1::{
     CloseRequest, CloseResponse, InspectRequest, InspectResponse, OpenRequest, OpenResponse,
     SpeculateRequest, SpeculateResponse, VerifyStatusRequest, VerifyStatusResponse,
 };
-use specattn_proto::{Fault, SessionId, limits, validate};
+use specattn_proto::{Capability, Fault, SessionId, limits, validate};
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::Stream;
@@ -75,6 +75,7 @@ impl Service {
             .map_err(|status| unreadable(&status))?;
         let join = wire::join(first)?;
         let session = join.session_id.parse()?;
+        let capability = Capability::from_wire(&join.capability)?;
         let draft = validate::model_info(join.draft_model)?;
         wire::check_vocabularies(&draft, &self.model.config)?;
         let map = self.maps.for_draft(&draft)?;
@@ -89,6 +90,7 @@ impl Service {
         self.ask(|reply| Command::Join {
             session,
             link: link.id,
+            capability,
             known_tokens: join.known_tokens,
             map,
             sender,

@@ -22,7 +22,7 @@ use specattn_engine::sampling::{
 use specattn_engine::{CHUNK_TOKENS, EngineError, HeadLists, LogitRows, StepOutput};
 use specattn_mask::MaskPolicy;
 use specattn_proto::validate::CheckedCheckPolicy;
-use specattn_proto::{Fault, SessionId};
+use specattn_proto::{Capability, Fault, SessionId};
 use specattn_worker::{Plan, clock};
 
 use crate::draft_link::{DraftLink, LinkEvent};
@@ -64,6 +64,8 @@ pub(crate) struct SessionSpec {
     pub(crate) draft_length: usize,
     /// In dense mode: drafts are used only while that is faster than steps alone.
     pub(crate) draft_while_it_pays: bool,
+    /// What a draft must show to join; `None`: no draft joins.
+    pub(crate) capability: Option<Capability>,
 }
 
 /// What the sessions of a worker have in common.

@@ -13,7 +13,7 @@ use specattn_engine::Model;
 use specattn_proto::v1::{
     ModelInfo, OpenRequest, OpenResponse, SpeculateRequest, SpeculateResponse, WorkerLoad,
 };
-use specattn_proto::{Fault, SessionId, limits, validate};
+use specattn_proto::{Capability, Fault, SessionId, limits, validate};
 use specattn_worker::{Limits, LoadGauge, Scheduler, ServedModel, inbox};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::Stream;
@@ -134,6 +134,7 @@ impl Stepwise {
     pub fn join(&mut self, request: SpeculateRequest) -> Result<u64, Fault> {
         let join = wire::join(Some(request))?;
         let session = join.session_id.parse()?;
+        let capability = Capability::from_wire(&join.capability)?;
         let draft = validate::model_info(join.draft_model)?;
         wire::check_vocabularies(&draft, &self.model.config)?;
         let map = self.maps.for_draft(&draft)?;
@@ -144,6 +145,7 @@ impl Stepwise {
         self.ask(|reply| Command::Join {
             session,
             link: LinkId(link),
+            capability,
             known_tokens: join.known_tokens,
             map,
             sender,

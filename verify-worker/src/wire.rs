@@ -5,7 +5,7 @@ use specattn_engine::{KvReads, ModelConfig};
 use specattn_mask::Source;
 use specattn_proto::v1::{self, open_response, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
-use specattn_proto::{Fault, SessionId, limits};
+use specattn_proto::{Capability, Fault, SessionId, limits};
 use specattn_worker::convert;
 
 use crate::draft_link::{LinkEvent, ProposalPart, Verdict, Welcome};
@@ -25,6 +25,7 @@ pub(crate) fn session_spec(
     model: &ModelConfig,
 ) -> Result<SessionSpec, Invalid> {
     let id = request.session_id.parse()?;
+    let capability = Capability::from_wire(&request.draft_capability)?;
     let mode = validate::mode(request.mode)?;
     validate::session_tokens(&request.token_ids, model.vocab_size, model.max_context)?;
     let prompt_tokens = request.prompt_tokens as usize;
@@ -75,6 +76,7 @@ pub(crate) fn session_spec(
         provisional: request.provisional,
         draft_length,
         draft_while_it_pays: request.draft_while_it_pays,
+        capability,
     })
 }
 

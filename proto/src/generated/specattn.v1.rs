@@ -355,6 +355,9 @@ pub struct AttachRequest {
     /// Tokens the session may come to hold at most, prompt included: what to reserve KV blocks for.
     #[prost(uint64, tag = "5")]
     pub max_tokens_total: u64,
+    /// What the draft must show to the verify worker. Never logged.
+    #[prost(bytes = "vec", tag = "6")]
+    pub capability: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachResponse {
@@ -1434,6 +1437,9 @@ pub struct OpenRequest {
     /// Dense mode: use drafts only while rounds commit more tokens a second than steps alone, as measured by the worker.
     #[prost(bool, tag = "11")]
     pub draft_while_it_pays: bool,
+    /// 32 random bytes, for this opening alone: a draft must show them to join. Empty: no draft joins. Never logged.
+    #[prost(bytes = "vec", tag = "12")]
+    pub draft_capability: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenResponse {
@@ -1525,6 +1531,9 @@ pub struct Join {
     /// Committed tokens the draft already holds: it asks for those after.
     #[prost(uint64, tag = "3")]
     pub known_tokens: u64,
+    /// What the gateway gave the draft with the session.
+    #[prost(bytes = "vec", tag = "4")]
+    pub capability: ::prost::alloc::vec::Vec<u8>,
 }
 /// Draft tokens d1..dγ after the committed tokens c\[0..base). A round may come in several messages; `offset` counts the
 /// round's tokens already sent, and the last message has `last` set and carries the masks.
@@ -1877,8 +1886,8 @@ pub mod verify_service_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// A draft worker's link to one session. First message: Join; then proposals, each answered by a verdict.
-        /// NOT_FOUND: no such session. FAILED_PRECONDITION: vocabularies differ. INVALID_ARGUMENT: malformed proposal; the
-        /// session goes on without this draft.
+        /// NOT_FOUND: no such session. PERMISSION_DENIED: the draft does not show the session's capability. FAILED_PRECONDITION:
+        /// vocabularies differ. INVALID_ARGUMENT: malformed proposal; the session goes on without this draft.
         pub async fn speculate(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::SpeculateRequest>,
@@ -2011,8 +2020,8 @@ pub mod verify_service_server {
             + std::marker::Send
             + 'static;
         /// A draft worker's link to one session. First message: Join; then proposals, each answered by a verdict.
-        /// NOT_FOUND: no such session. FAILED_PRECONDITION: vocabularies differ. INVALID_ARGUMENT: malformed proposal; the
-        /// session goes on without this draft.
+        /// NOT_FOUND: no such session. PERMISSION_DENIED: the draft does not show the session's capability. FAILED_PRECONDITION:
+        /// vocabularies differ. INVALID_ARGUMENT: malformed proposal; the session goes on without this draft.
         async fn speculate(
             &self,
             request: tonic::Request<tonic::Streaming<super::SpeculateRequest>>,

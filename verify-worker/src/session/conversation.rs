@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use specattn_engine::sampling::{DraftToken, SamplingParams, check_draft};
 use specattn_mask::LayerMap;
-use specattn_proto::Fault;
+use specattn_proto::{Capability, Fault};
 
 use super::Session;
 use crate::draft_link::{
@@ -16,6 +16,14 @@ use crate::oversight::Mode;
 use crate::payoff::Payoff;
 
 impl Session {
+    /// Lets a draft in that shows what the gateway gave to this session's drafts.
+    ///
+    /// # Errors
+    /// [`Fault::PermissionDenied`].
+    pub(crate) fn admit(&self, shown: Option<&Capability>) -> Result<(), Fault> {
+        Capability::check(self.spec.capability.as_ref(), shown)
+    }
+
     /// Takes up a draft worker; an earlier one is let go.
     ///
     /// # Errors

@@ -215,6 +215,7 @@ fn draw(ask: &Ask, seed: u64, models: &mut Models) -> ([u32; DRAWN], bool) {
         provisional: false,
         draft_length: 2,
         draft_while_it_pays: false,
+        capability: None,
     };
     let (outbox, _events) = events::channel(PROMPT.len(), Duration::ZERO, || {});
     let mut session = Session::new(spec, VOCAB, outbox, &Shared::default()).unwrap();

@@ -48,6 +48,7 @@ fn spec(limit: usize) -> SessionSpec {
         provisional: false,
         draft_length: 4,
         draft_while_it_pays: false,
+        capability: None,
     }
 }
 
