@@ -12,13 +12,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, ValueEnum};
-use specattn_gateway::{HttpArgs, LogConfig};
+use specattn_gateway::{AccessConfig, HttpArgs, LogConfig};
 use specattn_proto::Fault;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_service::args::{Service, parse_from};
-use specattn_service::server::ServerConfig;
-use specattn_service::{ServiceError, channel};
+use specattn_service::channel::Dialer;
+use specattn_service::guard::Peers;
+use specattn_service::server::{Listeners, ServerConfig};
+use specattn_service::{Secrets, ServiceError};
 use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -48,6 +50,8 @@ pub struct Plan {
     pub share_prefixes: bool,
     /// How the gateway is reached and how long it drains.
     pub server: ServerConfig,
+    /// Who may use the gateway.
+    pub access: AccessConfig,
     /// What the gateway's HTTP API says and takes.
     pub http: HttpArgs,
     /// The gateway's session log.
@@ -68,6 +72,7 @@ impl Plan {
             show_progress,
             share_prefixes: true,
             server: ServerConfig::default(),
+            access: AccessConfig::default(),
             http: HttpArgs::default(),
             log: None,
             listener: None,
@@ -102,6 +107,25 @@ impl Plan {
     }
 }
 
+/// How a worker of this process and its gateway know each other.
+#[derive(Debug)]
+struct Own {
+    /// Where the gateway is reached from here.
+    gateway: String,
+    /// What both show; `None` where nothing is wanted.
+    secret: Option<Secrets>,
+}
+
+impl Own {
+    /// Lets nobody but the gateway call the worker, where that is wanted.
+    fn protect(&self, server: &mut ServerConfig) {
+        if let Some(secret) = &self.secret {
+            server.security.secret = Some(secret.clone());
+            server.peers = Peers::Secrets(vec![secret.clone()]);
+        }
+    }
+}
+
 /// The services of this process. Dropping it ends them without a drain.
 #[derive(Debug)]
 pub struct AllInOne {
@@ -118,34 +142,49 @@ impl AllInOne {
     /// # Errors
     /// [`CliError::Start`] when a service cannot start.
     pub async fn start(mut plan: Plan) -> Result<Self, CliError> {
-        let listener = match plan.listener.take() {
-            Some(listener) => listener,
-            None => loopback().await?,
+        let listeners = match plan.listener.take() {
+            // The services of this process have a way of their own: they need no certificate for it.
+            Some(public) => Listeners {
+                public,
+                local: Some(loopback().await?),
+            },
+            None => loopback().await?.into(),
         };
-        let local = local_url(&listener)?;
+        let url = match &plan.server.advertise {
+            Some(url) => url.clone(),
+            None => url_of(&listeners.public, plan.server.security.serves_tls())?,
+        };
+        let local = url_of(listeners.local.as_ref().unwrap_or(&listeners.public), false)?;
+        let (verify, draft) = plan.access.own_workers(&mut plan.server).unzip();
+        let own = |secret: Option<Secrets>| Own {
+            gateway: local.clone(),
+            secret,
+        };
+        let (verify, draft) = (own(verify), own(draft));
         let gateway_stop = CancellationToken::new();
         let gateway = specattn_gateway::serve(
             specattn_gateway::Config {
                 server: plan.server.clone(),
+                access: plan.access.clone(),
                 http: plan.http.clone(),
                 log: plan.log.clone(),
                 ..specattn_gateway::Config::new(&plan.folders.target)
             },
-            listener,
+            listeners,
             gateway_stop.clone(),
         );
         let mut services = Self {
-            url: plan.server.advertise.as_ref().unwrap_or(&local).clone(),
+            url,
             gateway: tokio::spawn(ending(GATEWAY, gateway)),
             gateway_stop,
             workers: JoinSet::new(),
             workers_stop: CancellationToken::new(),
         };
-        services.start_verify_worker(&plan, &local).await?;
+        services.start_verify_worker(&plan, &verify).await?;
         if let Some(folder) = &plan.folders.draft {
-            services.start_draft_worker(&plan, folder, &local).await?;
+            services.start_draft_worker(&plan, folder, &draft).await?;
         }
-        services.wait_for_workers(&local).await?;
+        services.wait_for_workers(&verify).await?;
         Ok(services)
     }
 
@@ -188,10 +227,12 @@ impl AllInOne {
 }
 
 impl AllInOne {
-    async fn start_verify_worker(&mut self, plan: &Plan, gateway: &str) -> Result<(), CliError> {
+    async fn start_verify_worker(&mut self, plan: &Plan, own: &Own) -> Result<(), CliError> {
         let folder = &plan.folders.target;
-        let args: specattn_verify::Args = plan.worker_args(Service::Verify, folder, gateway)?;
-        let config = args.config()?;
+        let args: specattn_verify::Args =
+            plan.worker_args(Service::Verify, folder, &own.gateway)?;
+        let mut config = args.config()?;
+        own.protect(&mut config.server);
         let worker = load("target", VERIFY, plan.show_progress, move |progress| {
             specattn_verify::Worker::load(config, progress)
         })
@@ -205,10 +246,11 @@ impl AllInOne {
         &mut self,
         plan: &Plan,
         folder: &Path,
-        gateway: &str,
+        own: &Own,
     ) -> Result<(), CliError> {
-        let args: specattn_draft::Args = plan.worker_args(Service::Draft, folder, gateway)?;
-        let config = args.config()?;
+        let args: specattn_draft::Args = plan.worker_args(Service::Draft, folder, &own.gateway)?;
+        let mut config = args.config()?;
+        own.protect(&mut config.server);
         let worker = load("draft", DRAFT, plan.show_progress, move |progress| {
             specattn_draft::Worker::load(config, progress)
         })
@@ -219,10 +261,11 @@ impl AllInOne {
     }
 
     /// Waits until the gateway knows every worker, so that the first request finds them.
-    async fn wait_for_workers(&mut self, gateway: &str) -> Result<(), CliError> {
+    async fn wait_for_workers(&mut self, own: &Own) -> Result<(), CliError> {
         let wanted = self.workers.len();
+        let dialer = Dialer::new(None, own.secret.clone());
         let registered = async {
-            let mut client = RegistryServiceClient::new(channel::connect(gateway).await?);
+            let mut client = RegistryServiceClient::new(dialer.connect(&own.gateway).await?);
             while client
                 .status(v1::StatusRequest {})
                 .await?
@@ -306,8 +349,8 @@ async fn loopback() -> Result<TcpListener, CliError> {
     listener.map_err(|source| ServiceError::Listen { address, source }.into())
 }
 
-/// The URL under which this process reaches a listener of its own.
-fn local_url(listener: &TcpListener) -> Result<String, CliError> {
+/// The URL under which this machine reaches a listener.
+fn url_of(listener: &TcpListener, tls: bool) -> Result<String, CliError> {
     let mut address = listener
         .local_addr()
         .map_err(|source| ServiceError::System {
@@ -321,5 +364,6 @@ fn local_url(listener: &TcpListener) -> Result<String, CliError> {
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
         });
     }
-    Ok(format!("http://{address}"))
+    let scheme = if tls { "https" } else { "http" };
+    Ok(format!("{scheme}://{address}"))
 }

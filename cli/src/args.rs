@@ -5,18 +5,20 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use specattn_engine::DeviceChoice;
-use specattn_gateway::{HttpArgs, LogArgs};
+use specattn_gateway::{AccessArgs, HttpArgs, LogArgs};
 use specattn_proto::v1;
 use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_worker::args::KvType;
 
 use crate::align::AlignArgs;
 use crate::bench::BenchArgs;
+use crate::connect::ConnectArgs;
 use crate::eval::EvalArgs;
+use crate::key::KeyArgs;
 
 /// Speculative decoding in which the draft model tells the target model what to attend to.
 #[derive(Debug, Parser)]
-#[command(name = "specattn", version, max_term_width = 100)]
+#[command(name = "specattn", version = specattn_proto::version::build(), max_term_width = 100)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -70,6 +72,10 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure a running system, or one in this process, from a client's seat
     Bench(BenchArgs),
+    /// Tell by the exit code whether a service takes requests
+    Health(HealthArgs),
+    /// Make API keys for clients, and secrets for workers
+    Key(KeyArgs),
 }
 
 /// Where `serve` listens unless told otherwise.
@@ -115,6 +121,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
         conflicts_with_all = ["target", "draft", "threads", "kv_cache_mib", "kv_type", "device"])]
     pub gateway: Option<String>,
+
+    /// What is shown to it.
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 
     /// What the services of this process run.
     #[command(flatten)]
@@ -347,6 +357,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub log: LogArgs,
 
+    /// Who may use the gateway.
+    #[command(flatten)]
+    pub access: AccessArgs,
+
     /// Where the gateway listens; the workers take free loopback ports.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -374,6 +388,10 @@ pub struct GatewayArgs {
         default_value = "http://127.0.0.1:7400"
     )]
     pub url: String,
+
+    /// What is shown to it.
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 }
 
 /// `specattn resume`.
@@ -402,6 +420,18 @@ pub struct ResumeArgs {
     /// What to log.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+}
+
+/// `specattn health`.
+#[derive(Debug, Args)]
+pub struct HealthArgs {
+    /// The service: a gateway or a worker
+    #[arg(value_name = "URL", default_value = "http://127.0.0.1:7400")]
+    pub url: String,
+
+    /// What is shown to it.
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 }
 
 /// `specattn status`.

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use specattn_proto::v1;
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
-use specattn_service::{channel, shutdown};
+use specattn_service::shutdown;
 use tokio_util::sync::CancellationToken;
 
 use crate::all_in_one::{AllInOne, Plan};
 use crate::args::GenerateArgs;
+use crate::connect::Gateway;
 use crate::error::{CliError, EXIT_INTERRUPTED};
 use crate::output::Report;
 use crate::request;
@@ -33,11 +34,11 @@ pub async fn run(args: &GenerateArgs) -> Result<u8, CliError> {
         None => Some(start_services(args, &interrupt).await?),
     };
     let gateway = match (&args.gateway, &services) {
-        (Some(url), _) => url.as_str(),
-        (None, Some(services)) => services.gateway(),
+        (Some(url), _) => Gateway::new(url, &args.connect)?,
+        (None, Some(services)) => Gateway::open(services.gateway()),
         (None, None) => unreachable!("without a gateway the services were started"),
     };
-    let report = generate(args, gateway, request, &interrupt).await;
+    let report = generate(args, &gateway, request, &interrupt).await;
     if let Some(services) = services {
         services.stop(STOP_TIMEOUT).await;
     }
@@ -78,12 +79,12 @@ async fn start_services(
 
 async fn generate(
     args: &GenerateArgs,
-    gateway: &str,
+    gateway: &Gateway,
     request: v1::GenerateRequest,
     interrupt: &CancellationToken,
 ) -> Result<Report, CliError> {
     let opening = async {
-        let mut client = GenerationServiceClient::new(channel::connect(gateway).await?);
+        let mut client = GenerationServiceClient::new(gateway.connect().await?);
         let stream = client.generate(request).await?.into_inner();
         Ok::<_, CliError>((client, stream))
     };

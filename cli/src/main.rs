@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use specattn_cli::args::{Cli, Command};
 use specattn_cli::error::EXIT_USAGE;
-use specattn_cli::{CliError, align, bench, eval, generate, resume, serve, status};
+use specattn_cli::{CliError, align, bench, eval, generate, health, key, resume, serve, status};
 use specattn_service::{ServiceError, telemetry};
 
 fn main() -> ExitCode {
@@ -34,7 +34,12 @@ fn run(command: &Command) -> Result<u8, CliError> {
         Command::Generate(args) => telemetry::init(&args.telemetry)?,
         Command::Resume(args) => telemetry::init(&args.telemetry)?,
         Command::Serve(args) => telemetry::init(&args.telemetry)?,
-        Command::Status(_) | Command::Align(_) | Command::Eval(_) | Command::Bench(_) => {}
+        Command::Status(_)
+        | Command::Align(_)
+        | Command::Eval(_)
+        | Command::Bench(_)
+        | Command::Health(_)
+        | Command::Key(_) => {}
     }
     // One thread for all messages: they never change threads on their way, and the engines have the other cores.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -53,6 +58,8 @@ fn run(command: &Command) -> Result<u8, CliError> {
             Command::Align(args) => align::run(args).map(|()| 0),
             Command::Eval(args) => eval::run(args).map(|()| 0),
             Command::Bench(args) => bench::run(args).await.map(|()| 0),
+            Command::Health(args) => health::run(args).await.map(|()| 0),
+            Command::Key(args) => key::run(args).map(|()| 0),
         }
     });
     // A model that is still loading on a blocking thread must not hold up the exit.

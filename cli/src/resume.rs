@@ -3,6 +3,7 @@
 use specattn_service::shutdown;
 
 use crate::args::ResumeArgs;
+use crate::connect::Gateway;
 use crate::error::CliError;
 use crate::generate::conclude;
 use crate::session::Session;
@@ -14,7 +15,8 @@ use crate::session::Session;
 pub async fn run(args: &ResumeArgs) -> Result<u8, CliError> {
     let interrupt = shutdown::on_signal()?;
     let id = args.session_id.clone();
-    let resuming = Session::resumed(&args.gateway.url, id, args.from, !args.json);
+    let gateway = Gateway::new(&args.gateway.url, &args.gateway.connect)?;
+    let resuming = Session::resumed(&gateway, id, args.from, !args.json);
     let session = tokio::select! {
         session = resuming => session?,
         () = interrupt.cancelled() => return Err(CliError::Interrupted),

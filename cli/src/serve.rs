@@ -14,7 +14,7 @@ use crate::error::CliError;
 /// [`CliError::Start`] when a service cannot start or fails later.
 pub async fn run(args: &ServeArgs) -> Result<(), CliError> {
     let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet)?;
-    plan.server = args.server.config()?;
+    (plan.server, plan.access) = args.access.config(&args.server)?;
     plan.share_prefixes = !args.no_prefix_sharing;
     plan.http = args.http.clone();
     plan.log = args

@@ -6,13 +6,14 @@ use specattn_proto::Fault;
 use specattn_proto::v1;
 use specattn_proto::v1::generate_response::Event;
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
-use specattn_service::{Backoff, channel};
+use specattn_service::Backoff;
+use specattn_service::channel::Link;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::args::Mode;
+use crate::connect::Gateway;
 use crate::error::CliError;
 use crate::generate::write_out;
 use crate::output::Report;
@@ -29,7 +30,7 @@ const RETRY_MOST: Duration = Duration::from_secs(2);
 
 /// A running generation, as far as it has come.
 pub(crate) struct Session {
-    client: GenerationServiceClient<Channel>,
+    client: GenerationServiceClient<Link>,
     stream: Streaming<v1::GenerateResponse>,
     started: Option<v1::Started>,
     text: String,
@@ -39,13 +40,13 @@ pub(crate) struct Session {
     /// Whether text goes to standard output as it comes.
     echo: bool,
     /// The gateway at which it is resumed when its stream breaks.
-    gateway: Option<String>,
+    gateway: Option<Gateway>,
 }
 
 impl Session {
     /// A session whose stream begins.
     pub(crate) fn new(
-        client: GenerationServiceClient<Channel>,
+        client: GenerationServiceClient<Link>,
         stream: Streaming<v1::GenerateResponse>,
         echo: bool,
     ) -> Self {
@@ -66,7 +67,7 @@ impl Session {
     /// # Errors
     /// What the gateway says.
     pub(crate) async fn resumed(
-        gateway: &str,
+        gateway: &Gateway,
         session_id: String,
         from: u64,
         echo: bool,
@@ -78,8 +79,8 @@ impl Session {
     }
 
     /// It is resumed there when its stream breaks.
-    pub(crate) fn resuming_at(mut self, gateway: &str) -> Self {
-        self.gateway = Some(gateway.to_owned());
+    pub(crate) fn resuming_at(mut self, gateway: &Gateway) -> Self {
+        self.gateway = Some(gateway.clone());
         self
     }
 
@@ -224,17 +225,17 @@ impl Session {
 }
 
 async fn resume(
-    gateway: &str,
+    gateway: &Gateway,
     session_id: String,
     from_index: u64,
 ) -> Result<
     (
-        GenerationServiceClient<Channel>,
+        GenerationServiceClient<Link>,
         Streaming<v1::GenerateResponse>,
     ),
     Fault,
 > {
-    let mut client = GenerationServiceClient::new(channel::connect(gateway).await?);
+    let mut client = GenerationServiceClient::new(gateway.connect().await?);
     let request = v1::ResumeRequest {
         session_id,
         from_index,

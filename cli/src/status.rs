@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use serde::Serialize;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
-use specattn_service::channel;
 
 use crate::args::StatusArgs;
+use crate::connect::Gateway;
 use crate::error::CliError;
 
 /// Runs the command.
@@ -15,7 +15,8 @@ use crate::error::CliError;
 /// # Errors
 /// [`CliError::Service`] when the gateway does not answer.
 pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
-    let mut client = RegistryServiceClient::new(channel::connect(&args.gateway.url).await?);
+    let gateway = Gateway::new(&args.gateway.url, &args.gateway.connect)?;
+    let mut client = RegistryServiceClient::new(gateway.connect().await?);
     let answer = client.status(v1::StatusRequest {}).await?.into_inner();
     let status = Status::from(answer);
     let text = if args.json {

@@ -11,7 +11,7 @@ use crate::own_reads::OwnPolicy;
 
 /// SpecAttn draft worker: runs the draft model, proposes tokens and selects what the target attends to
 #[derive(Debug, Clone, Parser)]
-#[command(name = "specattn-draft", version)]
+#[command(name = "specattn-draft", version = specattn_proto::version::build())]
 pub struct Args {
     /// The draft model.
     #[command(flatten)]
@@ -124,7 +124,7 @@ impl Args {
         Ok(Config {
             model: self.model.config()?,
             drafting: self.drafting.check()?,
-            server: self.server.config()?,
+            server: self.server.worker_config()?,
             gateway: self.registration.config()?,
         })
     }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
 use specattn_proto::{Fault, SessionId, limits};
+use specattn_service::channel;
 use specattn_worker::ServedModel;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{Stream, StreamExt};
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::engine_loop::{Command, SessionKey};
 use crate::session::Welcome;
@@ -50,7 +50,7 @@ impl Link {
     /// # Errors
     /// [`Fault::Unavailable`] when the verify worker cannot be reached; what it answers otherwise.
     pub(crate) async fn join(
-        channel: Channel,
+        channel: channel::Link,
         joining: Joining,
         model: &ServedModel,
         engine: EngineSession,
@@ -142,7 +142,7 @@ impl Link {
 }
 
 async fn speculate(
-    channel: Channel,
+    channel: channel::Link,
     requests: impl Stream<Item = SpeculateRequest> + Send + 'static,
 ) -> Result<Streaming<SpeculateResponse>, Fault> {
     // The welcome carries a session's tokens.

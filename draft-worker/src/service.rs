@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use specattn_proto::Fault;
 use specattn_proto::v1::draft_service_server::DraftService;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftStatusRequest, DraftStatusResponse};
+use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt;
@@ -102,6 +103,7 @@ impl DraftService for Service {
         Ok(Response::new(DraftStatusResponse {
             model: Some(self.model.info.clone()),
             load: Some(self.load.report(self.draining.is_cancelled())),
+            protocol_version: PROTOCOL_VERSION,
         }))
     }
 }

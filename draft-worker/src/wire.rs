@@ -7,6 +7,7 @@ use specattn_engine::sampling::DraftToken;
 use specattn_mask::{Source, Term};
 use specattn_proto::v1::{self, ModelInfo, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
+use specattn_proto::version::{self, PROTOCOL_VERSION};
 use specattn_proto::{Capability, Fault, SessionId, limits};
 use specattn_worker::convert;
 
@@ -36,7 +37,8 @@ pub(crate) fn attach(
     request: v1::AttachRequest,
     model: &ModelConfig,
     drafting: Drafting,
-) -> Result<Attach, Invalid> {
+) -> Result<Attach, Fault> {
+    version::check(request.protocol_version)?;
     let joining = Joining {
         session: request.session_id.parse()?,
         capability: Capability::from_wire(&request.capability)?,
@@ -47,15 +49,13 @@ pub(crate) fn attach(
     let policy = validate::draft_policy(request.policy.as_ref())?;
     let draft_length = policy.draft_length.unwrap_or(0) as usize;
     if draft_length == 0 {
-        return Err(Invalid::new("draft_length", "must be at least 1"));
+        return Err(Invalid::new("draft_length", "must be at least 1").into());
     }
     let limit = usize::try_from(request.max_tokens_total).unwrap_or(usize::MAX);
     let limit = limit.min(limits::MAX_SESSION_TOKENS);
     if limit < request.token_ids.len() {
-        return Err(Invalid::new(
-            "max_tokens_total",
-            "is less than the tokens so far",
-        ));
+        let reason = "is less than the tokens so far";
+        return Err(Invalid::new("max_tokens_total", reason).into());
     }
     let mut drafting = drafting;
     if let Some(steps) = policy.capture_every {
@@ -85,6 +85,7 @@ pub(crate) fn join(joining: &Joining, model: ModelInfo) -> v1::SpeculateRequest 
         draft_model: Some(model),
         known_tokens: joining.known as u64,
         capability: capability.map(Capability::to_wire).unwrap_or_default(),
+        protocol_version: PROTOCOL_VERSION,
     }))
 }
 

@@ -7,6 +7,7 @@ use specattn_engine::Model;
 use specattn_proto::limits;
 use specattn_proto::v1::draft_service_server::DraftServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
+use specattn_service::guard::Access;
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
 use specattn_worker::metrics;
@@ -69,7 +70,7 @@ impl Worker {
             commands,
             model: served.clone(),
             drafting: config.drafting,
-            channels: Channels::default(),
+            channels: Channels::new(&config.server.security),
             load: Arc::clone(&load),
             draining: shutdown.clone(),
             sessions: AtomicU64::new(0),
@@ -89,7 +90,7 @@ impl Worker {
         let service = DraftServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
-        host.serve(Server::new().with(service), listener, shutdown)
-            .await
+        let server = Server::new().with(service, Access::Peers);
+        host.serve(server, listener, shutdown).await
     }
 }

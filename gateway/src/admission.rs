@@ -14,6 +14,8 @@ use specattn_proto::Fault;
 use tokio::sync::oneshot;
 use tonic::codegen::http::HeaderMap;
 
+use crate::clients::KnownClient;
+
 /// Bounds of the hint when to try again.
 const RETRY_LEAST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(30);
@@ -46,8 +48,12 @@ const MOST_CLIENT_ID_BYTES: usize = 128;
 pub(crate) struct ClientKey(String);
 
 impl ClientKey {
-    /// Who calls: by the name it gives, else by its API key, else by its address.
-    pub(crate) fn of(headers: &HeaderMap, address: Option<IpAddr>) -> Self {
+    /// Who calls: by its API key, where clients have one. Else by the name it gives, else by what it shows as a key, else by
+    /// its address.
+    pub(crate) fn of(client: &KnownClient, headers: &HeaderMap, address: Option<IpAddr>) -> Self {
+        if let Some(name) = &client.name {
+            return Self(format!("name {name}"));
+        }
         let name = headers.get(CLIENT_ID).and_then(|name| name.to_str().ok());
         if let Some(name) = name.filter(|name| name.len() <= MOST_CLIENT_ID_BYTES) {
             return Self(format!("id {name}"));

@@ -10,8 +10,9 @@ use specattn_service::args::{ServerArgs, TelemetryArgs};
 use specattn_service::server::ServerConfig;
 
 use crate::admission::AdmissionLimits;
+use crate::clients::{AccessArgs, AccessConfig};
 use crate::error::GatewayError;
-use crate::known_workers::NAME_SCHEME;
+use crate::known_workers;
 use crate::log::{LogArgs, LogConfig};
 
 /// How long a logged session goes on without its client, unless told otherwise: a client that lost its connection is back
@@ -20,19 +21,19 @@ const LINGER: Duration = Duration::from_secs(10);
 
 /// SpecAttn gateway: the client API in front of verify and draft workers.
 #[derive(Debug, Clone, clap::Parser)]
-#[command(name = "specattn-gateway", version)]
+#[command(name = "specattn-gateway", version = specattn_proto::version::build())]
 pub struct Args {
     /// Folder with the target model's tokenizer.json
     #[arg(long, value_name = "DIR")]
     pub tokenizer: PathBuf,
 
-    /// URI of a verify worker that does not register itself, or dns://NAME:PORT for all addresses of a name; may be given
-    /// several times
+    /// URI of a verify worker that does not register itself, or dns://NAME:PORT for all addresses of a name, or
+    /// dns+https://NAME:PORT for the same by TLS; may be given several times
     #[arg(long, value_name = "URI", value_delimiter = ',')]
     pub verify_endpoint: Vec<String>,
 
-    /// URI of a draft worker that does not register itself, or dns://NAME:PORT for all addresses of a name; may be given
-    /// several times
+    /// URI of a draft worker that does not register itself, or dns://NAME:PORT for all addresses of a name, or
+    /// dns+https://NAME:PORT for the same by TLS; may be given several times
     #[arg(long, value_name = "URI", value_delimiter = ',')]
     pub draft_endpoint: Vec<String>,
 
@@ -40,8 +41,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_sessions: usize,
 
-    /// Sessions of one client held at once; its later requests wait. Clients are told apart by the metadata x-client-id,
-    /// else by the API key in authorization, else by address
+    /// Sessions of one client held at once; its later requests wait. Clients are told apart by API key; where none is wanted,
+    /// by the metadata x-client-id, else by authorization, else by address
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_sessions_per_client: usize,
 
@@ -99,6 +100,10 @@ pub struct Args {
     #[command(flatten)]
     pub log: LogArgs,
 
+    /// Who may use the gateway.
+    #[command(flatten)]
+    pub access: AccessArgs,
+
     /// Where to listen, how to be reached, how to stop.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -128,6 +133,8 @@ pub struct Config {
     pub tokenizer_dir: PathBuf,
     /// What the HTTP API says and takes.
     pub http: HttpArgs,
+    /// Who may use the gateway.
+    pub access: AccessConfig,
     /// How the server is reached and how it stops.
     pub server: ServerConfig,
     /// Verify workers that do not register themselves.
@@ -158,6 +165,7 @@ impl Config {
         Self {
             tokenizer_dir: tokenizer_dir.into(),
             http: HttpArgs::default(),
+            access: AccessConfig::default(),
             server: ServerConfig::default(),
             verify_endpoints: Vec::new(),
             draft_endpoints: Vec::new(),
@@ -199,7 +207,10 @@ impl TryFrom<&Args> for Config {
         ] {
             for uri in endpoints {
                 // A name stands for endpoints of the usual form.
-                let plain = uri.replacen(NAME_SCHEME, "http://", 1);
+                let plain = known_workers::name(uri).map_or_else(
+                    || uri.clone(),
+                    |(scheme, name)| format!("{scheme}://{name}"),
+                );
                 validate::endpoint("endpoint", &plain).map_err(|e| bad(argument, e.reason))?;
             }
         }
@@ -229,10 +240,12 @@ impl TryFrom<&Args> for Config {
             window_tokens: Some(args.mask_window),
             granularity: Some(args.mask_granularity),
         };
+        let (server, access) = args.access.config(&args.server)?;
         Ok(Self {
             tokenizer_dir: args.tokenizer.clone(),
             http: args.http.clone(),
-            server: args.server.config()?,
+            access,
+            server,
             verify_endpoints: args.verify_endpoint.clone(),
             draft_endpoints: args.draft_endpoint.clone(),
             admission: AdmissionLimits {

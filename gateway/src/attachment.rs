@@ -12,6 +12,7 @@ use std::time::Duration;
 use specattn_proto::v1::attach_response::Event;
 use specattn_proto::v1::draft_service_client::DraftServiceClient;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy};
+use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
 use specattn_service::Backoff;
 use tokio::time::Instant;
@@ -165,6 +166,7 @@ impl Attachment {
             policy: Some(self.policy),
             max_tokens_total: self.max_tokens_total,
             capability: self.capability.to_wire(),
+            protocol_version: PROTOCOL_VERSION,
         };
         let mut events = client.attach(request).await.map_err(status)?.into_inner();
         match events.message().await.map_err(status)? {

@@ -11,10 +11,12 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use crate::Gateway;
-use crate::admission::{ClientKey, Ticket};
+use crate::admission::ClientKey;
+use crate::clients::KnownClient;
 use crate::completion::Completion;
 use crate::listener::{ClientStream, Listener};
 use crate::opening::Opening;
+use crate::pass::Pass;
 use crate::plan::Plan;
 use crate::registry::Prefix;
 use crate::session::{Session, Times};
@@ -25,9 +27,16 @@ use crate::transcript::{Reader, Transcript};
 /// Who asks for a session.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
-    pub(crate) client: ClientKey,
+    pub(crate) client: KnownClient,
+    /// Whose turn it takes in the line.
+    pub(crate) line: ClientKey,
     /// How long the session goes on without it.
     pub(crate) linger: Duration,
+}
+
+/// What those hear who ask for a session that is not there, or not theirs.
+pub(crate) fn unknown(id: SessionId) -> Fault {
+    Fault::NotFound(format!("no session {id}"))
 }
 
 /// The gateway as a tonic service.
@@ -42,7 +51,7 @@ impl GenerationService for Generation {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<ClientStream>, Status> {
-        let caller = self.0.caller(&request);
+        let caller = self.0.caller(&request)?;
         let stream = self.0.generate(request.into_inner(), caller).await?;
         Ok(Response::new(stream))
     }
@@ -53,14 +62,15 @@ impl GenerationService for Generation {
     ) -> Result<Response<ClientStream>, Status> {
         let id: SessionId = request.get_ref().session_id.parse()?;
         let from = request.get_ref().from_index;
+        let caller = self.0.caller(&request)?;
         let span = tracing::info_span!("session", session_id = %id);
         let stream = async {
             match self.0.sessions.get(id) {
-                Some(entry) => self.0.listen(&entry, from),
-                None => {
-                    let caller = self.0.caller(&request);
-                    self.0.resume_logged(id, from, caller).await
+                Some(entry) => {
+                    entry.check_owner(&caller.client)?;
+                    self.0.listen(&entry, from)
                 }
+                None => self.0.resume_logged(id, from, caller).await,
             }
         };
         let stream = stream.instrument(span.clone()).await;
@@ -74,32 +84,37 @@ impl GenerationService for Generation {
         &self,
         request: Request<CancelRequest>,
     ) -> Result<Response<CancelResponse>, Status> {
+        let client = KnownClient::of(request.extensions())?;
         let id: SessionId = request.into_inner().session_id.parse()?;
         let entry = self.0.sessions.get(id);
-        let entry = entry.ok_or_else(|| Fault::NotFound(format!("no session {id}")))?;
+        let entry = entry.ok_or_else(|| unknown(id))?;
+        entry.check_owner(&client)?;
         entry.cancel.cancel();
         Ok(Response::new(CancelResponse {}))
     }
 }
 
 impl Gateway {
-    fn caller<T>(&self, request: &Request<T>) -> Caller {
+    fn caller<T>(&self, request: &Request<T>) -> Result<Caller, Fault> {
         let address = request.remote_addr().map(|address| address.ip());
-        Caller {
-            client: ClientKey::of(request.metadata().as_ref(), address),
+        let client = KnownClient::of(request.extensions())?;
+        Ok(Caller {
+            line: ClientKey::of(&client, request.metadata().as_ref(), address),
+            client,
             linger: self.config.linger(),
-        }
+        })
     }
 
-    /// Waits for a place for the caller.
-    pub(crate) async fn admit(&self, caller: &Caller) -> Result<Ticket, Fault> {
+    /// Waits for a place for the caller, if its key lets it have one.
+    pub(crate) async fn admit(&self, caller: &Caller) -> Result<Pass, Fault> {
         if self.shutdown.is_cancelled() {
             return Err(Fault::Unavailable("the gateway is draining".to_owned()));
         }
+        let key = caller.client.begin()?;
         let arrival = Instant::now();
-        let ticket = self.admission.admit(caller.client.clone()).await?;
+        let ticket = self.admission.admit(caller.line.clone()).await?;
         self.metrics.admitted(arrival.elapsed());
-        Ok(ticket)
+        Ok(Pass::new(ticket, key))
     }
 
     /// A new session, and its client's stream.
@@ -118,10 +133,11 @@ impl Gateway {
         caller: Caller,
     ) -> Result<ClientStream, Fault> {
         let arrival = SystemTime::now();
-        let ticket = self.admit(&caller).await?;
+        let pass = self.admit(&caller).await?;
         let slot = self.sessions.reserve(caller.linger);
         let span = tracing::info_span!("session", session_id = %slot.entry.id);
-        self.start(request, arrival, slot, ticket)
+        let owner = caller.client.owner();
+        self.start((request, owner), arrival, slot, pass)
             .instrument(span.clone())
             .await
             .inspect_err(|fault| {
@@ -132,10 +148,10 @@ impl Gateway {
     /// Checks a request, opens its session and starts the tasks that carry it.
     async fn start(
         self: &Arc<Self>,
-        request: GenerateRequest,
+        (request, owner): (GenerateRequest, &str),
         arrival: SystemTime,
         slot: SessionSlot,
-        ticket: Ticket,
+        pass: Pass,
     ) -> Result<ClientStream, Fault> {
         let id = slot.entry.id;
         let plan = self.plan(request).await?;
@@ -165,7 +181,8 @@ impl Gateway {
             None => opening.open().await?,
         };
 
-        let recipe = plan.recipe(id, arrival, &open.worker.model);
+        let recipe = plan.recipe(id, owner, arrival, &open.worker.model);
+        pass.spend(plan.prompt.len());
         let writer = match &self.log {
             Some(log) => Some(log.begin(id, recipe.logged().clone()).await?),
             None => None,
@@ -187,7 +204,7 @@ impl Gateway {
         let session = Session {
             gateway: Arc::clone(self),
             slot,
-            ticket,
+            pass,
             transcript: Arc::new(Transcript::new(recipe.prompt().to_vec())),
             completion,
             writer,

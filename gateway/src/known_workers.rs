@@ -2,7 +2,8 @@
 //! heartbeats, and treats the answers as heartbeats.
 //!
 //! An entry `dns://NAME:PORT` stands for every address of a name, looked up again and again: Kubernetes' headless services
-//! list the pods that are ready under one name.
+//! list the pods that are ready under one name. `dns+https://NAME:PORT` is the same by TLS; the workers' certificates must
+//! then be valid for their addresses, or for the name given by `--tls-server-name`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -14,11 +15,10 @@ use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{
     DraftStatusRequest, ModelInfo, VerifyStatusRequest, WorkerLoad, WorkerRole,
 };
-use specattn_proto::{Fault, limits};
-use specattn_service::channel;
+use specattn_proto::{Fault, limits, version};
+use specattn_service::channel::Link;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 use crate::Gateway;
 use crate::registry::WorkerId;
@@ -35,8 +35,16 @@ const LOOKUP_INTERVAL: Duration = Duration::from_secs(2);
 /// Most addresses of a name that are watched.
 const MAX_ADDRESSES: usize = 1_024;
 
-/// What a list entry that stands for all addresses of a name begins with.
-pub(crate) const NAME_SCHEME: &str = "dns://";
+/// What a list entry says that stands for all addresses of a name: their scheme; host and port.
+pub(crate) fn name(entry: &str) -> Option<(&'static str, &str)> {
+    let plain = entry.strip_prefix("dns://").map(|name| ("http", name));
+    let tls = || {
+        entry
+            .strip_prefix("dns+https://")
+            .map(|name| ("https", name))
+    };
+    plain.or_else(tls)
+}
 
 /// Starts a task per listed endpoint; they end when the drain begins.
 pub(crate) fn watch(gateway: &Arc<Gateway>) {
@@ -46,11 +54,12 @@ pub(crate) fn watch(gateway: &Arc<Gateway>) {
     ];
     for (role, endpoints) in lists {
         for endpoint in endpoints {
-            match endpoint.strip_prefix(NAME_SCHEME) {
-                Some(name) => {
+            match name(endpoint) {
+                Some((scheme, name)) => {
                     let names = NamedWorkers {
                         gateway: Arc::clone(gateway),
                         role,
+                        scheme,
                         name: name.to_owned(),
                     };
                     let shutdown = gateway.shutdown.clone();
@@ -68,11 +77,17 @@ pub(crate) fn watch(gateway: &Arc<Gateway>) {
 struct NamedWorkers {
     gateway: Arc<Gateway>,
     role: WorkerRole,
+    /// How the workers are called: http or https.
+    scheme: &'static str,
     /// Host and port.
     name: String,
 }
 
 impl NamedWorkers {
+    fn uri(&self, address: SocketAddr) -> String {
+        format!("{}://{address}", self.scheme)
+    }
+
     /// Looks the name up again and again. An address that is not listed any more is watched no longer once its worker is
     /// gone: a name server that fails takes no worker away.
     async fn watch(&self) -> std::convert::Infallible {
@@ -90,7 +105,7 @@ impl NamedWorkers {
             };
             watched.retain(|address, stop| {
                 let stays = found.contains(address)
-                    || self.gateway.registry.knows(self.role, &uri(*address));
+                    || self.gateway.registry.knows(self.role, &self.uri(*address));
                 if !stays {
                     tracing::info!(name = self.name, %address, "address is not listed any more");
                     stop.cancel();
@@ -102,15 +117,11 @@ impl NamedWorkers {
                     continue;
                 }
                 let stop = self.gateway.shutdown.child_token();
-                KnownWorker::start(&self.gateway, self.role, uri(address), &stop);
+                KnownWorker::start(&self.gateway, self.role, self.uri(address), &stop);
                 watched.insert(address, stop);
             }
         }
     }
-}
-
-fn uri(address: SocketAddr) -> String {
-    format!("http://{address}")
 }
 
 struct KnownWorker {
@@ -137,8 +148,8 @@ impl KnownWorker {
 
     /// Asks again and again; ends only when the endpoint cannot be one.
     async fn watch(&self) -> Fault {
-        let channel = match channel::connect_lazy(&self.endpoint) {
-            Ok(channel) => channel,
+        let link = match self.gateway.registry.link(self.role, &self.endpoint) {
+            Ok(link) => link,
             Err(fault) => return fault,
         };
         let mut member: Option<WorkerId> = None;
@@ -147,7 +158,7 @@ impl KnownWorker {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask(self.role, channel.clone()));
+            let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask(self.role, link.clone()));
             let answer = match asked.await {
                 Ok(answer) => answer,
                 Err(_) => Err(Fault::DeadlineExceeded("no answer".to_owned())),
@@ -189,19 +200,20 @@ impl KnownWorker {
     }
 }
 
-async fn ask(role: WorkerRole, channel: Channel) -> Result<(Option<ModelInfo>, WorkerLoad), Fault> {
+async fn ask(role: WorkerRole, link: Link) -> Result<(Option<ModelInfo>, WorkerLoad), Fault> {
     let status = |status: tonic::Status| Fault::from_status(&status);
     let most = limits::MAX_SMALL_MESSAGE_BYTES;
-    let (model, load) = if role == WorkerRole::Draft {
-        let mut client = DraftServiceClient::new(channel).max_decoding_message_size(most);
+    let (model, load, version) = if role == WorkerRole::Draft {
+        let mut client = DraftServiceClient::new(link).max_decoding_message_size(most);
         let answer = client.draft_status(DraftStatusRequest {}).await;
         let answer = answer.map_err(status)?.into_inner();
-        (answer.model, answer.load)
+        (answer.model, answer.load, answer.protocol_version)
     } else {
-        let mut client = VerifyServiceClient::new(channel).max_decoding_message_size(most);
+        let mut client = VerifyServiceClient::new(link).max_decoding_message_size(most);
         let answer = client.verify_status(VerifyStatusRequest {}).await;
         let answer = answer.map_err(status)?.into_inner();
-        (answer.model, answer.load)
+        (answer.model, answer.load, answer.protocol_version)
     };
+    version::check(version)?;
     Ok((model, load.unwrap_or_default()))
 }

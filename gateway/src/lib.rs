@@ -5,24 +5,29 @@
 //! it) into the `transcript`, from which `listener` tells the client, while `attachment` keeps a draft worker on the session
 //! for as long as one is to be had. `registry` knows the workers; `resuming` takes sessions up from the log.
 //!
-//! `openai` is the same API over HTTP, in the shape of OpenAI's.
+//! `openai` is the same API over HTTP, in the shape of OpenAI's. `clients` says who calls, by the keys in `api_keys`, and
+//! `key_use` how much of them is used.
 //!
 //! The gateway never sees logits, masks or weights. Speculation is an accelerator: nothing here waits for a draft.
 
 mod admission;
+mod api_keys;
 mod args;
 mod attachment;
+mod clients;
 mod completion;
 mod console;
 mod detokenizer;
 mod error;
 mod generation_service;
+mod key_use;
 mod known_workers;
 mod listener;
 mod log;
 mod metrics;
 mod openai;
 mod opening;
+mod pass;
 mod plan;
 mod prefix;
 mod recipe;
@@ -43,23 +48,29 @@ use std::time::Duration;
 use specattn_proto::limits;
 use specattn_proto::v1::generation_service_server::GenerationServiceServer;
 use specattn_proto::v1::registry_service_server::RegistryServiceServer;
-use specattn_service::server::Server;
-use tokio::net::TcpListener;
+use specattn_service::guard::Access;
+use specattn_service::server::{Listeners, Server};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use admission::AdmissionLimits;
+pub use api_keys::{ApiKey, KeyFile, KeyLimits};
 pub use args::{Args, Config, HttpArgs};
+pub use clients::{AccessArgs, AccessConfig};
 pub use error::GatewayError;
 pub use log::{Fsync, LogArgs, LogConfig};
 
 use admission::Admission;
+use clients::Directory;
 use generation_service::Generation;
 use log::SessionLog;
 use metrics::Metrics;
-use registry::Registry;
+use registry::{Dialers, Registry};
 use session_table::SessionTable;
 use tokenizer::Tokenizer;
+
+/// The method of the registry that is not for workers.
+const STATUS: &str = "/specattn.v1.RegistryService/Status";
 
 /// What the tasks of ended connections get to put things away.
 const CLEANUP_TIME: Duration = Duration::from_secs(1);
@@ -79,20 +90,22 @@ struct Gateway {
     shutdown: CancellationToken,
 }
 
-/// Serves the gateway on `listener` until `shutdown` is cancelled and the drain is over.
+/// Serves the gateway on `listeners` until `shutdown` is cancelled and the drain is over.
 ///
 /// # Errors
 /// [`GatewayError::Tokenizer`] when the tokenizer cannot be loaded, [`GatewayError::Service`] when serving fails.
 pub async fn serve(
     config: Config,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     shutdown: CancellationToken,
 ) -> Result<(), GatewayError> {
     let folder = config.tokenizer_dir.clone();
     let tokenizer = tokio::task::spawn_blocking(move || Tokenizer::load(&folder))
         .await
         .map_err(|error| GatewayError::Task(error.to_string()))??;
+    let listeners = listeners.into();
     let server_config = config.server.clone();
+    let clients = Arc::new(Directory::new(&config.access));
     let opened = match config.log.clone() {
         Some(log) => {
             specattn_service::shutdown::survive_file_size_limit()?;
@@ -104,7 +117,10 @@ pub async fn serve(
     };
     let (log, keeper) = opened.unzip();
     let gateway = Arc::new(Gateway {
-        registry: Arc::new(Registry::new(tokenizer.hash().to_owned())),
+        registry: Arc::new(Registry::new(
+            tokenizer.hash().to_owned(),
+            Dialers::new(&config),
+        )),
         sessions: Arc::default(),
         admission: Arc::new(Admission::new(config.admission)),
         log,
@@ -117,7 +133,7 @@ pub async fn serve(
     known_workers::watch(&gateway);
     gateway.tasks.spawn(count_places(Arc::clone(&gateway)));
     tracing::info!(
-        listen = listener.local_addr().map(|a| a.to_string()).ok(),
+        listen = listeners.public.local_addr().map(|a| a.to_string()).ok(),
         tokenizer = %gateway.config.tokenizer_dir.display(),
         "gateway is up"
     );
@@ -127,12 +143,15 @@ pub async fn serve(
     let registry = RegistryServiceServer::from_arc(Arc::clone(&gateway))
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
     let served = Server::new()
-        .with(generation)
-        .with(registry)
-        .with_http(openai::router(Arc::clone(&gateway))?)
-        .with_http(console::router(Arc::clone(&gateway)))
+        .with_clients(clients)
+        .with(generation, Access::Clients)
+        .with(registry, Access::Peers)
+        .method(STATUS, Access::Insiders)
+        .with_http(openai::router(Arc::clone(&gateway))?, Access::Clients)
+        .with_http(console::page(), Access::Everyone)
+        .with_http(console::data(Arc::clone(&gateway)), Access::Operators)
         .with_metrics(metrics::registry(&gateway))
-        .serve(listener, &server_config, shutdown)
+        .serve(listeners, &server_config, shutdown)
         .await;
 
     gateway.tasks.close();

@@ -7,11 +7,12 @@ use std::time::Duration;
 use specattn_proto::v1::open_response::Event;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{CloseRequest, FinishReason, ModelInfo, OpenRequest, OpenResponse};
+use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
 use specattn_service::Backoff;
+use specattn_service::channel::Link;
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::registry::{Assignment, Prefix, Registry, Worker, WorkerId};
 
@@ -26,7 +27,7 @@ const RETRY_MOST: Duration = Duration::from_secs(1);
 /// A session that its verify worker welcomed.
 pub(crate) struct OpenSession {
     pub(crate) worker: Worker,
-    pub(crate) client: VerifyServiceClient<Channel>,
+    pub(crate) client: VerifyServiceClient<Link>,
     /// What follows Opened.
     pub(crate) events: Streaming<OpenResponse>,
     pub(crate) assignment: Assignment,
@@ -109,6 +110,10 @@ impl Opening<'_> {
                     self.registry.served(worker_id, &self.prefix);
                     return Ok(open);
                 }
+                // That the gateway is refused is not for its client to hear.
+                Ok(Err(Fault::Unauthenticated(why) | Fault::PermissionDenied(why))) => {
+                    Fault::Unavailable(format!("{worker_id} refuses this gateway: {why}"))
+                }
                 Ok(Err(fault)) => fault,
                 Err(_) => Fault::Unavailable(format!("{worker_id} does not answer")),
             };
@@ -141,6 +146,7 @@ async fn open_at(
     // From a cryptographic generator, and for this opening alone: a draft of an earlier one cannot come back.
     let capability = Capability::from_bits(rand::random());
     request.draft_capability = capability.to_wire();
+    request.protocol_version = PROTOCOL_VERSION;
     let status = |status: tonic::Status| Fault::from_status(&status);
     let mut client = VerifyServiceClient::new(worker.channel.clone())
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);

@@ -87,10 +87,11 @@ impl Plan {
         )
     }
 
-    /// The session that this becomes on a model.
+    /// The session of `owner` that this becomes on a model.
     pub(crate) fn recipe(
         &self,
         id: SessionId,
+        owner: &str,
         arrival: SystemTime,
         model: &v1::ModelInfo,
     ) -> Recipe {
@@ -117,6 +118,7 @@ impl Plan {
             checkpoint_hash: model.checkpoint_hash.clone(),
             arrival_unix_ms: unix_ms(arrival),
             deadline_unix_ms: self.deadline.map(|after| unix_ms(arrival + after)),
+            owner: owner.to_owned(),
         })
         .expect("every part is there")
     }
@@ -140,8 +142,9 @@ impl Plan {
             check: Some(self.check.into()),
             provisional: self.provisional,
             draft_while_it_pays: self.draft_while_it_pays,
-            // Each opening gets one of its own.
+            // What belongs to an opening and not to the session: each fills it in.
             draft_capability: Vec::new(),
+            protocol_version: 0,
         }
     }
 }

@@ -40,6 +40,11 @@ impl Recipe {
         &self.logged
     }
 
+    /// The API key that began it, by name; empty where clients have none.
+    pub(crate) fn owner(&self) -> &str {
+        &self.logged.owner
+    }
+
     pub(crate) fn prompt(&self) -> &[u32] {
         &self.open.token_ids
     }

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use specattn_proto::v1::{ModelInfo, WorkerLoad, WorkerRole, WorkerStatus};
 use specattn_proto::{Fault, validate};
-use specattn_service::channel;
+use specattn_service::channel::{Dialer, Link};
 use tokio::sync::watch;
-use tonic::transport::Channel;
 
+use crate::args::Config;
 pub(crate) use crate::prefix::Prefix;
 use crate::prefix::Prefixes;
 
@@ -67,7 +67,7 @@ pub(crate) struct Worker {
     pub(crate) endpoint: String,
     pub(crate) model: Arc<ModelInfo>,
     /// Connects when first used, and again after a loss.
-    pub(crate) channel: Channel,
+    pub(crate) channel: Link,
 }
 
 struct Record {
@@ -126,19 +126,38 @@ struct Records {
     last_number: u64,
 }
 
+/// How workers of each role are called.
+#[derive(Debug, Default)]
+pub(crate) struct Dialers {
+    verify: Dialer,
+    draft: Dialer,
+}
+
+impl Dialers {
+    pub(crate) fn new(config: &Config) -> Self {
+        let dialer = |role| config.access.dialer(&config.server.security, role);
+        Self {
+            verify: dialer(WorkerRole::Verify),
+            draft: dialer(WorkerRole::Draft),
+        }
+    }
+}
+
 /// The workers of a gateway.
 pub(crate) struct Registry {
     /// SHA-256 of the gateway's tokenizer.json: verify workers must run a model that goes with it.
     tokenizer_hash: String,
+    dialers: Dialers,
     records: Mutex<Records>,
     /// Counts the changes that may bring a new choice.
     changes: watch::Sender<u64>,
 }
 
 impl Registry {
-    pub(crate) fn new(tokenizer_hash: String) -> Self {
+    pub(crate) fn new(tokenizer_hash: String, dialers: Dialers) -> Self {
         Self {
             tokenizer_hash,
+            dialers,
             records: Mutex::default(),
             changes: watch::Sender::new(0),
         }
@@ -159,6 +178,17 @@ impl Registry {
             .send_modify(|count| *count = count.wrapping_add(1));
     }
 
+    /// A link to the worker of this role at `endpoint`. Needs a running Tokio runtime.
+    ///
+    /// # Errors
+    /// [`Fault::InvalidArgument`] when that is no http or https URI.
+    pub(crate) fn link(&self, role: WorkerRole, endpoint: &str) -> Result<Link, Fault> {
+        match role {
+            WorkerRole::Draft => self.dialers.draft.connect_lazy(endpoint),
+            _ => self.dialers.verify.connect_lazy(endpoint),
+        }
+    }
+
     /// Takes a worker in. Needs a running Tokio runtime.
     ///
     /// # Errors
@@ -175,7 +205,7 @@ impl Registry {
             return Err(Fault::InvalidArgument("role must be given".to_owned()));
         }
         let model = Arc::new(validate::model_info(model)?);
-        let channel = channel::connect_lazy(&endpoint)?;
+        let channel = self.link(role, &endpoint)?;
         if role == WorkerRole::Verify && differs(&self.tokenizer_hash, &model.tokenizer_hash) {
             let text = format!(
                 "verify worker {endpoint} runs {} with another tokenizer than the gateway's",

@@ -8,11 +8,14 @@ use specattn_proto::v1::registry_service_server::RegistryService;
 use specattn_proto::v1::{
     GatewayStatus, RegisterRequest, RegisterResponse, StatusRequest, StatusResponse, WorkerLoad,
 };
+use specattn_proto::version::{self, PROTOCOL_VERSION};
+use specattn_service::guard::Member;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::Gateway;
+use crate::clients::may_register;
 use crate::log::SessionLog;
 use crate::registry::{Registry, WorkerId};
 
@@ -27,6 +30,7 @@ impl RegistryService for Gateway {
         &self,
         request: Request<Streaming<RegisterRequest>>,
     ) -> Result<Response<Self::RegisterStream>, Status> {
+        let member = request.extensions().get::<Member>().copied();
         let mut requests = request.into_inner();
         let silence = self.config.heartbeat_interval * MISSED_HEARTBEATS;
         let first = tokio::time::timeout(silence, requests.message())
@@ -37,6 +41,11 @@ impl RegistryService for Gateway {
             let text = "the first message must be a registration".to_owned();
             return Err(Fault::InvalidArgument(text).into());
         };
+        may_register(member.as_ref(), registration.role())?;
+        version::check(registration.protocol_version).inspect_err(|fault| {
+            let (endpoint, build) = (&registration.endpoint, &registration.build);
+            tracing::warn!(endpoint, build, %fault, "worker of another release");
+        })?;
         let id = self.registry.add(
             registration.role(),
             registration.endpoint,
@@ -53,6 +62,7 @@ impl RegistryService for Gateway {
         let answer = RegisterResponse {
             worker_id: id.to_string(),
             heartbeat_interval_ms: u32::try_from(interval_ms).unwrap_or(u32::MAX),
+            protocol_version: PROTOCOL_VERSION,
         };
         let shutdown = self.shutdown.clone();
         self.tasks.spawn(async move {

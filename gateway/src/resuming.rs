@@ -10,7 +10,7 @@ use tracing::Instrument;
 
 use crate::Gateway;
 use crate::completion::Completion;
-use crate::generation_service::Caller;
+use crate::generation_service::{Caller, unknown};
 use crate::listener::{ClientStream, Listener};
 use crate::log::Stored;
 use crate::opening::Opening;
@@ -40,14 +40,16 @@ impl Gateway {
         from: u64,
         caller: Caller,
     ) -> Result<ClientStream, Fault> {
-        let unknown = || Fault::NotFound(format!("no session {id}"));
-        let log = self.log.as_ref().ok_or_else(unknown)?;
+        let log = self.log.as_ref().ok_or_else(|| unknown(id))?;
         // Whoever has the place is the only one to continue it.
         let slot = self
             .sessions
             .claim(id, caller.linger)
             .ok_or_else(|| Fault::Unavailable("the session is being opened".to_owned()))?;
-        let (stored, writer) = log.load(id).await?.ok_or_else(unknown)?;
+        let (stored, writer) = log.load(id).await?.ok_or_else(|| unknown(id))?;
+        if !caller.client.may_reach(&stored.session.owner) {
+            return Err(unknown(id));
+        }
         let first_token = stored.first_token_us.map(Duration::from_micros);
         let tally = Tally::resumed(stored.stats);
         let logged_end = stored.end.clone();
@@ -98,8 +100,9 @@ impl Gateway {
             return Ok(stream);
         }
 
-        let ticket = self.admit(&caller).await?;
+        let pass = self.admit(&caller).await?;
         let tokens = replayed.transcript.tokens();
+        pass.spend(tokens.len());
         let barred = BTreeSet::new();
         let recipe = &replayed.recipe;
         let opening = Opening {
@@ -119,7 +122,7 @@ impl Gateway {
         let session = Session {
             gateway: Arc::clone(self),
             slot,
-            ticket,
+            pass,
             transcript: replayed.transcript,
             completion: replayed.completion,
             writer: Some(writer),

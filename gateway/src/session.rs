@@ -18,12 +18,12 @@ use specattn_proto::v1::{
 use tokio::time::Instant;
 
 use crate::Gateway;
-use crate::admission::Ticket;
 use crate::attachment::Attachment;
 use crate::completion::Completion;
 use crate::log::SessionWriter;
 use crate::metrics;
 use crate::opening::{OpenSession, Opening};
+use crate::pass::Pass;
 use crate::recipe::{Recipe, unix_ms};
 use crate::registry::{Prefix, WorkerId};
 use crate::session_table::SessionSlot;
@@ -41,7 +41,7 @@ const STATS_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) struct Session {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) slot: SessionSlot,
-    pub(crate) ticket: Ticket,
+    pub(crate) pass: Pass,
     pub(crate) recipe: Recipe,
     pub(crate) transcript: Arc<Transcript>,
     pub(crate) completion: Completion,
@@ -279,6 +279,7 @@ impl Session {
             }
         }
         self.fruitless = 0;
+        self.pass.spend(commit.tokens.len());
         if let Some(stats) = committed.stats {
             self.tally.told(stats);
         }
@@ -478,7 +479,7 @@ impl Session {
     fn transcript_end(self, tail: &str, end: Result<Finished, Fault>) {
         // The place is free from here on: a client that starts its next request at the end finds room.
         drop(self.slot);
-        drop(self.ticket);
+        drop(self.pass);
         drop(self.writer);
         self.transcript.end(tail, end);
     }

@@ -5,11 +5,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use specattn_proto::SessionId;
 use specattn_proto::v1::SessionStatus;
+use specattn_proto::{Fault, SessionId};
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 
+use crate::clients::KnownClient;
+use crate::generation_service::unknown;
 use crate::listener::Audience;
 use crate::recipe::Recipe;
 use crate::registry::{WorkerId, millis};
@@ -141,6 +143,20 @@ impl SessionEntry {
     /// What is known of it, once it was opened.
     pub(crate) fn facts(&self) -> Option<&Facts> {
         self.facts.get()
+    }
+
+    /// Lets only its owner and operators reach it; to others it does not exist.
+    ///
+    /// # Errors
+    /// [`Fault::NotFound`]; [`Fault::Unavailable`] while it is not known whose it is.
+    pub(crate) fn check_owner(&self, client: &KnownClient) -> Result<(), Fault> {
+        let Some(facts) = self.facts() else {
+            return Err(Fault::Unavailable("the session is being opened".to_owned()));
+        };
+        if client.may_reach(facts.recipe.owner()) {
+            return Ok(());
+        }
+        Err(unknown(self.id))
     }
 
     /// Notes at which verify worker it runs.

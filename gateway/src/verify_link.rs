@@ -5,9 +5,9 @@ use std::time::Duration;
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{CloseRequest, FinishReason, OpenResponse, SessionFinished};
 use specattn_proto::{Capability, Fault, SessionId};
+use specattn_service::channel::Link;
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::opening::OpenSession;
 use crate::registry::{Assignment, Worker};
@@ -17,7 +17,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The session's side of its verify worker.
 pub(crate) struct VerifyLink {
-    client: VerifyServiceClient<Channel>,
+    client: VerifyServiceClient<Link>,
     pub(crate) events: Streaming<OpenResponse>,
     pub(crate) worker: Worker,
     _assignment: Assignment,
@@ -68,7 +68,7 @@ pub(crate) fn unheard(reason: FinishReason) -> SessionFinished {
 }
 
 async fn close(
-    mut client: VerifyServiceClient<Channel>,
+    mut client: VerifyServiceClient<Link>,
     id: SessionId,
     reason: FinishReason,
     worker: String,

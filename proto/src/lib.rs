@@ -9,6 +9,7 @@ pub mod limits;
 mod session_id;
 pub mod status;
 pub mod validate;
+pub mod version;
 
 pub use capability::Capability;
 pub use session_id::SessionId;

@@ -9,6 +9,7 @@
 //! | `NotFound` | NOT_FOUND | unknown session |
 //! | `FailedPrecondition` | FAILED_PRECONDITION | models that do not fit together, messages out of order |
 //! | `AlreadyExists` | ALREADY_EXISTS | session id in use |
+//! | `Unauthenticated` | UNAUTHENTICATED | the caller shows no credentials, or none that are known |
 //! | `PermissionDenied` | PERMISSION_DENIED | not allowed to the caller |
 //! | `ResourceExhausted` | RESOURCE_EXHAUSTED | no KV blocks, session slots or queue room; may carry a retry hint |
 //! | `Unavailable` | UNAVAILABLE | draining, no worker, a peer down or its connection lost |
@@ -42,6 +43,9 @@ pub enum Fault {
     /// What the request would create exists.
     #[error("{0}")]
     AlreadyExists(String),
+    /// The caller does not show who it is, or is not known.
+    #[error("{0}")]
+    Unauthenticated(String),
     /// The caller may not do this.
     #[error("{0}")]
     PermissionDenied(String),
@@ -83,6 +87,7 @@ impl Fault {
             Self::NotFound(_) => "not_found",
             Self::FailedPrecondition(_) => "failed_precondition",
             Self::AlreadyExists(_) => "already_exists",
+            Self::Unauthenticated(_) => "unauthenticated",
             Self::PermissionDenied(_) => "permission_denied",
             Self::ResourceExhausted { .. } => "resource_exhausted",
             Self::Unavailable(_) => "unavailable",
@@ -98,6 +103,7 @@ impl Fault {
             Self::NotFound(_) => Code::NotFound,
             Self::FailedPrecondition(_) => Code::FailedPrecondition,
             Self::AlreadyExists(_) => Code::AlreadyExists,
+            Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
             Self::ResourceExhausted { .. } => Code::ResourceExhausted,
             Self::Unavailable(_) => Code::Unavailable,
@@ -122,7 +128,8 @@ impl Fault {
             Code::NotFound => Self::NotFound(text),
             Code::FailedPrecondition | Code::Aborted => Self::FailedPrecondition(text),
             Code::AlreadyExists => Self::AlreadyExists(text),
-            Code::PermissionDenied | Code::Unauthenticated => Self::PermissionDenied(text),
+            Code::Unauthenticated => Self::Unauthenticated(text),
+            Code::PermissionDenied => Self::PermissionDenied(text),
             Code::ResourceExhausted => Self::ResourceExhausted {
                 message: text,
                 retry_after: retry_hint(status.metadata()),
@@ -183,6 +190,7 @@ mod tests {
             Fault::NotFound(text()),
             Fault::FailedPrecondition(text()),
             Fault::AlreadyExists(text()),
+            Fault::Unauthenticated(text()),
             Fault::PermissionDenied(text()),
             Fault::exhausted("why"),
             Fault::ResourceExhausted {

@@ -9,6 +9,8 @@ use clap::{Args, Command, CommandFactory, FromArgMatches};
 use tokio::net::TcpListener;
 
 use crate::error::ServiceError;
+use crate::guard::Peers;
+use crate::security::SecurityArgs;
 use crate::server::ServerConfig;
 
 /// Which process this is: names its environment variables and its usual port.
@@ -32,7 +34,7 @@ impl Service {
         }
     }
 
-    /// Where it listens unless told otherwise: loopback only, since nothing asks callers who they are.
+    /// Where it listens unless told otherwise: on loopback, where callers need no credentials.
     pub const fn default_listen(self) -> &'static str {
         match self {
             Self::Gateway => "127.0.0.1:7400",
@@ -87,20 +89,25 @@ pub struct ServerArgs {
     #[arg(long, value_name = "ADDR")]
     pub listen: SocketAddr,
 
-    /// URI under which other services reach this one [default: http:// and the listening address]
+    /// URI under which other services reach this one [default: http:// or https:// and the listening address]
     #[arg(long, value_name = "URI")]
     pub advertise: Option<String>,
 
     /// Milliseconds that running sessions get to end after SIGTERM or SIGINT
     #[arg(long, value_name = "MS", default_value_t = 10_000)]
     pub drain_timeout_ms: u64,
+
+    /// What the service shows, whom it trusts, and who may call it.
+    #[command(flatten)]
+    pub security: SecurityArgs,
 }
 
 impl ServerArgs {
-    /// The checked configuration of the server.
+    /// The checked configuration of the server, which no other service may call yet.
     ///
     /// # Errors
-    /// [`ServiceError::Argument`] for an `--advertise` that is no http URI.
+    /// [`ServiceError::Argument`] for an `--advertise` that is no http URI, [`ServiceError::File`] for a file that cannot be
+    /// used.
     pub fn config(&self) -> Result<ServerConfig, ServiceError> {
         if let Some(uri) = &self.advertise {
             specattn_proto::validate::endpoint("advertise", uri).map_err(|invalid| {
@@ -113,6 +120,20 @@ impl ServerArgs {
         Ok(ServerConfig {
             advertise: self.advertise.clone(),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
+            security: self.security.load()?,
+            peers: Peers::Nobody,
+        })
+    }
+
+    /// The same for a worker, which gateways may call.
+    ///
+    /// # Errors
+    /// As above; [`ServiceError::Argument`] where anybody could call it.
+    pub fn worker_config(&self) -> Result<ServerConfig, ServiceError> {
+        let config = self.config()?;
+        Ok(ServerConfig {
+            peers: config.security.worker_peers(self.listen)?,
+            ..config
         })
     }
 

@@ -21,6 +21,14 @@ pub enum ServiceError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file that the process was told to read cannot be used.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The log cannot be set up.
     #[error("cannot set up the log: {0}")]
     Telemetry(String),
@@ -46,6 +54,7 @@ impl ServiceError {
         match self {
             Self::Listen { .. } => "listen",
             Self::Argument { .. } => "argument",
+            Self::File { .. } => "file",
             Self::Telemetry(_) => "telemetry",
             Self::System { .. } => "system",
             Self::Server(_) => "server",

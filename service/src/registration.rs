@@ -9,13 +9,14 @@ use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_proto::v1::{
     Heartbeat, ModelInfo, RegisterRequest, Registration, WorkerLoad, WorkerRole, register_request,
 };
+use specattn_proto::version::{self, PROTOCOL_VERSION};
 use specattn_proto::{Fault, limits};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
-use crate::channel;
+use crate::channel::Dialer;
 
 /// First and longest delay between tries.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -33,6 +34,8 @@ const INTERVAL_MOST: Duration = Duration::from_secs(60);
 pub struct Worker {
     /// URI of the gateway.
     pub gateway: String,
+    /// How it is called.
+    pub dialer: Dialer,
     /// What the worker is.
     pub role: WorkerRole,
     /// URI under which others reach the worker.
@@ -98,9 +101,9 @@ async fn registered_stream(
     draining: &CancellationToken,
     on_registered: &mut (impl FnMut() + Send),
 ) -> Result<std::convert::Infallible, Fault> {
-    let channel = channel::connect(&worker.gateway).await?;
-    let mut client = RegistryServiceClient::new(channel)
-        .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
+    let link = worker.dialer.connect(&worker.gateway).await?;
+    let mut client =
+        RegistryServiceClient::new(link).max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
     // Two messages in flight: a gateway that reads more slowly than that gets fewer heartbeats, not a queue of old ones.
     let (sender, receiver) = mpsc::channel(2);
     let registration = Registration {
@@ -108,6 +111,8 @@ async fn registered_stream(
         endpoint: worker.endpoint.clone(),
         model: Some(worker.model.clone()),
         load: Some(report()),
+        protocol_version: PROTOCOL_VERSION,
+        build: version::build(),
     };
     let first = request(register_request::Message::Registration(registration));
     sender
@@ -128,6 +133,7 @@ async fn registered_stream(
     let (mut answers, answer) = tokio::time::timeout(ANSWER_TIMEOUT, answered)
         .await
         .map_err(|_| Fault::DeadlineExceeded("the gateway does not answer".to_owned()))??;
+    version::check(answer.protocol_version)?;
     let interval = Duration::from_millis(answer.heartbeat_interval_ms.into())
         .clamp(INTERVAL_LEAST, INTERVAL_MOST);
     tracing::info!(

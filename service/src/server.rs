@@ -1,12 +1,14 @@
-//! The gRPC server around a service: health, reflection, limits and the drain.
+//! The gRPC server around a service: health, reflection, limits, the guard and the drain.
 //!
 //! Drain: when the shutdown token is cancelled, health turns to NOT_SERVING, the listening socket closes and clients are
 //! told to open no new streams. Running streams get the grace period; then every connection is cut. A handler whose
 //! stream would never end by itself must watch the same token.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -20,7 +22,9 @@ use tonic_health::server::HealthReporter;
 
 use crate::connection;
 use crate::error::ServiceError;
+use crate::guard::{Access, Clients, Complaints, Door, Guard, Peers, Rules, stand};
 use crate::metrics;
+use crate::security::Security;
 
 /// Most streams that one connection may have open.
 const MAX_STREAMS_PER_CONNECTION: u32 = 1_024;
@@ -44,6 +48,10 @@ pub struct ServerConfig {
     pub advertise: Option<String>,
     /// What running streams get to end after shutdown began.
     pub drain_timeout: Duration,
+    /// What the process shows, and whom it trusts.
+    pub security: Security,
+    /// How other parts of the cluster are recognised.
+    pub peers: Peers,
 }
 
 impl Default for ServerConfig {
@@ -51,6 +59,8 @@ impl Default for ServerConfig {
         Self {
             advertise: None,
             drain_timeout: Duration::from_secs(10),
+            security: Security::default(),
+            peers: Peers::default(),
         }
     }
 }
@@ -77,7 +87,30 @@ impl ServerConfig {
                 reason: format!("must be given when listening on {address}"),
             });
         }
-        Ok(format!("http://{address}"))
+        let scheme = if self.security.serves_tls() {
+            "https"
+        } else {
+            "http"
+        };
+        Ok(format!("{scheme}://{address}"))
+    }
+}
+
+/// Where a server listens.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For everybody, by TLS where there is a certificate.
+    pub public: TcpListener,
+    /// On loopback and in plain text, for this process itself.
+    pub local: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(public: TcpListener) -> Self {
+        Self {
+            public,
+            local: None,
+        }
     }
 }
 
@@ -88,7 +121,10 @@ impl ServerConfig {
 pub struct Server {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
-    http: axum::Router,
+    rules: Rules,
+    http: Vec<(axum::Router, Access)>,
+    metrics: Option<axum::Router>,
+    clients: Option<Arc<dyn Clients>>,
 }
 
 impl Server {
@@ -97,9 +133,16 @@ impl Server {
         Self::default()
     }
 
-    /// Adds a service and reports its health by name.
+    /// Recognises clients by `clients`; without it a service has none.
     #[must_use]
-    pub fn with<S>(mut self, service: S) -> Self
+    pub fn with_clients(mut self, clients: Arc<dyn Clients>) -> Self {
+        self.clients = Some(clients);
+        self
+    }
+
+    /// Adds a service for callers of the given access and reports its health by name.
+    #[must_use]
+    pub fn with<S>(mut self, service: S, access: Access) -> Self
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
             + NamedService
@@ -111,41 +154,55 @@ impl Server {
     {
         self.routes.add_service(service);
         self.names.push(S::NAME);
+        self.rules.service(S::NAME, access);
         self
     }
 
-    /// Adds plain HTTP routes beside the gRPC services, on the same port.
+    /// Makes one method of a service, `/package.Service/Method`, an exception.
     #[must_use]
-    pub fn with_http(mut self, router: axum::Router) -> Self {
-        self.http = self.http.merge(router);
+    pub fn method(mut self, path: &'static str, access: Access) -> Self {
+        self.rules.method(path, access);
         self
     }
 
-    /// Shows `registry` at `/metrics`.
+    /// Adds plain HTTP routes beside the gRPC services, on the same port, for callers of the given access.
     #[must_use]
-    pub fn with_metrics(self, registry: Registry) -> Self {
-        self.with_http(metrics::router(registry))
+    pub fn with_http(mut self, router: axum::Router, access: Access) -> Self {
+        self.http.push((router, access));
+        self
     }
 
-    /// Serves on `listener` until `shutdown` is cancelled and the drain is over.
+    /// Shows `registry` at `/metrics`, to whom the configuration says.
+    #[must_use]
+    pub fn with_metrics(mut self, registry: Registry) -> Self {
+        self.metrics = Some(metrics::router(registry));
+        self
+    }
+
+    /// Serves on `listeners` until `shutdown` is cancelled and the drain is over.
     ///
     /// # Errors
     /// [`ServiceError::Server`], [`ServiceError::Reflection`].
     pub async fn serve(
-        mut self,
-        listener: TcpListener,
+        self,
+        listeners: impl Into<Listeners>,
         config: &ServerConfig,
         shutdown: CancellationToken,
     ) -> Result<(), ServiceError> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        set_health(&health, &self.names, ServingStatus::Serving).await;
-        self.routes.add_service(health_service);
-        self.routes.add_service(reflection().build_v1()?);
-        self.routes.add_service(reflection().build_v1alpha()?);
+        // The services' own; those below are always there.
+        let names = self.names.clone();
+        set_health(&health, &names, ServingStatus::Serving).await;
+        let server = self
+            .with(health_service, Access::Everyone)
+            .with(reflection().build_v1()?, Access::Everyone)
+            .with(reflection().build_v1alpha()?, Access::Everyone);
 
-        let speaks_http = self.http.has_routes();
-        let routes = self.routes.routes().into_axum_router().merge(self.http);
-
+        let (speaks_http, routes) = server.guarded(config);
+        let Listeners { public, local } = listeners.into();
+        let tls = config.security.serving_tls();
+        let local = local.map(|listener| (listener, None));
+        let listeners = [(public, tls)].into_iter().chain(local);
         let cut = CancellationToken::new();
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -157,12 +214,12 @@ impl Server {
             .accept_http1(speaks_http)
             .add_routes(routes.into())
             .serve_with_incoming_shutdown(
-                connection::accept(listener, cut.clone()),
+                connection::accept(listeners, &cut),
                 shutdown.clone().cancelled_owned(),
             );
         let grace_over = async {
             shutdown.cancelled().await;
-            set_health(&health, &self.names, ServingStatus::NotServing).await;
+            set_health(&health, &names, ServingStatus::NotServing).await;
             tokio::time::sleep(config.drain_timeout).await;
         };
         tokio::pin!(serving);
@@ -176,6 +233,32 @@ impl Server {
         );
         cut.cancel();
         Ok(serving.await?)
+    }
+
+    /// All routes with the guard before them, and whether plain HTTP is among them.
+    fn guarded(self, config: &ServerConfig) -> (bool, axum::Router) {
+        let guard = Arc::new(Guard {
+            peers: config.peers.clone(),
+            clients: self.clients,
+            complaints: Complaints::new(),
+        });
+        let behind = |router: axum::Router, door: Door| {
+            router.layer(from_fn_with_state((Arc::clone(&guard), door), stand))
+        };
+        let grpc = self.routes.routes().into_axum_router();
+        let mut routes = behind(grpc, Door::ByPath(Arc::new(self.rules)));
+        let metrics_access = if config.security.public_metrics {
+            Access::Everyone
+        } else {
+            Access::Insiders
+        };
+        let metrics = self.metrics.map(|router| (router, metrics_access));
+        let mut speaks_http = false;
+        for (router, access) in self.http.into_iter().chain(metrics) {
+            speaks_http |= router.has_routes();
+            routes = routes.merge(behind(router, Door::For(access)));
+        }
+        (speaks_http, routes)
     }
 }
 

@@ -11,6 +11,9 @@ use specattn_proto::v1::registry_service_server::{RegistryService, RegistryServi
 use specattn_proto::v1::{
     RegisterRequest, RegisterResponse, StatusRequest, StatusResponse, WorkerLoad, WorkerRole,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
+use specattn_service::channel::Dialer;
+use specattn_service::guard::Access;
 use specattn_service::registration::{self, Worker};
 use specattn_service::server::{Server, ServerConfig};
 use tokio::net::TcpListener;
@@ -43,6 +46,7 @@ impl RegistryService for Registry {
             let answer = RegisterResponse {
                 worker_id: "verify-1".to_owned(),
                 heartbeat_interval_ms: 20,
+                protocol_version: PROTOCOL_VERSION,
             };
             answers.send(Ok(answer)).await.unwrap();
             while let Some(Ok(request)) = requests.next().await {
@@ -74,7 +78,7 @@ async fn registers_beats_and_returns() {
     let server_shutdown = shutdown.clone();
     let server = tokio::spawn(async move {
         Server::new()
-            .with(RegistryServiceServer::new(registry))
+            .with(RegistryServiceServer::new(registry), Access::Peers)
             .serve(listener, &config, server_shutdown)
             .await
     });
@@ -82,6 +86,7 @@ async fn registers_beats_and_returns() {
     let (draining, stopped) = (CancellationToken::new(), CancellationToken::new());
     let worker = Worker {
         gateway,
+        dialer: Dialer::default(),
         role: WorkerRole::Verify,
         endpoint: "http://127.0.0.1:1".to_owned(),
         model: Default::default(),

@@ -22,8 +22,8 @@ async fn start() -> (
 ) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let config = ServerConfig {
-        advertise: None,
         drain_timeout: Duration::from_millis(200),
+        ..ServerConfig::default()
     };
     let uri = config.endpoint(&listener).unwrap();
     let shutdown = CancellationToken::new();

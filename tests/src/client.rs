@@ -5,10 +5,9 @@ use specattn_proto::v1::{
     DraftPolicy, FinishReason, GenerateRequest, GenerateResponse, Limits, MaskPolicy, Mode,
     ResumeRequest, Sampling, SessionStats, Started, TokenIds, generate_request, generate_response,
 };
-use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::soon;
+use crate::{Way, soon};
 
 /// A greedy dense request to change to taste.
 #[derive(Debug, Clone)]
@@ -61,7 +60,7 @@ impl Request {
     }
 
     /// Sends it.
-    pub async fn start(self, channel: Channel) -> Result<Stream, Status> {
+    pub async fn start(self, channel: impl Way) -> Result<Stream, Status> {
         let mut client = GenerationServiceClient::new(channel);
         let response = soon("an answer", client.generate(self.0)).await?;
         Ok(Stream {
@@ -71,7 +70,7 @@ impl Request {
     }
 
     /// Takes up the session of a stream that broke, with what came before.
-    pub async fn resume(channel: Channel, completion: Completion) -> Result<Stream, Status> {
+    pub async fn resume(channel: impl Way, completion: Completion) -> Result<Stream, Status> {
         let mut client = GenerationServiceClient::new(channel);
         let started = completion.started.as_ref().expect("the session had begun");
         let request = ResumeRequest {
@@ -86,7 +85,7 @@ impl Request {
     }
 
     /// Sends it and waits for the end.
-    pub async fn run(self, channel: Channel) -> Result<Completion, Status> {
+    pub async fn run(self, channel: impl Way) -> Result<Completion, Status> {
         self.start(channel).await?.finish().await
     }
 }

@@ -6,11 +6,13 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod binaries;
+pub mod certificates;
 pub mod client;
 pub mod cluster;
 pub mod count;
 pub mod delay;
 pub mod http;
+pub mod https;
 pub mod metrics;
 pub mod process;
 pub mod proxy;
@@ -20,6 +22,7 @@ pub mod replay;
 pub mod session;
 pub mod stranger;
 pub mod texts;
+pub mod trap;
 
 pub use client::{Completion, Request};
 pub use cluster::Cluster;
@@ -28,6 +31,29 @@ pub use session::Session;
 
 use std::future::Future;
 use std::time::Duration;
+
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::codegen::{Body as HttpBody, Bytes, StdError};
+
+/// A connection, whatever is shown on it.
+pub trait Way:
+    GrpcService<
+        Body,
+        Error: Into<StdError>,
+        ResponseBody: HttpBody<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+    >
+{
+}
+
+impl<T> Way for T where
+    T: GrpcService<
+            Body,
+            Error: Into<StdError>,
+            ResponseBody: HttpBody<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+        >
+{
+}
 
 /// Longest any single wait may take; generous, since an unoptimised build may share two cores with a compiler.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -20,8 +20,11 @@ pub const VERIFY: &str = "specattn-verify";
 /// The draft worker's binary.
 pub const DRAFT: &str = "specattn-draft";
 
-/// Lines of a service's log that are kept for the report of a failing test.
-const LOG_LINES: usize = 200;
+/// Lines of a service's log that are kept.
+const LOG_LINES: usize = 20_000;
+
+/// Those that are shown when a test fails.
+const REPORTED_LINES: usize = 200;
 
 /// A running service. Dropping it kills it; the log of a test that fails is printed.
 #[derive(Debug)]
@@ -74,9 +77,11 @@ impl Process {
 
     /// Starts the service `name` at `address`, and waits until it answers.
     pub async fn start_at(name: &str, address: &str, arguments: &[&str]) -> Self {
+        let log_level = format!("{}_LOG_LEVEL", name.replace('-', "_").to_uppercase());
         let mut child = Command::new(binaries::path(name))
-            .args(["--listen", address, "--log-level", "info"])
+            .args(["--listen", address])
             .args(arguments)
+            .env(log_level, "info")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -112,6 +117,11 @@ impl Process {
             }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
     }
 
     /// Where it answers.
@@ -213,7 +223,7 @@ impl Drop for Process {
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- log of {} at {}", self.name, self.uri);
-            for line in self.log.lock().unwrap().iter() {
+            for line in self.log.lock().unwrap().iter().take(REPORTED_LINES) {
                 eprintln!("{line}");
             }
         }

@@ -45,7 +45,7 @@ fn skip(script: &str, reason: &str) {
 }
 
 /// Brings `specattn` up to date beside the services' binaries and gives its path.
-fn specattn() -> PathBuf {
+pub fn specattn() -> PathBuf {
     let binary = binaries::path("specattn");
     let folder = binary.parent().and_then(|folder| folder.file_name());
     let mut cargo = Command::new(env!("CARGO"));

@@ -2,11 +2,11 @@
 
 use prost::bytes::{Buf, BufMut};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codegen::StdError;
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use crate::soon;
+use crate::{Way, soon};
 
 /// A codec that leaves messages as they are.
 #[derive(Debug, Clone, Copy, Default)]
@@ -54,10 +54,13 @@ const ANSWERS: usize = 20;
 /// for a while: how many messages, and the status.
 ///
 /// It fits unary methods too: on the wire they are streams of one message.
-pub async fn call(channel: Channel, method: &str, messages: Vec<Vec<u8>>) -> (usize, Status) {
+pub async fn call(channel: impl Way, method: &str, messages: Vec<Vec<u8>>) -> (usize, Status) {
     let path: PathAndQuery = format!("/specattn.v1.{method}").parse().unwrap();
     let mut client = tonic::client::Grpc::new(channel).max_encoding_message_size(usize::MAX);
-    client.ready().await.unwrap();
+    if let Err(error) = client.ready().await {
+        let error: StdError = error.into();
+        return (0, Status::unavailable(error.to_string()));
+    }
     let request = Request::new(tokio_stream::iter(messages));
     let answer = soon(method, client.streaming(request, path, Bytes)).await;
     let mut stream = match answer {

@@ -6,6 +6,7 @@ use specattn_proto::v1::{
     AttachRequest, AttachResponse, DraftPolicy, FinishReason, Limits, MaskPolicy, Mode,
     OpenRequest, OpenResponse, Sampling, SessionStats, attach_response, open_response,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
@@ -43,6 +44,7 @@ pub fn open_request(prompt: &[u32], max_tokens: u32) -> OpenRequest {
         check: None,
         provisional: false,
         draft_capability: capability(),
+        protocol_version: PROTOCOL_VERSION,
     }
 }
 
@@ -95,6 +97,7 @@ impl Session {
             }),
             max_tokens_total: self.limit() as u64,
             capability: self.request.draft_capability.clone(),
+            protocol_version: PROTOCOL_VERSION,
         };
         let mut client = DraftServiceClient::new(channel);
         let mut events = soon("Attach", client.attach(request)).await?.into_inner();

@@ -5,6 +5,7 @@ use specattn_proto::v1::{
     Join, ModelInfo, Propose, SpeculateRequest, SpeculateResponse, Verdict, Welcome,
     speculate_request, speculate_response,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -48,6 +49,7 @@ pub fn join(id: &str, known: usize) -> Join {
         draft_model: Some(model_info()),
         known_tokens: known as u64,
         capability: capability(),
+        protocol_version: PROTOCOL_VERSION,
     }
 }
 

@@ -13,6 +13,7 @@ const FOREIGN: &[&str] = &[
     "from",
     "mount",
     "no-install-recommends",
+    "operator",
     "release",
     "locked",
     "reuse-values",

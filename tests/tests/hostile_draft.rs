@@ -70,6 +70,8 @@ async fn false_joins_are_refused() {
         join.draft_model = Some(model);
         join
     };
+    let mut newer = join(session.id(), known);
+    newer.protocol_version += 1;
     let mut nobody = join(session.id(), known);
     nobody.draft_model = None;
     let cases = [
@@ -78,6 +80,7 @@ async fn false_joins_are_refused() {
         (Code::InvalidArgument, join("", known)),
         (Code::InvalidArgument, join(session.id(), usize::MAX)),
         (Code::InvalidArgument, nobody),
+        (Code::FailedPrecondition, newer),
         (Code::FailedPrecondition, with(|m| m.vocab_size = 8_191)),
         (
             Code::FailedPrecondition,
@@ -94,6 +97,10 @@ async fn false_joins_are_refused() {
         let status = refused.map(|_| ()).unwrap_err();
         assert_eq!(status.code(), code, "{status}");
     }
+    let mut older = open_request(&bench.prompt, TOKENS);
+    older.protocol_version = 0;
+    let refused = Session::open(bench.channel.clone(), older).await;
+    assert_eq!(refused.unwrap_err().code(), Code::FailedPrecondition);
     bench.unharmed(session).await;
 }
 

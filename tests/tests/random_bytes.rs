@@ -7,6 +7,7 @@ use specattn_proto::v1::{
     AttachRequest, CancelRequest, CloseRequest, DraftPolicy, Heartbeat, RegisterRequest,
     Registration, WorkerRole, register_request,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_tests::session::open_request;
 use specattn_tests::stranger::{join, join_request, model_info};
 use specattn_tests::texts::references;
@@ -93,6 +94,8 @@ async fn every_handler_withstands_any_bytes() {
             endpoint: "http://127.0.0.1:1".to_owned(),
             model: Some(model_info()),
             load: None,
+            protocol_version: PROTOCOL_VERSION,
+            build: String::new(),
         })),
     };
     let heartbeat = RegisterRequest {
@@ -110,6 +113,7 @@ async fn every_handler_withstands_any_bytes() {
         }),
         max_tokens_total: 60,
         capability: open.draft_capability.clone(),
+        protocol_version: PROTOCOL_VERSION,
     };
     let close = CloseRequest {
         session_id: id.clone(),

@@ -11,7 +11,7 @@ use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
 /// SpecAttn verify worker: runs the target model and decides what is committed
 #[derive(Debug, Clone, Parser)]
-#[command(name = "specattn-verify", version)]
+#[command(name = "specattn-verify", version = specattn_proto::version::build())]
 pub struct Args {
     /// The target model.
     #[command(flatten)]
@@ -87,7 +87,7 @@ impl Args {
             draft_timeout: Duration::from_millis(self.speculation.draft_timeout_ms),
             commit_interval: Duration::from_millis(self.sessions.commit_interval_ms),
             alignment: self.speculation.alignment.clone(),
-            server: self.server.config()?,
+            server: self.server.worker_config()?,
             gateway: self.registration.config()?,
         })
     }

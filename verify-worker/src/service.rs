@@ -14,6 +14,7 @@ use specattn_proto::v1::{
     CloseRequest, CloseResponse, InspectRequest, InspectResponse, OpenRequest, OpenResponse,
     SpeculateRequest, SpeculateResponse, VerifyStatusRequest, VerifyStatusResponse,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, SessionId, limits, validate};
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -176,6 +177,7 @@ impl VerifyService for Service {
         Ok(Response::new(VerifyStatusResponse {
             model: Some(self.model.info.clone()),
             load: Some(self.load.report(self.draining.is_cancelled())),
+            protocol_version: PROTOCOL_VERSION,
         }))
     }
 }

@@ -5,7 +5,7 @@ use specattn_engine::{KvReads, ModelConfig};
 use specattn_mask::Source;
 use specattn_proto::v1::{self, open_response, speculate_request, speculate_response};
 use specattn_proto::validate::{self, CheckedMaskPolicy, Invalid};
-use specattn_proto::{Capability, Fault, SessionId, limits};
+use specattn_proto::{Capability, Fault, SessionId, limits, version};
 use specattn_worker::convert;
 
 use crate::draft_link::{LinkEvent, ProposalPart, Verdict, Welcome};
@@ -23,24 +23,23 @@ const MOST_COLUMNS: u32 = 256;
 pub(crate) fn session_spec(
     request: v1::OpenRequest,
     model: &ModelConfig,
-) -> Result<SessionSpec, Invalid> {
+) -> Result<SessionSpec, Fault> {
+    version::check(request.protocol_version)?;
     let id = request.session_id.parse()?;
     let capability = Capability::from_wire(&request.draft_capability)?;
     let mode = validate::mode(request.mode)?;
     validate::session_tokens(&request.token_ids, model.vocab_size, model.max_context)?;
     let prompt_tokens = request.prompt_tokens as usize;
     if !(1..=request.token_ids.len()).contains(&prompt_tokens) {
-        return Err(Invalid::new(
-            "prompt_tokens",
-            format!(
-                "must be from 1 to the {} tokens given",
-                request.token_ids.len()
-            ),
-        ));
+        let reason = format!(
+            "must be from 1 to the {} tokens given",
+            request.token_ids.len()
+        );
+        return Err(Invalid::new("prompt_tokens", reason).into());
     }
     let sampling = validate::sampling(request.sampling.as_ref(), model.vocab_size)?;
     if sampling.seed.is_none() && !sampling.is_greedy() {
-        return Err(Invalid::new("seed", "must be given"));
+        return Err(Invalid::new("seed", "must be given").into());
     }
     let stops = validate::session_limits(request.limits.as_ref(), model.vocab_size)?;
     let policy = validate::mask_policy(request.mask.as_ref(), CheckedMaskPolicy::default())?;
@@ -117,7 +116,10 @@ pub(crate) fn kept_map(map: KeptMap) -> v1::InspectResponse {
 /// Takes the first message of a `Speculate` stream.
 pub(crate) fn join(message: Option<v1::SpeculateRequest>) -> Result<v1::Join, Fault> {
     match message.and_then(|request| request.message) {
-        Some(speculate_request::Message::Join(join)) => Ok(join),
+        Some(speculate_request::Message::Join(join)) => {
+            version::check(join.protocol_version)?;
+            Ok(join)
+        }
         Some(speculate_request::Message::Propose(_)) => Err(Fault::FailedPrecondition(
             "the first message must be Join".to_owned(),
         )),

@@ -7,6 +7,7 @@ use specattn_engine::Model;
 use specattn_proto::limits;
 use specattn_proto::v1::verify_service_server::VerifyServiceServer;
 use specattn_proto::v1::{ModelInfo, WorkerRole};
+use specattn_service::guard::Access;
 use specattn_service::server::Server;
 use specattn_worker::host::Host;
 use specattn_worker::metrics;
@@ -19,6 +20,9 @@ use crate::engine_loop::{EngineLoop, INBOX_CAPACITY};
 use crate::masks::LayerMaps;
 use crate::metrics::Totals;
 use crate::service::Service;
+
+/// The method that checks its callers itself.
+const SPECULATE: &str = "/specattn.v1.VerifyService/Speculate";
 
 /// A verify worker that holds its model and does not serve yet.
 #[derive(Debug)]
@@ -103,7 +107,10 @@ impl Worker {
         let service = VerifyServiceServer::new(service)
             .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES);
-        host.serve(Server::new().with(service), listener, shutdown)
-            .await
+        // Drafts show what their session wants of them, and nothing else.
+        let server = Server::new()
+            .with(service, Access::Peers)
+            .method(SPECULATE, Access::Everyone);
+        host.serve(server, listener, shutdown).await
     }
 }

@@ -54,6 +54,7 @@ impl Host {
         if let Some(gateway) = self.gateway {
             let worker = registration::Worker {
                 gateway,
+                dialer: self.server.security.dialer(),
                 role: self.role,
                 endpoint: self.server.endpoint(&listener)?,
                 model: self.model,

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use crate::args::{Mode, ModelArgs, SamplingArgs, SpeculationArgs};
 use crate::bench::lengths::Lengths;
 use crate::bench::tally::LatencyTarget;
+use crate::connect::ConnectArgs;
 
 /// `specattn bench`.
 #[derive(Debug, Args)]
@@ -111,6 +112,10 @@ pub struct ServeBenchArgs {
     #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
         conflicts_with_all = ["draft", "threads", "kv_cache_mib", "kv_type", "device"])]
     pub gateway: Option<String>,
+
+    /// What is shown to it; it must be an operator's.
+    #[command(flatten)]
+    pub connect: ConnectArgs,
 
     /// What the services of this process run.
     #[command(flatten)]

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
+use specattn_service::channel::Link;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
-use tonic::transport::Channel;
 
 use crate::bench::arrivals::{Load, Poisson};
 use crate::bench::prompts::Workload;
@@ -29,7 +29,7 @@ const FAILURE_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct LoadTest {
     /// Connections to the gateway; at least one.
-    pub channels: Vec<Channel>,
+    pub channels: Vec<Link>,
     /// What is asked.
     pub workload: Arc<Workload>,
     /// Load before the window.

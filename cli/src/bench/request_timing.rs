@@ -6,8 +6,8 @@ use specattn_proto::Fault;
 use specattn_proto::v1;
 use specattn_proto::v1::generate_response::Event;
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
+use specattn_service::channel::Link;
 use tokio::time::{Instant, timeout_at};
-use tonic::transport::Channel;
 
 /// A request that is over. Times count from the start of the load.
 #[derive(Debug, Clone)]
@@ -75,7 +75,7 @@ pub struct Clock {
 
 /// Sends `request` and follows it to its end; `tell` hears of tokens as they come.
 pub async fn time(
-    channel: Channel,
+    channel: Link,
     request: v1::GenerateRequest,
     clock: Clock,
     tell: impl Fn(u32),
@@ -95,7 +95,7 @@ pub async fn time(
 }
 
 async fn follow(
-    channel: Channel,
+    channel: Link,
     request: v1::GenerateRequest,
     mut took: impl FnMut(u32),
 ) -> Result<v1::SessionStats, &'static str> {

@@ -10,8 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_quality::Book;
-use specattn_service::channel;
-use tonic::transport::Channel;
+use specattn_service::channel::Link;
 
 use crate::all_in_one::{AllInOne, Plan};
 use crate::bench::args::{BenchArgs, BenchCommand, ServeBenchArgs};
@@ -20,6 +19,7 @@ use crate::bench::load_test::LoadTest;
 use crate::bench::plot;
 use crate::bench::prompts::{Source, Workload};
 use crate::bench::report::{Report, Setup};
+use crate::connect::Gateway;
 use crate::error::CliError;
 use crate::models::ModelFolders;
 use crate::request;
@@ -45,11 +45,11 @@ pub async fn run(args: &BenchArgs) -> Result<(), CliError> {
         }
     };
     let gateway = match (&args.gateway, &services) {
-        (Some(url), _) => url.as_str(),
-        (None, Some(services)) => services.gateway(),
+        (Some(url), _) => Gateway::new(url, &args.connect)?,
+        (None, Some(services)) => Gateway::open(services.gateway()),
         (None, None) => unreachable!("without a gateway the services were started"),
     };
-    let report = measure(args, gateway, decoding, text).await;
+    let report = measure(args, &gateway, decoding, text).await;
     if let Some(services) = services {
         services.stop(STOP_TIMEOUT).await;
     }
@@ -58,13 +58,13 @@ pub async fn run(args: &BenchArgs) -> Result<(), CliError> {
 
 async fn measure(
     args: &ServeBenchArgs,
-    gateway: &str,
+    gateway: &Gateway,
     decoding: v1::GenerateRequest,
     text: Vec<u32>,
 ) -> Result<Report, CliError> {
     let mut channels = Vec::new();
     for _ in 0..args.connections {
-        channels.push(channel::connect(gateway).await?);
+        channels.push(gateway.connect().await?);
     }
     let target = target_model(channels[0].clone()).await?;
     if let Some(token) = text.iter().find(|&&token| token >= target.vocab_size) {
@@ -129,7 +129,7 @@ fn read_text(args: &ServeBenchArgs) -> Result<Vec<u32>, CliError> {
 }
 
 /// The model of a verify worker of the gateway.
-async fn target_model(channel: Channel) -> Result<v1::ModelInfo, CliError> {
+async fn target_model(channel: Link) -> Result<v1::ModelInfo, CliError> {
     let mut client = RegistryServiceClient::new(channel);
     let status = client.status(v1::StatusRequest {}).await?.into_inner();
     let mut verify = status

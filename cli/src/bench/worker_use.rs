@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::Serialize;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
+use specattn_service::channel::Link;
 use tokio::time::{Instant, MissedTickBehavior};
-use tonic::transport::Channel;
 
 /// Time between two looks. Workers report to the gateway about once a second.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -46,7 +46,7 @@ struct Seen {
 
 /// Looks at the workers of the gateway behind `channel` from `from` until `to`. Looks that fail are left out: requests
 /// then fail too, and are counted.
-pub async fn watch(channel: Channel, from: Instant, to: Instant) -> Vec<WorkerUse> {
+pub async fn watch(channel: Link, from: Instant, to: Instant) -> Vec<WorkerUse> {
     let mut client = RegistryServiceClient::new(channel);
     let mut seen = BTreeMap::new();
     let mut ticks = tokio::time::interval_at(from, INTERVAL);

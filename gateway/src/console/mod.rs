@@ -43,12 +43,17 @@ const FILES: [(&str, &str, &str); 6] = [
 /// The page takes nothing from elsewhere, and no other page may frame it.
 const POLICY: &str = "default-src 'self'; img-src data:; frame-ancestors 'none'";
 
-/// The page at `/`, and what it asks for under `/console`.
-pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
+/// The page at `/`. It tells nothing of the gateway, so it needs no key; the reader types theirs into it.
+pub(crate) fn page() -> Router {
     Router::new()
         .route("/", get(|| async { Redirect::temporary("/console") }))
         .route("/console", get(|| async { content("text/html", INDEX) }))
         .route("/console/{file}", get(file))
+}
+
+/// What the page asks for. It shows the texts of all sessions, so it is for operators alone.
+pub(crate) fn data(gateway: Arc<Gateway>) -> Router {
+    Router::new()
         .route("/console/status", get(status::show))
         .route("/console/sessions/{id}", get(watch::text))
         .route("/console/sessions/{id}/kept", get(watch::kept))

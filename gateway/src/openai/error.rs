@@ -41,11 +41,20 @@ impl ApiError {
         }
     }
 
+    /// A request whose body did not come in time.
+    pub(super) fn late() -> Self {
+        Self {
+            status: Some(StatusCode::REQUEST_TIMEOUT),
+            ..Fault::DeadlineExceeded("the request's body did not come in time".to_owned()).into()
+        }
+    }
+
     fn status(&self) -> StatusCode {
         self.status.unwrap_or(match &self.fault {
             Fault::InvalidArgument(_) | Fault::FailedPrecondition(_) => StatusCode::BAD_REQUEST,
             Fault::NotFound(_) => StatusCode::NOT_FOUND,
             Fault::AlreadyExists(_) => StatusCode::CONFLICT,
+            Fault::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Fault::PermissionDenied(_) => StatusCode::FORBIDDEN,
             Fault::ResourceExhausted { .. } => StatusCode::TOO_MANY_REQUESTS,
             Fault::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -66,8 +75,16 @@ impl ApiError {
             "message": self.fault.to_string(),
             "type": kind,
             "param": self.param,
-            "code": self.code.unwrap_or(self.fault.label()),
+            "code": self.code.unwrap_or(code_of(&self.fault)),
         }})
+    }
+}
+
+/// OpenAI's own name of a failure where it has one that clients look for, else ours.
+fn code_of(fault: &Fault) -> &'static str {
+    match fault {
+        Fault::Unauthenticated(_) => "invalid_api_key",
+        fault => fault.label(),
     }
 }
 

@@ -13,46 +13,68 @@ mod prompt;
 mod request;
 mod stream;
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use specattn_proto::v1::GenerateRequest;
 use specattn_proto::{Fault, limits};
 use tonic::transport::server::TcpConnectInfo;
 
 use crate::Gateway;
 use crate::admission::ClientKey;
+use crate::clients::KnownClient;
 use crate::error::GatewayError;
 use crate::generation_service::Caller;
-use crate::listener::ClientStream;
 use crate::registry::Prefix;
 use answer::Wording;
 use chat_template::ChatTemplate;
 pub(crate) use error::ApiError;
 use request::{ChatRequest, CompletionRequest, Generation};
 
+/// What a caller gets to send a request's body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Most choices of a request: prompts times `n`.
 const MAX_CHOICES: usize = 128;
 
-/// Who sent a request.
-struct Peer(ClientKey);
+/// Who sent a request. This API has no way to come back to a session, so a client that leaves ends it.
+struct Peer(Caller);
 
 impl<S: Sync> FromRequestParts<S> for Peer {
-    type Rejection = Infallible;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         let connection = parts.extensions.get::<TcpConnectInfo>();
         let address = connection.and_then(TcpConnectInfo::remote_addr);
         let address = address.map(|address| address.ip());
-        Ok(Self(ClientKey::of(&parts.headers, address)))
+        let client = KnownClient::of(&parts.extensions)?;
+        Ok(Self(Caller {
+            line: ClientKey::of(&client, &parts.headers, address),
+            client,
+            linger: Duration::ZERO,
+        }))
+    }
+}
+
+/// A request's JSON body, which its caller may not take for ever to send.
+struct Timely<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Timely<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let reading = Json::<T>::from_request(request, state);
+        match tokio::time::timeout(BODY_TIMEOUT, reading).await {
+            Ok(Ok(Json(body))) => Ok(Self(body)),
+            Ok(Err(rejection)) => Err(rejection.into()),
+            Err(_) => Err(ApiError::late()),
+        }
     }
 }
 
@@ -81,22 +103,20 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Result<Router, GatewayError> {
 
 async fn completions(
     State(api): State<Arc<Api>>,
-    Peer(client): Peer,
-    body: Result<Json<CompletionRequest>, JsonRejection>,
+    Peer(caller): Peer,
+    Timely(request): Timely<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    let Json(request) = body?;
     let model = api.model_named(request.common.model.as_deref())?;
     let (prompts, generation) = request.into_parts()?;
     let wording = Wording::completion(model, &generation);
-    api.answer(wording, prompts, generation, client).await
+    api.answer(wording, prompts, generation, caller).await
 }
 
 async fn chat_completions(
     State(api): State<Arc<Api>>,
-    Peer(client): Peer,
-    body: Result<Json<ChatRequest>, JsonRejection>,
+    Peer(caller): Peer,
+    Timely(request): Timely<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    let Json(request) = body?;
     let model = api.model_named(request.common.model.as_deref())?;
     let (conversation, generation) = request.into_parts()?;
     let Some(template) = api.template.clone() else {
@@ -112,7 +132,7 @@ async fn chat_completions(
     .await
     .map_err(|error| Fault::Internal(format!("rendering the conversation failed: {error}")))??;
     let wording = Wording::chat(model, &generation);
-    api.answer(wording, vec![prompt], generation, client).await
+    api.answer(wording, vec![prompt], generation, caller).await
 }
 
 async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
@@ -174,7 +194,7 @@ impl Api {
         wording: Wording,
         prompts: Vec<prompt::Prompt>,
         generation: Generation,
-        client: ClientKey,
+        caller: Caller,
     ) -> Result<Response, ApiError> {
         let count = prompts.len().saturating_mul(generation.choices_per_prompt);
         if count == 0 || count > MAX_CHOICES {
@@ -196,7 +216,7 @@ impl Api {
         }
         let opening = requests
             .into_iter()
-            .map(|request| self.open(request, client.clone()));
+            .map(|request| self.gateway.generate(request, caller.clone()));
         let streams = futures_util::future::try_join_all(opening).await?;
         let tokenizer = Arc::clone(&self.gateway.tokenizer);
         if generation.stream {
@@ -205,19 +225,6 @@ impl Api {
             let answer = answer::collect(wording, streams, echoes, tokenizer).await?;
             Ok(Json(answer).into_response())
         }
-    }
-
-    async fn open(
-        &self,
-        request: GenerateRequest,
-        client: ClientKey,
-    ) -> Result<ClientStream, Fault> {
-        // A client that leaves drops the stream; this API has no way to come back to it.
-        let caller = Caller {
-            client,
-            linger: Duration::ZERO,
-        };
-        self.gateway.generate(request, caller).await
     }
 }
 

@@ -18,7 +18,7 @@ fn load(sessions_active: u32) -> WorkerLoad {
 }
 
 fn registry() -> Arc<Registry> {
-    Arc::new(Registry::new("aa".to_owned()))
+    Arc::new(Registry::new("aa".to_owned(), Dialers::default()))
 }
 
 fn add(registry: &Registry, role: WorkerRole, port: u16, active: u32) -> WorkerId {

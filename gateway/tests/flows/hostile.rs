@@ -11,6 +11,7 @@ use specattn_proto::v1::{
     CancelRequest, DraftPolicy, GenerateRequest, Limits, MaskPolicy, Mode, RegisterRequest,
     Registration, Sampling, TokenIds, WorkerRole, register_request,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::{Code, Request};
@@ -220,6 +221,8 @@ async fn registration_streams_are_checked() {
             endpoint: endpoint.to_owned(),
             model: Some(model()),
             load: None,
+            protocol_version: PROTOCOL_VERSION,
+            build: String::new(),
         })),
     };
     let draft = WorkerRole::Draft.into();
@@ -239,6 +242,17 @@ async fn registration_streams_are_checked() {
             answer.map(|_| ()).unwrap_err().code(),
             Code::InvalidArgument
         );
+    }
+    // So is a worker of another release, which is told so.
+    for version in [0, PROTOCOL_VERSION + 1] {
+        let mut other = registration("http://127.0.0.1:1", draft);
+        if let Some(register_request::Message::Registration(it)) = &mut other.message {
+            it.protocol_version = version;
+        }
+        let answer = client.registry.register(tokio_stream::iter([other])).await;
+        let status = answer.map(|_| ()).unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains("one release"), "{status}");
     }
     // Registering twice on one stream ends it.
     let twice = [

@@ -5,6 +5,7 @@ mod console;
 mod generation;
 mod hostile;
 mod http;
+mod keys;
 mod openai;
 mod resuming;
 mod support;

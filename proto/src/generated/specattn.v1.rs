@@ -358,6 +358,9 @@ pub struct AttachRequest {
     /// What the draft must show to the verify worker. Never logged.
     #[prost(bytes = "vec", tag = "6")]
     pub capability: ::prost::alloc::vec::Vec<u8>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "7")]
+    pub protocol_version: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AttachResponse {
@@ -394,6 +397,9 @@ pub struct DraftStatusResponse {
     pub model: ::core::option::Option<ModelInfo>,
     #[prost(message, optional, tag = "2")]
     pub load: ::core::option::Option<WorkerLoad>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "3")]
+    pub protocol_version: u32,
 }
 /// Generated client implementations.
 pub mod draft_service_client {
@@ -1022,6 +1028,7 @@ pub mod generation_service_client {
         /// and Withdrawn), one Finished. A client whose stream breaks may Resume; the session goes on without it for the
         /// gateway's linger time. A client that wants no more calls Cancel.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
+        /// UNAUTHENTICATED: the gateway wants an API key, as `authorization: Bearer KEY`, and this is none it knows.
         /// RESOURCE_EXHAUSTED: no room now, the session log is full, or this client has too much in flight; metadata
         /// grpc-retry-pushback-ms says when to try again. UNAVAILABLE: no verify worker, and none came within the gateway's
         /// patience.
@@ -1052,7 +1059,7 @@ pub mod generation_service_client {
         /// Delivers a session's completion from a token index on, in the same stream as Generate: of a session that runs, that
         /// has ended, or that was left by a gateway that died, which goes on from its log. Every token comes exactly once by
         /// index. A stream that still listened to the session ends with FAILED_PRECONDITION.
-        /// NOT_FOUND: no such session, or it is not kept any more. INVALID_ARGUMENT: from_index lies beyond the completion.
+        /// NOT_FOUND: no such session, it is not kept any more, or another API key began it. INVALID_ARGUMENT: from_index lies beyond the completion.
         /// RESOURCE_EXHAUSTED, UNAVAILABLE: as in Generate, where the session must be opened again.
         pub async fn resume(
             &mut self,
@@ -1125,6 +1132,7 @@ pub mod generation_service_server {
         /// and Withdrawn), one Finished. A client whose stream breaks may Resume; the session goes on without it for the
         /// gateway's linger time. A client that wants no more calls Cancel.
         /// INVALID_ARGUMENT: a malformed request, an empty prompt, a prompt longer than the context.
+        /// UNAUTHENTICATED: the gateway wants an API key, as `authorization: Bearer KEY`, and this is none it knows.
         /// RESOURCE_EXHAUSTED: no room now, the session log is full, or this client has too much in flight; metadata
         /// grpc-retry-pushback-ms says when to try again. UNAVAILABLE: no verify worker, and none came within the gateway's
         /// patience.
@@ -1141,7 +1149,7 @@ pub mod generation_service_server {
         /// Delivers a session's completion from a token index on, in the same stream as Generate: of a session that runs, that
         /// has ended, or that was left by a gateway that died, which goes on from its log. Every token comes exactly once by
         /// index. A stream that still listened to the session ends with FAILED_PRECONDITION.
-        /// NOT_FOUND: no such session, or it is not kept any more. INVALID_ARGUMENT: from_index lies beyond the completion.
+        /// NOT_FOUND: no such session, it is not kept any more, or another API key began it. INVALID_ARGUMENT: from_index lies beyond the completion.
         /// RESOURCE_EXHAUSTED, UNAVAILABLE: as in Generate, where the session must be opened again.
         async fn resume(
             &self,
@@ -1440,6 +1448,9 @@ pub struct OpenRequest {
     /// 32 random bytes, for this opening alone: a draft must show them to join. Empty: no draft joins. Never logged.
     #[prost(bytes = "vec", tag = "12")]
     pub draft_capability: ::prost::alloc::vec::Vec<u8>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "13")]
+    pub protocol_version: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenResponse {
@@ -1534,6 +1545,9 @@ pub struct Join {
     /// What the gateway gave the draft with the session.
     #[prost(bytes = "vec", tag = "4")]
     pub capability: ::prost::alloc::vec::Vec<u8>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "5")]
+    pub protocol_version: u32,
 }
 /// Draft tokens d1..dγ after the committed tokens c\[0..base). A round may come in several messages; `offset` counts the
 /// round's tokens already sent, and the last message has `last` set and carries the masks.
@@ -1725,6 +1739,9 @@ pub struct VerifyStatusResponse {
     pub model: ::core::option::Option<ModelInfo>,
     #[prost(message, optional, tag = "2")]
     pub load: ::core::option::Option<WorkerLoad>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "3")]
+    pub protocol_version: u32,
 }
 /// How a committed token came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -2436,6 +2453,9 @@ pub struct LoggedSession {
     /// Likewise, when the session is to end; absent: no deadline.
     #[prost(uint64, optional, tag = "8")]
     pub deadline_unix_ms: ::core::option::Option<u64>,
+    /// Name of the API key that began it, which alone may resume it; empty where clients have none.
+    #[prost(string, tag = "9")]
+    pub owner: ::prost::alloc::string::String,
 }
 /// Tokens were committed.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2498,6 +2518,12 @@ pub struct Registration {
     pub model: ::core::option::Option<ModelInfo>,
     #[prost(message, optional, tag = "4")]
     pub load: ::core::option::Option<WorkerLoad>,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "5")]
+    pub protocol_version: u32,
+    /// The worker's release and build, for people.
+    #[prost(string, tag = "6")]
+    pub build: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Heartbeat {
@@ -2512,6 +2538,9 @@ pub struct RegisterResponse {
     /// Milliseconds between heartbeats.
     #[prost(uint32, tag = "2")]
     pub heartbeat_interval_ms: u32,
+    /// The protocol's version, of the sender's build; another one than the receiver's is refused (FAILED_PRECONDITION).
+    #[prost(uint32, tag = "3")]
+    pub protocol_version: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StatusRequest {}
@@ -2702,6 +2731,7 @@ pub mod registry_service_client {
         }
         /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
         /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
+        /// UNAUTHENTICATED, PERMISSION_DENIED: the gateway wants a secret or certificate, and this is not one of the role.
         pub async fn register(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RegisterRequest>,
@@ -2726,7 +2756,7 @@ pub mod registry_service_client {
                 .insert(GrpcMethod::new("specattn.v1.RegistryService", "Register"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Workers, load and sessions.
+        /// Workers, load and sessions, for operators and parts of the cluster.
         pub async fn status(
             &mut self,
             request: impl tonic::IntoRequest<super::StatusRequest>,
@@ -2771,11 +2801,12 @@ pub mod registry_service_server {
             + 'static;
         /// Held open by a worker for as long as it lives: first Registration, then Heartbeats at the interval the gateway
         /// asks for. A stream that breaks or stays silent for three intervals removes the worker.
+        /// UNAUTHENTICATED, PERMISSION_DENIED: the gateway wants a secret or certificate, and this is not one of the role.
         async fn register(
             &self,
             request: tonic::Request<tonic::Streaming<super::RegisterRequest>>,
         ) -> std::result::Result<tonic::Response<Self::RegisterStream>, tonic::Status>;
-        /// Workers, load and sessions.
+        /// Workers, load and sessions, for operators and parts of the cluster.
         async fn status(
             &self,
             request: tonic::Request<super::StatusRequest>,

@@ -10,6 +10,8 @@ use specattn_proto::v1::{
     AttachRequest, AttachResponse, Attached, DraftStatusRequest, DraftStatusResponse, ModelInfo,
     WorkerLoad, WorkerRole,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
+use specattn_service::guard::Access;
 use specattn_service::server::Server;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -38,7 +40,7 @@ impl FakeDraft {
 
     pub(crate) async fn start(&self, gateway: Option<&str>) -> Running {
         let service = DraftServiceServer::new(self.clone());
-        let server = Server::new().with(service);
+        let server = Server::new().with(service, Access::Everyone);
         serve_worker(server, WorkerRole::Draft, self.model.clone(), gateway).await
     }
 
@@ -76,6 +78,7 @@ impl DraftService for FakeDraft {
         Ok(Response::new(DraftStatusResponse {
             model: Some(self.model.clone()),
             load: Some(WorkerLoad::default()),
+            protocol_version: PROTOCOL_VERSION,
         }))
     }
 }

@@ -14,6 +14,8 @@ use specattn_proto::v1::{
     SessionStats, SpeculateRequest, SpeculateResponse, TokenLogprobs, TokenOrigin,
     VerifyStatusRequest, VerifyStatusResponse, WorkerLoad, WorkerRole,
 };
+use specattn_proto::version::PROTOCOL_VERSION;
+use specattn_service::guard::Access;
 use specattn_service::server::Server;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
@@ -85,7 +87,7 @@ impl FakeVerify {
 
     pub(crate) async fn start(&self, gateway: Option<&str>) -> Running {
         let service = VerifyServiceServer::new(self.clone());
-        let server = Server::new().with(service);
+        let server = Server::new().with(service, Access::Everyone);
         serve_worker(
             server,
             WorkerRole::Verify,
@@ -185,6 +187,7 @@ impl VerifyService for FakeVerify {
         Ok(Response::new(VerifyStatusResponse {
             model: Some(self.script.model.clone()),
             load: Some(WorkerLoad::default()),
+            protocol_version: PROTOCOL_VERSION,
         }))
     }
 }

@@ -16,7 +16,7 @@ use specattn_proto::v1::{
     generate_request::Prompt,
 };
 use specattn_proto::{Fault, limits};
-use specattn_service::channel;
+use specattn_service::channel::{self, Dialer};
 use specattn_service::registration;
 use specattn_service::server::{Server, ServerConfig};
 use tokio::net::TcpListener;
@@ -97,14 +97,15 @@ pub(crate) async fn serve_worker(
 ) -> Running {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let config = ServerConfig {
-        advertise: None,
         drain_timeout: Duration::ZERO,
+        ..ServerConfig::default()
     };
     let uri = config.endpoint(&listener).unwrap();
     let (shutdown, stopped) = (CancellationToken::new(), CancellationToken::new());
     if let Some(gateway) = gateway {
         let worker = registration::Worker {
             gateway: gateway.to_owned(),
+            dialer: Dialer::default(),
             role,
             endpoint: uri.clone(),
             model,
