@@ -1,4 +1,4 @@
-//! [`Guard`]: who may call what.
+//! `Guard`: who may call what.
 //!
 //! Every route has an [`Access`], and a service that says nothing of its own is for peers only. A caller is recognised by
 //! what it shows: a certificate of the cluster's authority on its connection, or a secret or key in `authorization`.
