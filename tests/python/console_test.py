@@ -121,7 +121,7 @@ class Console(unittest.TestCase):
         page.keyboard.press("Enter")
         expect(button).to_have_attribute("aria-pressed", "true")
         page.click("#stop")
-        expect(page.locator("#session-state")).to_contain_text("finished: cancelled", timeout=60_000)
+        expect(page.locator("#session-state")).to_contain_text("left by its client", timeout=60_000)
         self.assert_healthy()
 
     def test_everything_is_reached_by_the_keyboard(self):

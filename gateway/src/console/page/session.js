@@ -87,7 +87,7 @@ function draw({ tokens, num_layers, columns, kept: shares }) {
     return Math.round(row.reduce((a, b) => a + b, 0) / columns / 2.55);
   });
   const words = `What each layer of the target may read: rows are layers, the first on top; columns are ${tokens} tokens of context, `
-    + `the latest at the right; darker is more of the KV heads. By layer: ${means.map(mean => `${mean} %`).join(", ")}.`;
+    + `the latest at the right; the stronger the colour, the more of the KV heads. By layer: ${means.map(mean => `${mean} %`).join(", ")}.`;
   canvas.setAttribute("aria-label", words);
   kept.querySelector("figcaption").textContent = words;
   kept.hidden = false;
