@@ -8,6 +8,7 @@ use std::ops::Range;
 use crate::attention::{AttentionRows, HeadLists};
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
+use crate::row_selection::{RowSelection, SelectedRows};
 
 /// Number types of stored weights and KV entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +72,8 @@ pub struct Pass<'a> {
     pub logit_rows: Vec<usize>,
     /// Spans of whose attention something is handed out, in order.
     pub captures: Vec<usize>,
+    /// Those of them from whose last row is selected, and what; never in a bulk pass.
+    pub selections: Vec<(usize, &'a RowSelection)>,
     /// A single long dense span: the device may use kernels made for many rows.
     pub bulk: bool,
 }
@@ -93,6 +96,7 @@ impl<'a> Pass<'a> {
             spans: spans.collect(),
             logit_rows: self.logit_rows.clone(),
             captures: self.captures.clone(),
+            selections: Vec::new(),
             bulk: false,
         }
     }
@@ -127,6 +131,11 @@ pub struct Linear<W> {
     pub weight: W,
     /// `[out]`.
     pub bias: Option<W>,
+}
+
+/// Half the range of a random matrix's elements: products of normed rows with it keep a size near 1.
+pub(crate) fn random_spread(inputs: usize) -> f32 {
+    (3.0 / inputs as f32).sqrt()
 }
 
 /// A device. Activations are row-major, `[rows, width]`.
@@ -174,6 +183,14 @@ pub trait Backend: Send {
     /// When the device has no room for it.
     fn kv(&self, shape: KvShape) -> Result<Self::Kv, EngineError>;
 
+    /// Makes ready what forwards of a model of this shape may need, so that none of them waits for it.
+    ///
+    /// # Errors
+    /// When the device cannot.
+    fn prepare(&self, _shape: &AttentionShape) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// `out[row] = table[tokens[row]]`.
     fn embed(&self, table: &Self::Weight, pass: &Pass<'_>, out: &mut Self::Buffer);
     /// Cosines and sines of every row's rotary angles: `[rows, head_dim]`, the first half cosines, the second sines. An angle is an f32 product
@@ -202,7 +219,7 @@ pub trait Backend: Send {
         q: &mut Self::Buffer,
     );
     /// Attention of every row over its span's cache; `out` is `[rows, num_heads * head_dim]`. What is `wanted` of it
-    /// besides is handed out; never in a bulk pass.
+    /// besides is handed out, masses perhaps only by [`Backend::masses`]; never in a bulk pass.
     fn attention(
         &self,
         q: &Self::Buffer,
@@ -222,11 +239,49 @@ pub trait Backend: Send {
     ) -> Option<(Vec<f32>, usize)> {
         None
     }
+    /// Whether [`Backend::select`] takes rows of `kv_len` positions.
+    fn selects(&self, _kv_len: usize) -> bool {
+        false
+    }
+    /// After the last layer's attention: the selections of [`Pass::selections`], in order, each as long as its span reaches.
+    ///
+    /// # Errors
+    /// The first failure of the pass.
+    fn select(&self, _pass: &Pass<'_>, _out: &mut [&mut SelectedRows]) -> Result<(), EngineError> {
+        Ok(())
+    }
+    /// After the last layer: fills in, for all layers at once, the masses that [`Backend::attention`] has left on the device.
+    ///
+    /// # Errors
+    /// The first failure of the pass.
+    fn masses(&self, _pass: &Pass<'_>, _out: &mut [Masses<'_>]) -> Result<(), EngineError> {
+        Ok(())
+    }
+    /// The first of the largest entries of every row of `width`; `None` for a row that holds a NaN or an infinity.
+    ///
+    /// # Errors
+    /// The first failure of the pass.
+    fn argmax(
+        &self,
+        x: &Self::Buffer,
+        width: usize,
+        out: &mut Vec<Option<u32>>,
+    ) -> Result<(), EngineError>;
     /// Copies a buffer to the host, as f32.
     ///
     /// # Errors
     /// The first failure of the pass.
     fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<(), EngineError>;
+    /// Copies a range of an f32 buffer's elements to the host.
+    ///
+    /// # Errors
+    /// The first failure of the pass.
+    fn read_range(
+        &self,
+        x: &Self::Buffer,
+        elements: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError>;
 }
 
 /// What [`Backend::rotate_and_store`] needs besides the rows.

@@ -12,6 +12,7 @@ use crate::cpu::{CpuBackend, Isa as CpuIsa};
 use crate::device::DeviceChoice;
 use crate::error::EngineError;
 use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
+use crate::row_selection::{MixedHead, RowSelection, SelectedRows};
 use crate::scripted::{Script, Scripted, ScriptedShape};
 use crate::transformer::{Transformer, WeightSource};
 
@@ -77,19 +78,44 @@ pub struct Step<'a> {
     pub lists: Option<&'a HeadLists>,
     /// Which tokens get logits.
     pub logits: LogitRows,
+    /// Hand out the most probable token of those rows in place of their logits: from a GPU nothing else crosses to the host.
+    pub argmax: bool,
     /// Layers whose attention rows (of the last token) to hand out; empty for none.
     pub capture: &'a [usize],
+    /// Hand out selections from the last token's attention rows in place of the captured rows, where the device makes them:
+    /// a GPU, in dense steps up to a length. Elsewhere `capture` is what is handed out.
+    pub select: Option<&'a RowSelection>,
     /// Hand out what the entries that were read weighed.
     pub masses: bool,
+}
+
+impl<'a> Step<'a> {
+    /// A dense step that hands out nothing.
+    pub fn new(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Self {
+        Self {
+            sequence,
+            tokens,
+            lists: None,
+            logits: LogitRows::None,
+            argmax: false,
+            capture: &[],
+            select: None,
+            masses: false,
+        }
+    }
 }
 
 /// What a step yields.
 #[derive(Debug, Default)]
 pub struct StepOutput {
-    /// `[rows, vocab_size]`, rows as asked by [`LogitRows`].
+    /// `[rows, vocab_size]`, rows as asked by [`LogitRows`]; empty where [`Step::argmax`] was asked for.
     pub logits: Vec<f32>,
+    /// `[rows]`, when asked for: the first of the most probable tokens; `None` where a logit is a NaN or an infinity.
+    pub argmax: Vec<Option<u32>>,
     /// Captured attention rows, when asked for.
     pub attention: Option<AttentionRows>,
+    /// Selections in their place, when asked for and made by the device.
+    pub selected: Option<SelectedRows>,
     /// Masses of the entries read, when asked for.
     pub masses: Option<EntryMasses>,
     /// KV entries read by this step.
@@ -160,13 +186,16 @@ impl Model {
         Self::from_source(&WeightSource::Checkpoint(&checkpoint), options, progress)
     }
 
-    /// A model of the shape that the `config.json` at `path` tells, with random weights; for benchmarks on a GPU.
+    /// A model of the shape that the `config.json` at `path` tells, with random weights; for benchmarks. Those in matrices are the same
+    /// bf16 numbers on every device.
     ///
     /// # Errors
     /// As [`Model::load`].
     pub fn random(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
         let bytes = crate::checkpoint::read_bounded(path)?;
-        let config = ModelConfig::parse(path, &bytes)?;
+        let mut config = ModelConfig::parse(path, &bytes)?;
+        let shape = path.file_stem().unwrap_or_default().to_string_lossy();
+        config.name = format!("{shape}-random");
         Self::from_source(&WeightSource::Random(&config), options, &mut |_, _| {})
     }
 
@@ -360,6 +389,20 @@ impl Model {
         }
         if let Some(layer) = step.capture.iter().find(|&&l| l >= config.num_layers) {
             return invalid("capture", format!("layer {layer} of {}", config.num_layers));
+        }
+        let is_empty = |select: &&RowSelection| {
+            let mut rows = select.rows.iter();
+            select.rows.is_empty() || rows.any(|row| row.terms.is_empty())
+        };
+        if step.select.as_ref().is_some_and(is_empty) {
+            return invalid("selection", "it has no rows, or an empty one".to_owned());
+        }
+        let rows = step.select.iter().flat_map(|select| &select.rows);
+        let outside = |t: &&MixedHead| {
+            t.layer as usize >= config.num_layers || t.head as usize >= config.num_heads
+        };
+        if let Some(term) = rows.flat_map(|row| &row.terms).find(outside) {
+            return invalid("selection", format!("{term:?} names no head"));
         }
         if let Some(lists) = step.lists {
             let heads = config.num_layers * config.num_kv_heads;

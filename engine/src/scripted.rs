@@ -6,6 +6,7 @@ use crate::chooser::KeyChooser;
 use crate::config::{ModelConfig, RopeScaling};
 use crate::error::EngineError;
 use crate::model::{Forwards, Step, StepOutput};
+use crate::sampling::most_probable;
 
 /// Answers forwards.
 pub trait Script: Send {
@@ -64,8 +65,13 @@ impl Forwards for Scripted {
     }
 
     fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
-        let outputs = self.script.answer(steps);
-        for step in steps {
+        let mut outputs = self.script.answer(steps);
+        for (step, output) in steps.iter_mut().zip(&mut outputs) {
+            if step.argmax {
+                let logits = std::mem::take(&mut output.logits);
+                let rows = logits.chunks_exact(self.config.vocab_size);
+                output.argmax = rows.map(most_probable).collect();
+            }
             step.sequence.extend(step.tokens.len());
         }
         Ok(outputs)

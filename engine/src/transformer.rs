@@ -6,15 +6,14 @@
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
 #[cfg(feature = "cuda")]
 use crate::backend::DType;
-use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, Capture, Epilogue, HandOut, Linear, Masses, Pass,
-    RotateArgs, Span,
-};
+use crate::backend::{AttentionArgs, AttentionShape, Backend, Epilogue, Linear, Pass, RotateArgs};
 use crate::checkpoint::Checkpoint;
 use crate::chooser::{KeyChooser, LayerKeys};
 use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
+use crate::pass_layout::{all_masses, hand_out, hand_out_logits, layout};
+use crate::row_selection::SelectedRows;
 
 /// A dense step of at least this many tokens runs alone, on the kernels for many rows.
 const BULK_TOKENS: usize = 32;
@@ -217,6 +216,11 @@ impl<B: Backend> Transformer<B> {
             Some(loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?)
         };
         let kv = make_kv(&backend)?;
+        backend.prepare(&AttentionShape {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        })?;
         let buffer = || backend.buffer();
         let activations = Activations {
             hidden: buffer(),
@@ -258,7 +262,8 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<Vec<StepOutput>, EngineError> {
         let is_bulk = |s: &Step<'_>| {
             let exact = matches!(s.logits, LogitRows::Verify | LogitRows::Replay);
-            let plain = s.lists.is_none() && s.capture.is_empty() && !s.masses;
+            let plain =
+                s.lists.is_none() && s.capture.is_empty() && s.select.is_none() && !s.masses;
             plain && !exact && s.tokens.len() >= BULK_TOKENS
         };
         let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
@@ -297,7 +302,11 @@ impl<B: Backend> Transformer<B> {
     fn output_of(&self, step: &Step<'_>) -> StepOutput {
         let c = &self.config;
         let kv_len = step.sequence.len() + step.tokens.len();
-        let attention = (!step.capture.is_empty()).then(|| AttentionRows {
+        let selects = step.select.is_some()
+            && step.lists.is_none()
+            && !step.masses
+            && self.backend.selects(kv_len);
+        let attention = (!selects && !step.capture.is_empty()).then(|| AttentionRows {
             layers: step.capture.to_vec(),
             num_heads: c.num_heads,
             kv_len,
@@ -318,7 +327,12 @@ impl<B: Backend> Transformer<B> {
         };
         StepOutput {
             logits: Vec::new(),
+            argmax: Vec::new(),
             attention,
+            selected: selects.then(|| SelectedRows {
+                kv_len,
+                words: Vec::new(),
+            }),
             masses: step.masses.then(|| EntryMasses {
                 of_head: vec![Vec::new(); c.num_layers * c.num_kv_heads],
             }),
@@ -334,7 +348,7 @@ impl<B: Backend> Transformer<B> {
         bulk: bool,
         mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
-        let pass = layout(steps, bulk);
+        let pass = layout(steps, outputs, bulk);
         let shape = AttentionShape {
             num_heads: self.config.num_heads,
             num_kv_heads: self.config.num_kv_heads,
@@ -396,7 +410,7 @@ impl<B: Backend> Transformer<B> {
             backend.linear(&a.mlp, &[&layer.down], Epilogue::Add, bulk, &mut a.hidden);
         }
         if !pass.logit_rows.is_empty() {
-            let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
+            let hidden = self.config.hidden_size;
             backend.gather_rows(&a.hidden, hidden, &pass, &mut a.selected);
             backend.rms_norm(&a.selected, &self.final_norm, eps, &mut a.normed);
             let head = self.head.as_ref().unwrap_or(&self.embedding);
@@ -407,24 +421,20 @@ impl<B: Backend> Transformer<B> {
                 pass.logit_rows.len() >= BULK_TOKENS && bulk,
                 &mut a.logits,
             );
-            let mut logits = Vec::new();
-            backend.read(&a.logits, &mut logits)?;
-            let mut first = 0;
-            for (step, output) in steps.iter().zip(outputs.iter_mut()) {
-                let len = vocab
-                    * match step.logits {
-                        LogitRows::None | LogitRows::Replay => 0,
-                        LogitRows::Last => 1,
-                        LogitRows::All | LogitRows::Verify => step.tokens.len(),
-                    };
-                if len > 0 && len == logits.len() {
-                    // The only step with logits, the usual case: they need no copy.
-                    output.logits = std::mem::take(&mut logits);
-                } else if len > 0 {
-                    output.logits = logits[first..first + len].to_vec();
-                    first += len;
-                }
-            }
+        }
+        if !pass.selections.is_empty() {
+            let selected = outputs
+                .iter_mut()
+                .filter_map(|output| output.selected.as_mut());
+            backend.select(&pass, &mut selected.collect::<Vec<_>>())?;
+        }
+        let mut masses = all_masses(outputs);
+        if !masses.is_empty() {
+            backend.masses(&pass, &mut masses)?;
+        }
+        if !pass.logit_rows.is_empty() {
+            let vocab = self.config.vocab_size;
+            hand_out_logits(backend, &a.logits, vocab, steps, outputs)?;
         }
         backend.finish()?;
         drop(pass);
@@ -473,58 +483,4 @@ fn chosen_lists<B: Backend>(
         of_head: (0..=args.layer).flat_map(|_| 0..kv_heads as u32).collect(),
         lists,
     })
-}
-
-/// Lays the steps' tokens out as rows.
-fn layout<'a>(steps: &'a [&mut Step<'_>], bulk: bool) -> Pass<'a> {
-    let mut pass = Pass {
-        tokens: Vec::new(),
-        positions: Vec::new(),
-        spans: Vec::new(),
-        logit_rows: Vec::new(),
-        captures: Vec::new(),
-        bulk,
-    };
-    for step in steps {
-        let (start, past) = (pass.tokens.len(), step.sequence.len());
-        pass.tokens.extend_from_slice(step.tokens);
-        pass.positions
-            .extend((past..past + step.tokens.len()).map(|p| p as u32));
-        let rows = start..pass.tokens.len();
-        pass.logit_rows.extend(match step.logits {
-            LogitRows::None | LogitRows::Replay => rows.end..rows.end,
-            LogitRows::Last => rows.end - 1..rows.end,
-            LogitRows::All | LogitRows::Verify => rows.clone(),
-        });
-        if !step.capture.is_empty() || step.masses {
-            pass.captures.push(pass.spans.len());
-        }
-        pass.spans.push(Span {
-            rows,
-            past,
-            blocks: step.sequence.blocks(),
-            lists: step.lists,
-        });
-    }
-    pass
-}
-
-/// Where this layer's captured rows and masses go.
-fn hand_out<'a>(outputs: &'a mut [&mut StepOutput], layer: usize, kv_heads: usize) -> HandOut<'a> {
-    let mut wanted = HandOut::default();
-    for (span, output) in outputs.iter_mut().enumerate() {
-        let StepOutput {
-            attention, masses, ..
-        } = &mut **output;
-        if let Some(rows) = attention
-            && let Some(slot) = rows.layers.iter().position(|&l| l == layer)
-        {
-            wanted.captures.push(Capture { span, slot, rows });
-        }
-        if let Some(masses) = masses {
-            let of_head = &mut masses.of_head[layer * kv_heads..(layer + 1) * kv_heads];
-            wanted.masses.push(Masses { span, of_head });
-        }
-    }
-    wanted
 }

@@ -25,12 +25,9 @@ fn run(model: &mut Model, tokens: &[u32], lists: &HeadLists, choosing: bool) -> 
     let cached = tokens.len() - TAIL;
     for (tokens, last) in [(&tokens[..cached], false), (&tokens[cached..], true)] {
         let mut step = Step {
-            sequence: &mut sequence,
-            tokens,
             lists: (last && !choosing).then_some(lists),
             logits: LogitRows::All,
-            capture: &[],
-            masses: false,
+            ..Step::new(&mut sequence, tokens)
         };
         if !last {
             model.forward(&mut [step]).expect("a valid step");

@@ -54,12 +54,10 @@ fn step(
 ) -> StepOutput {
     let mut outputs = model
         .forward(&mut [Step {
-            sequence,
-            tokens,
             lists,
             logits,
             capture,
-            masses: false,
+            ..Step::new(sequence, tokens)
         }])
         .expect("a valid step");
     assert_eq!(outputs.len(), 1);
@@ -572,12 +570,10 @@ fn a_ragged_batch_equals_each_sequence_alone_bit_for_bit() {
             .iter_mut()
             .zip(&parts)
             .map(|(sequence, &(held, new, masked, logits))| Step {
-                sequence,
-                tokens: &tokens[held..held + new],
                 lists: masked.then_some(&lists),
                 logits,
                 capture: &capture,
-                masses: false,
+                ..Step::new(sequence, &tokens[held..held + new])
             })
             .collect();
         let together = model.forward(&mut steps).expect("a valid batch");

@@ -40,12 +40,8 @@ fn decode(model: &mut Model, prompt: &[u32], new_tokens: usize) -> Result<Vec<u3
     let mut sequence = model.new_sequence(prompt.len() + new_tokens)?;
     let mut run = |tokens: &[u32], logits| -> Result<Vec<f32>, EngineError> {
         let step = Step {
-            sequence: &mut sequence,
-            tokens,
-            lists: None,
             logits,
-            capture: &[],
-            masses: false,
+            ..Step::new(&mut sequence, tokens)
         };
         Ok(model.forward(&mut [step])?.remove(0).logits)
     };
@@ -110,12 +106,8 @@ fn tokens_that_are_processed_again_leave_the_bits_of_their_decoding() {
         let mut sequence = model.new_sequence(200).expect("room");
         let mut run = |tokens: &[u32], logits| {
             let step = Step {
-                sequence: &mut sequence,
-                tokens,
-                lists: None,
                 logits,
-                capture: &[],
-                masses: false,
+                ..Step::new(&mut sequence, tokens)
             };
             model.forward(&mut [step]).expect("a valid step").remove(0)
         };

@@ -15,12 +15,11 @@ fn step(
     let layers: Vec<usize> = (0..model.config().num_layers).collect();
     let mut outputs = model
         .forward(&mut [Step {
-            sequence,
-            tokens,
             lists,
             logits: LogitRows::All,
             capture: &layers,
             masses,
+            ..Step::new(sequence, tokens)
         }])
         .expect("a valid step");
     outputs.remove(0)

@@ -11,12 +11,8 @@ fn tokens(count: usize) -> Vec<u32> {
 
 fn plain<'a>(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Step<'a> {
     Step {
-        sequence,
-        tokens,
-        lists: None,
         logits: LogitRows::Last,
-        capture: &[],
-        masses: false,
+        ..Step::new(sequence, tokens)
     }
 }
 
@@ -49,12 +45,10 @@ fn refused(
     let steps = &mut [
         plain(&mut good, &some),
         Step {
-            sequence: &mut bad,
-            tokens: tokens_,
             lists,
             logits: LogitRows::All,
             capture,
-            masses: false,
+            ..Step::new(&mut bad, tokens_)
         },
     ];
     let error = model

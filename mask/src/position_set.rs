@@ -98,7 +98,12 @@ impl PositionSet {
 
     /// Adds the members of `other`; those at or past this set's [`len`](Self::len) are ignored.
     pub fn union_with(&mut self, other: &Self) {
-        for (word, add) in self.words.iter_mut().zip(&other.words) {
+        self.union_with_words(&other.words);
+    }
+
+    /// Adds the positions of `words`, bit i of word w being 64 w + i; those outside the set's universe are left out.
+    pub fn union_with_words(&mut self, words: &[u64]) {
+        for (word, add) in self.words.iter_mut().zip(words) {
             *word |= add;
         }
         self.clear_tail();

@@ -107,6 +107,23 @@ impl RoundSelector {
         }
     }
 
+    /// Adds what was selected elsewhere from one draft step's row of source `source`, one of unions, by the mass of
+    /// [`mass_of`](Self::mass_of): bit i of word w is position 64 w + i.
+    ///
+    /// # Panics
+    /// When there is no such source.
+    pub fn add_selected(&mut self, source: usize, words: &[u64]) {
+        self.sources[source].union.union_with_words(words);
+    }
+
+    /// The share of a row's mass that selections from source `source` reach.
+    ///
+    /// # Panics
+    /// When there is no such source.
+    pub fn mass_of(&self, source: usize) -> f32 {
+        shifted_mass(self.policy.p, self.sources[source].p_offset)
+    }
+
     /// Ends the round. The next one begins with [`begin`](Self::begin).
     pub fn finish(&mut self) -> RoundMask {
         let sources = self
@@ -203,6 +220,18 @@ mod tests {
             selector.finish().sources,
             [PositionSet::new(4), PositionSet::new(4)]
         );
+    }
+
+    #[test]
+    fn selections_made_elsewhere_count_as_steps() {
+        let mut selector = RoundSelector::new(MaskPolicy::default(), &sources(1));
+        selector.begin(70);
+        selector.add_step(0, &row(71, &[5]));
+        selector.add_selected(0, &[1 << 3, 1 << 1 | 1 << 6 | 1 << 63]);
+        assert!(selector.finish().sources[0].iter().eq([3, 5, 65]));
+        selector.begin(130);
+        selector.add_selected(0, &[1]);
+        assert!(selector.finish().sources[0].iter().eq([0]));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A target row is the mean over the query heads that share a KV head, since they share what is read; a draft row is one
 //! query head's. Rows of a sample have one entry per position, the query's own included, and sum to 1.
 
-use specattn_engine::{LogitRows, Model, Sequence, Step, StepOutput};
+use specattn_engine::{Model, Sequence, Step, StepOutput};
 use specattn_mask::PairShape;
 
 use crate::error::QualityError;
@@ -184,12 +184,9 @@ fn step(
     masses: bool,
 ) -> Result<StepOutput, QualityError> {
     let mut outputs = model.forward(&mut [Step {
-        sequence,
-        tokens,
-        lists: None,
-        logits: LogitRows::None,
         capture,
         masses,
+        ..Step::new(sequence, tokens)
     }])?;
     Ok(outputs.remove(0))
 }

@@ -287,12 +287,10 @@ impl Replay {
         let output = self
             .model
             .forward(&mut [Step {
-                sequence: &mut self.sequence,
-                tokens,
                 lists,
                 logits,
-                capture: &[],
                 masses: rule.is_some(),
+                ..Step::new(&mut self.sequence, tokens)
             }])
             .unwrap()
             .remove(0);

@@ -40,12 +40,8 @@ fn continuation(folder: &Path, prompt: &[u32], tokens: usize) -> Vec<u32> {
     let mut said = Vec::new();
     while said.len() < tokens {
         let step = Step {
-            sequence: &mut sequence,
-            tokens: &input,
-            lists: None,
             logits: LogitRows::Last,
-            capture: &[],
-            masses: false,
+            ..Step::new(&mut sequence, &input)
         };
         let logits = model.forward(&mut [step]).unwrap().remove(0).logits;
         let largest = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));

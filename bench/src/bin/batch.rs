@@ -51,12 +51,8 @@ fn prefill(model: &mut Model, sequences: &mut [Sequence], depth: usize) -> Resul
 
 fn step<'a>(sequence: &'a mut Sequence, tokens: &'a [u32], logits: LogitRows) -> Step<'a> {
     Step {
-        sequence,
-        tokens,
-        lists: None,
         logits,
-        capture: &[],
-        masses: false,
+        ..Step::new(sequence, tokens)
     }
 }
 

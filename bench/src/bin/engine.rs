@@ -93,14 +93,7 @@ fn prefill(model: &mut Model, sequence: &mut Sequence, depth: usize, chunk: usiz
         let tokens: Vec<u32> = (0..n)
             .map(|i| ((sequence.len() + i) as u32 * 7919) % vocab)
             .collect();
-        let step = Step {
-            sequence: &mut *sequence,
-            tokens: &tokens,
-            lists: None,
-            logits: LogitRows::None,
-            capture: &[],
-            masses: false,
-        };
+        let step = Step::new(&mut *sequence, &tokens);
         model.forward(&mut [step])?;
     }
     Ok(())
@@ -171,12 +164,10 @@ fn main() -> Result<()> {
                 for repeat in 0..args.repeats + 5 {
                     sequence.truncate(depth);
                     let step = Step {
-                        sequence: &mut sequence,
-                        tokens: &tokens,
                         lists,
                         logits: LogitRows::All,
                         capture,
-                        masses: false,
+                        ..Step::new(&mut sequence, &tokens)
                     };
                     let start = Instant::now();
                     let output = model.forward(&mut [step])?;

@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::{
-    check_attention, check_linear, check_selection, pair, time_kernels, timer,
+    check_attention, check_hand_outs, check_linear, check_selection, draft_steps, pair,
+    time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count};
 use specattn_engine::{DType, DeviceChoice};
@@ -26,6 +27,8 @@ enum Part {
     Pair,
     /// Whole forwards of public models' shapes with random weights.
     Forwards,
+    /// Draft steps with and without capture.
+    DraftSteps,
 }
 
 /// Checks and times the GPU kernels.
@@ -71,6 +74,7 @@ fn main() -> Result<()> {
                     fine &= check_linear::check(backend, dtype)?;
                     fine &= check_attention::check(backend, dtype)?;
                 }
+                fine &= check_hand_outs::check(&args.root, choice)?;
                 println!(
                     "{}\n",
                     if fine {
@@ -105,18 +109,20 @@ fn main() -> Result<()> {
                             tokens: 5,
                         })
                     })
+                    .chain([1, 32].map(|batch| ForwardCase {
+                        batch,
+                        context: 8192,
+                        tokens: 1,
+                    }))
                     .collect();
                 for name in ["llama-3-8b", "llama-2-7b"] {
                     let config = configs.join(format!("{name}.json"));
-                    forwards::table(&config, choice, &verify, false, bandwidth)?;
+                    forwards::table(&config, choice, &verify, bandwidth)?;
                 }
-                let draft = [4096, 16_384].map(|context| ForwardCase {
-                    batch: 1,
-                    context,
-                    tokens: 1,
-                });
-                let config = configs.join("tinyllama-1.1b.json");
-                forwards::table(&config, choice, &draft, true, bandwidth)?;
+            }
+            Part::DraftSteps => {
+                let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
+                draft_steps::table(&config, choice, &[4096, 16_384, 32_000])?;
             }
             Part::Time => {
                 let bandwidth = timer::copy_bandwidth(&device)?;

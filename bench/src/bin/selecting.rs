@@ -118,12 +118,10 @@ fn step(
     capture: &[usize],
 ) -> Result<StepOutput> {
     let step = Step {
-        sequence,
-        tokens,
         lists,
         logits: LogitRows::Last,
         capture,
-        masses: false,
+        ..Step::new(sequence, tokens)
     };
     model.forward(&mut [step])?.pop().context("an output")
 }

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use specattn_engine::{LogitRows, Model, Sequence, Step};
+use specattn_engine::{Model, Sequence, Step};
 use specattn_mask::{MaskPolicy, RoundSelector, Source};
 
 use super::recording::Recording;
@@ -86,12 +86,8 @@ fn forward(
     capture: &[usize],
 ) -> Result<specattn_engine::StepOutput> {
     let step = Step {
-        sequence,
-        tokens,
-        lists: None,
-        logits: LogitRows::None,
         capture,
-        masses: false,
+        ..Step::new(sequence, tokens)
     };
     let mut outputs = model.forward(&mut [step])?;
     outputs.pop().context("a step has an output")

@@ -171,12 +171,10 @@ impl<'a> Pair<'a> {
                 &[]
             };
             let step = Step {
-                sequence: cache,
-                tokens: &input,
                 lists,
                 logits: LogitRows::Last,
                 capture,
-                masses: false,
+                ..Step::new(cache, &input)
             };
             let output = self
                 .draft
@@ -276,12 +274,9 @@ fn forward(
     lists: Option<&HeadLists>,
 ) -> Result<StepOutput> {
     let step = Step {
-        sequence,
-        tokens,
         lists,
         logits,
-        capture: &[],
-        masses: false,
+        ..Step::new(sequence, tokens)
     };
     model.forward(&mut [step])?.pop().context("an output")
 }

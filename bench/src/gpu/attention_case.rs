@@ -113,6 +113,7 @@ impl AttentionCase {
             spans: Vec::new(),
             logit_rows: Vec::new(),
             captures: Vec::new(),
+            selections: Vec::new(),
             bulk,
         };
         for span in &self.spans {

@@ -155,8 +155,11 @@ fn run(
             probs: vec![0.0; shape.num_heads * (s.past + s.tokens)],
         })
         .collect();
+    // Of all layers, of which one is run.
+    let heads = shape.num_kv_heads;
+    let this_layer = layer * heads..(layer + 1) * heads;
     let mut mass_rows: Vec<Vec<Vec<f32>>> =
-        vec![vec![Vec::new(); shape.num_kv_heads]; case.spans.len()];
+        vec![vec![Vec::new(); case.layers * heads]; case.spans.len()];
     let captures = rows.iter_mut().enumerate();
     let masses = mass_rows.iter_mut().enumerate();
     let mut wanted = HandOut {
@@ -168,12 +171,20 @@ fn run(
             })
             .collect(),
         masses: masses
-            .map(|(span, of_head)| Masses { span, of_head })
+            .map(|(span, of_head)| Masses {
+                span,
+                of_head: &mut of_head[this_layer.clone()],
+            })
             .collect(),
     };
     let mut again = Vec::new();
     let _turn = backend.begin(&pass, shape);
     case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut wanted);
+    let all_layers = mass_rows.iter_mut().enumerate();
+    let mut all_layers: Vec<Masses<'_>> = all_layers
+        .map(|(span, of_head)| Masses { span, of_head })
+        .collect();
+    backend.masses(&pass, &mut all_layers)?;
     backend.read(&out, &mut again)?;
     let same = read
         .iter()
@@ -181,7 +192,11 @@ fn run(
         .all(|(a, b)| a.to_bits() == b.to_bits());
     let got: Vec<f32> = rows.iter().flat_map(|r| &r.probs).copied().collect();
     let probs: Vec<f64> = want.iter().flat_map(|w| &w.probs).copied().collect();
-    let got_masses: Vec<f32> = mass_rows.into_iter().flatten().flatten().collect();
+    let got_masses: Vec<f32> = mass_rows
+        .iter()
+        .flat_map(|of_head| of_head[this_layer.clone()].iter().flatten())
+        .copied()
+        .collect();
     let masses: Vec<f64> = want.iter().flat_map(|w| &w.masses).copied().collect();
     let handed_out = relative_error(&got, &probs).max(relative_error(&got_masses, &masses));
     Ok((error, if same { handed_out } else { f64::INFINITY }))

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use specattn_engine::cuda::CudaBackend;
-use specattn_engine::cuda::selection::{ListShape, RowShape, Selector};
+use specattn_engine::cuda::selection::{ListShape, RowSpec, Selector};
 
 use super::numbers::Numbers;
 
@@ -94,16 +94,9 @@ pub fn check_length(backend: &CudaBackend, length: usize) -> Result<bool> {
             to[..length].copy_from_slice(row);
         }
         let buffer = backend.buffer_of(&flat)?;
-        selector.top_p(
-            buffer.memory(),
-            RowShape {
-                rows: rows.len(),
-                length,
-                stride,
-            },
-            p,
-        )?;
-        let words = length.div_ceil(32);
+        let specs = vec![RowSpec { length, p }; rows.len()];
+        selector.top_p(buffer.memory(), stride, &specs)?;
+        let words = selector.words();
         let mut bits = vec![0u32; rows.len() * words];
         selector.selected().read(0, &mut bits)?;
         let want: Vec<Vec<bool>> = rows.iter().map(|r| selected(r, p)).collect();
@@ -128,7 +121,7 @@ pub fn check_length(backend: &CudaBackend, length: usize) -> Result<bool> {
                 sinks: 4,
                 window_start: (length - length / 5).saturating_sub(9),
             };
-            selector.lists(sources, length, shape)?;
+            selector.lists(sources, shape)?;
             let (lists, lengths) = selector.index_lists();
             let mut list_lengths = vec![0u32; sources];
             lengths.read(0, &mut list_lengths)?;

@@ -31,24 +31,17 @@ pub struct ForwardCase {
 enum Kind {
     Dense,
     Sparse,
-    Captured,
 }
 
-fn prefill(model: &mut Model, sequence: &mut Sequence, context: usize) -> Result<()> {
+/// Fills a sequence to `context` tokens.
+pub(super) fn prefill(model: &mut Model, sequence: &mut Sequence, context: usize) -> Result<()> {
     let vocab = model.config().vocab_size as u32;
     while sequence.len() < context {
         let n = CHUNK.min(context - sequence.len());
         let tokens: Vec<u32> = (0..n)
             .map(|i| ((sequence.len() + i) as u32 * 7919) % vocab)
             .collect();
-        let step = Step {
-            sequence: &mut *sequence,
-            tokens: &tokens,
-            lists: None,
-            logits: LogitRows::None,
-            capture: &[],
-            masses: false,
-        };
+        let step = Step::new(&mut *sequence, &tokens);
         model.forward(&mut [step])?;
     }
     Ok(())
@@ -62,11 +55,6 @@ fn time(
     (kind, logits): (Kind, LogitRows),
     lists: &[HeadLists],
 ) -> Result<f64> {
-    let layers: Vec<usize> = if kind == Kind::Captured {
-        (0..model.config().num_layers).collect()
-    } else {
-        Vec::new()
-    };
     let tokens: Vec<u32> = (0..case.tokens as u32).map(|i| i * 31 + 5).collect();
     let mut times = Vec::new();
     for run in 0..WARM_UP + RUNS {
@@ -76,12 +64,9 @@ fn time(
             .map(|(sequence, lists)| {
                 sequence.truncate(case.context);
                 Step {
-                    sequence,
-                    tokens: &tokens,
                     lists: (kind == Kind::Sparse).then_some(lists),
                     logits,
-                    capture: &layers,
-                    masses: false,
+                    ..Step::new(sequence, &tokens)
                 }
             })
             .collect();
@@ -103,7 +88,6 @@ pub fn table(
     config: &Path,
     device: DeviceChoice,
     cases: &[ForwardCase],
-    captured: bool,
     bandwidth: f64,
 ) -> Result<()> {
     let options = LoadOptions {
@@ -158,12 +142,7 @@ pub fn table(
                 of_head: vec![0; heads],
             })
             .collect();
-        let kinds: &[Kind] = if captured {
-            &[Kind::Dense, Kind::Captured]
-        } else {
-            &[Kind::Dense, Kind::Sparse]
-        };
-        for &kind in kinds {
+        for kind in [Kind::Dense, Kind::Sparse] {
             let entries: usize = match kind {
                 Kind::Sparse => lists.iter().map(|l| l.lists[0].len() + case.tokens).sum(),
                 _ => case.batch * (case.context + case.tokens),

@@ -2,8 +2,10 @@
 
 pub mod attention_case;
 pub mod check_attention;
+pub mod check_hand_outs;
 pub mod check_linear;
 pub mod check_selection;
+pub mod draft_steps;
 pub mod forwards;
 pub mod numbers;
 pub mod pair;

@@ -34,12 +34,8 @@ fn run(
     logits: LogitRows,
 ) -> Result<Vec<f32>, EngineError> {
     let step = Step {
-        sequence,
-        tokens,
-        lists: None,
         logits,
-        capture: &[],
-        masses: false,
+        ..Step::new(sequence, tokens)
     };
     Ok(model.forward(&mut [step])?.remove(0).logits)
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
 use specattn_engine::cuda::CudaBackend;
-use specattn_engine::cuda::selection::{RowShape, Selector};
+use specattn_engine::cuda::selection::{RowSpec, Selector};
 
 use super::attention_case::AttentionCase;
 use super::check_selection::attention_row;
@@ -199,15 +199,12 @@ pub fn top_p(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
             .map(|_| backend.buffer_of(&flat))
             .collect::<Result<Vec<_>, _>>()?;
         let mut selector = Selector::new(backend.device());
-        let shape = RowShape {
-            rows,
-            length,
-            stride: length,
-        };
-        let mut select = |i: usize| Ok(selector.top_p(buffers[i % sets].memory(), shape, 0.95)?);
+        let specs = vec![RowSpec { length, p: 0.95 }; rows];
+        let mut select =
+            |i: usize| Ok(selector.top_p(buffers[i % sets].memory(), length, &specs)?);
         let launched = launched_us(backend.device(), &mut select)?;
         let graph = in_graph_us(backend.device(), &mut select)?;
-        let mut bits = vec![0u32; rows * length.div_ceil(32)];
+        let mut bits = vec![0u32; rows * selector.words()];
         selector.selected().read(0, &mut bits)?;
         let kept: u32 = bits.iter().map(|w| w.count_ones()).sum();
         let floor = (rows * length * 4) as f64 / bandwidth * 1e6;

@@ -30,13 +30,21 @@ impl Matrix {
         let data = if bytes.as_ptr().align_offset(dtype.bytes()) == 0 {
             Data::Mapped(tensor)
         } else {
-            let owned = AlignedBytes::zeroed(bytes.len());
-            // SAFETY: both hold `bytes.len()` bytes and do not overlap.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), owned.as_ptr(), bytes.len()) };
-            Data::Owned(owned)
+            Data::Owned(copy_of(bytes))
         };
         Self {
             data,
+            rows,
+            cols,
+            dtype,
+        }
+    }
+
+    /// A copy of little-endian bytes.
+    pub(super) fn from_bytes(bytes: &[u8], (rows, cols): (usize, usize), dtype: DType) -> Self {
+        debug_assert_eq!(bytes.len(), rows * cols * dtype.bytes());
+        Self {
+            data: Data::Owned(copy_of(bytes)),
             rows,
             cols,
             dtype,
@@ -89,4 +97,11 @@ impl Matrix {
             };
         }
     }
+}
+
+fn copy_of(bytes: &[u8]) -> AlignedBytes {
+    let owned = AlignedBytes::zeroed(bytes.len());
+    // SAFETY: both hold `bytes.len()` bytes and do not overlap.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), owned.as_ptr(), bytes.len()) };
+    owned
 }

@@ -9,6 +9,7 @@ mod memory;
 mod pool;
 mod simd;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attention::decode::{DecodeAttention, DecodeScratch, DecodeSpan, Keys};
@@ -19,12 +20,15 @@ use self::memory::Buffer;
 use self::pool::{Pool, SharedSlice, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
+use half::bf16;
+
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass,
-    RotateArgs, Span,
+    RotateArgs, Span, random_spread,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
+use crate::sampling::most_probable;
 
 /// This machine's cores.
 pub(crate) struct CpuBackend {
@@ -38,6 +42,17 @@ pub(crate) struct CpuWeight {
     matrix: Matrix,
     /// All elements as f32, for vectors.
     vector: Vec<f32>,
+}
+
+impl From<Matrix> for CpuWeight {
+    fn from(matrix: Matrix) -> Self {
+        let mut vector = Vec::new();
+        if matrix.rows() == 1 {
+            vector.resize(matrix.cols(), 0.0);
+            matrix.row(0, &mut vector);
+        }
+        Self { matrix, vector }
+    }
 }
 
 impl CpuBackend {
@@ -170,20 +185,25 @@ impl Backend for CpuBackend {
     }
 
     fn weight(&self, tensor: Tensor) -> Result<CpuWeight, EngineError> {
-        let matrix = Matrix::new(tensor);
-        let mut vector = Vec::new();
-        if matrix.rows() == 1 {
-            vector.resize(matrix.cols(), 0.0);
-            matrix.row(0, &mut vector);
-        }
-        Ok(CpuWeight { matrix, vector })
+        Ok(CpuWeight::from(Matrix::new(tensor)))
     }
 
-    fn random_weight(&self, _shape: &[usize], _seed: u32) -> Result<CpuWeight, EngineError> {
-        // Weights stay mapped from a file here.
-        Err(EngineError::Unsupported(
-            "random weights on the CPU".to_owned(),
-        ))
+    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<CpuWeight, EngineError> {
+        let matrix = match *shape {
+            [rows, cols] => {
+                let spread = random_spread(cols);
+                let bytes: Vec<u8> = (0..(rows * cols) as u64)
+                    .flat_map(|index| random_number(index, seed, spread).to_le_bytes())
+                    .collect();
+                Matrix::from_bytes(&bytes, (rows, cols), DType::Bf16)
+            }
+            _ => {
+                let len = shape.iter().product();
+                let ones = 1.0f32.to_le_bytes().repeat(len);
+                Matrix::from_bytes(&ones, (1, len), DType::F32)
+            }
+        };
+        Ok(CpuWeight::from(matrix))
     }
 
     fn device_memory(&self) -> Result<Option<(usize, usize)>, EngineError> {
@@ -310,6 +330,39 @@ impl Backend for CpuBackend {
         out.extend_from_slice(x);
         Ok(())
     }
+
+    fn argmax(
+        &self,
+        x: &Buffer,
+        width: usize,
+        out: &mut Vec<Option<u32>>,
+    ) -> Result<(), EngineError> {
+        out.clear();
+        out.extend(x.chunks_exact(width).map(most_probable));
+        Ok(())
+    }
+
+    fn read_range(
+        &self,
+        x: &Buffer,
+        elements: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        out.clear();
+        out.extend_from_slice(&x[elements]);
+        Ok(())
+    }
+}
+
+/// Element `index` of a random matrix, uniform in ±spread: the number that the GPU's kernel `fill_random` makes.
+fn random_number(index: u64, seed: u32, spread: f32) -> bf16 {
+    let mut h = (index as u32).wrapping_mul(2_654_435_761)
+        ^ ((index >> 32) as u32).wrapping_mul(40_503)
+        ^ seed;
+    h = (h ^ (h >> 16)).wrapping_mul(2_246_822_519);
+    h = (h ^ (h >> 13)).wrapping_mul(3_266_489_917);
+    h ^= h >> 16;
+    bf16::from_f32((h as f32 * (1.0 / 2_147_483_648.0) - 1.0) * spread)
 }
 
 /// Where row `row` of a pass belongs: its span.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::batch::DeviceBatch;
 use super::device::{Device, LaunchShape};
 use super::error::CudaError;
-use super::kernel_cache::Kernel;
+use super::kernel_cache::{Kernel, Variant};
 use super::kv_store::KvStore;
 use super::memory::DeviceMemory;
 use crate::backend::AttentionShape;
@@ -49,8 +49,10 @@ pub(super) struct ScoreTarget {
     pub(super) scores: u64,
     /// `[capturing span][tokens][num_heads]`: maximum and sum, f32 each.
     pub(super) statistics: u64,
-    /// Most tokens of a span.
+    /// Tokens per capturing span: the most that one has, or 1 for its last.
     pub(super) tokens: usize,
+    /// Whether scores of the last token of each span are all that is wanted.
+    pub(super) last_only: bool,
     pub(super) stride: usize,
 }
 
@@ -116,21 +118,63 @@ impl DecodeScratch {
     }
 
     fn reserve(&mut self, rows: usize, head_dim: usize, counters: usize) -> Result<(), CudaError> {
-        // Powers of two: lengths change from pass to pass, and growing waits for the device.
-        let grow = |memory: &mut DeviceMemory, bytes: usize| {
-            if bytes > memory.bytes() {
-                memory.reserve(bytes.next_power_of_two())
-            } else {
-                Ok(false)
-            }
-        };
-        grow(&mut self.partials, rows * head_dim * 4)?;
-        grow(&mut self.statistics, rows * 8)?;
-        if grow(&mut self.arrivals, counters * 4)? {
+        self.partials.grow(rows * head_dim * 4)?;
+        self.statistics.grow(rows * 8)?;
+        if self.arrivals.grow(counters * 4)? {
             self.arrivals.zero()?;
         }
         Ok(())
     }
+}
+
+/// Most tiles of 16 query rows that a warp's registers hold.
+fn max_row_tiles(shape: &AttentionShape) -> usize {
+    if shape.head_dim <= 128 { 2 } else { 1 }
+}
+
+/// Stages of a warp's ring.
+fn decode_stages(shape: &AttentionShape) -> u32 {
+    if shape.head_dim <= 64 { 4 } else { 3 }
+}
+
+/// `scores`: 0 none, 1 those of all tokens, 2 those of last tokens.
+fn decode_options(
+    (shape, half_is_f16): (&AttentionShape, u32),
+    chunk: usize,
+    row_tiles: usize,
+    scores: u32,
+) -> [(&'static str, u32); 6] {
+    [
+        ("HALF_IS_F16", half_is_f16),
+        ("HEAD_DIM", shape.head_dim as u32),
+        ("ROW_TILES", row_tiles as u32),
+        ("STAGES", decode_stages(shape)),
+        ("CHUNK", chunk as u32),
+        ("CAPTURE", scores),
+    ]
+}
+
+fn prefill_options(shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, u32); 3] {
+    [
+        ("HALF_IS_F16", half_is_f16),
+        ("HEAD_DIM", shape.head_dim as u32),
+        ("ROW_TILES", max_row_tiles(shape) as u32),
+    ]
+}
+
+/// Everything that [`decode`], with units of `chunk` keys, and [`prefill`] may launch.
+pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunk: usize) -> Vec<Variant> {
+    let mut variants = vec![Variant {
+        kernel: Kernel::ATTENTION_PREFILL,
+        options: prefill_options(shape, half_is_f16).to_vec(),
+    }];
+    for row_tiles in 1..=max_row_tiles(shape) {
+        variants.extend((0..=2).map(|scores| Variant {
+            kernel: Kernel::ATTENTION_DECODE,
+            options: decode_options((shape, half_is_f16), chunk, row_tiles, scores).to_vec(),
+        }));
+    }
+    variants
 }
 
 /// Attention of few rows per span, dense or by list; scores of the capturing spans go to `capture` where one is given.
@@ -147,32 +191,28 @@ pub(super) fn decode(
     if units == 0 || rows == 0 {
         return Ok(());
     }
-    let row_tiles: usize = if rows > 16 && shape.head_dim <= 128 {
-        2
-    } else {
-        1
-    };
+    let row_tiles = if rows > 16 { max_row_tiles(&shape) } else { 1 };
     let grid_rows = rows.div_ceil(16 * row_tiles);
-    let stages: u32 = if shape.head_dim <= 64 { 4 } else { 3 };
+    let stages = decode_stages(&shape);
     let places = units * shape.num_kv_heads * grid_rows;
     scratch.reserve(
         places * 16 * row_tiles,
         shape.head_dim,
         num_spans * shape.num_kv_heads * grid_rows,
     )?;
-    let options = [
-        ("HALF_IS_F16", call.kv.half_is_f16()),
-        ("HEAD_DIM", shape.head_dim as u32),
-        ("ROW_TILES", row_tiles as u32),
-        ("STAGES", stages),
-        ("CHUNK", batch.chunk() as u32),
-        ("CAPTURE", u32::from(capture.is_some())),
-    ];
+    let scores = capture.map_or(0, |target| if target.last_only { 2 } else { 1 });
+    let options = decode_options(
+        (&shape, call.kv.half_is_f16()),
+        batch.chunk(),
+        row_tiles,
+        scores,
+    );
     let kernel = device.kernel(Kernel::ATTENTION_DECODE, &options)?;
     let target = capture.unwrap_or(ScoreTarget {
         scores: 0,
         statistics: 0,
         tokens: 0,
+        last_only: false,
         stride: 0,
     });
     let args = DecodeArgs {
@@ -213,13 +253,9 @@ pub(super) fn decode(
 /// Causal attention of long spans.
 pub(super) fn prefill(device: &Device, call: &AttentionCall<'_>) -> Result<(), CudaError> {
     let (shape, batch) = (call.shape, call.batch);
-    let row_tiles: u32 = if shape.head_dim <= 128 { 2 } else { 1 };
+    let row_tiles = max_row_tiles(&shape) as u32;
     let head_dim = shape.head_dim as u32;
-    let options = [
-        ("HALF_IS_F16", call.kv.half_is_f16()),
-        ("HEAD_DIM", head_dim),
-        ("ROW_TILES", row_tiles),
-    ];
+    let options = prefill_options(&shape, call.kv.half_is_f16());
     let kernel = device.kernel(Kernel::ATTENTION_PREFILL, &options)?;
     let args = PrefillArgs {
         q: call.q,

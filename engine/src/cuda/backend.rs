@@ -1,23 +1,29 @@
 //! [`CudaBackend`]: the transformer's operations as launches on one device's stream.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::attention::{self, AttentionCall, DecodeScratch, ScoreTarget};
-use super::batch::DeviceBatch;
+use super::attention::{self, AttentionCall, DecodeScratch};
+use super::batch::{DeviceBatch, NONE};
 use super::device::{Device, Turn};
-use super::elementwise::{RotateArgs as KernelRotateArgs, RowKernels};
+use super::elementwise::{self, RotateArgs as KernelRotateArgs, RowKernels};
 use super::error::CudaError;
+use super::hand_out::{HandOuts, Layer};
 use super::kv_store::KvStore;
-use super::linear::{Product, out_width};
+use super::linear::{self, Product, out_width};
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
+use super::pinned::PinnedMemory;
+use super::selection::{self, MAX_ROW};
 use crate::backend::{
-    AttentionArgs, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass, RotateArgs,
+    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Masses,
+    Pass, RotateArgs, random_spread,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
+use crate::row_selection::SelectedRows;
 
 /// Head widths that the attention kernels are written for.
 const HEAD_DIMS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 256];
@@ -38,9 +44,10 @@ struct State {
     /// Gate and up products of cuBLAS.
     gated: DeviceMemory,
     frequencies: DeviceMemory,
-    scores: DeviceMemory,
-    statistics: DeviceMemory,
-    masses: DeviceMemory,
+    hand_outs: HandOuts,
+    argmax: DeviceMemory,
+    /// Where tokens and logits arrive.
+    host: PinnedMemory,
 }
 
 impl CudaBackend {
@@ -62,9 +69,9 @@ impl CudaBackend {
             decode: DecodeScratch::new(&device),
             gated: memory(),
             frequencies: memory(),
-            scores: memory(),
-            statistics: memory(),
-            masses: memory(),
+            hand_outs: HandOuts::new(&device),
+            argmax: memory(),
+            host: device.pinned(),
         };
         Ok(Self {
             state: RefCell::new(state),
@@ -77,6 +84,11 @@ impl CudaBackend {
     /// Sets the keys per unit of decode attention, a multiple of 64; for tuning.
     pub fn set_decode_chunk(&mut self, keys: usize) {
         self.decode_chunk = Some(keys.next_multiple_of(64));
+    }
+
+    fn chunk_for(&self, shape: &AttentionShape) -> usize {
+        self.decode_chunk
+            .unwrap_or_else(|| attention::decode_chunk(shape))
     }
 
     /// The device.
@@ -218,9 +230,7 @@ impl CudaBackend {
         let State {
             batch,
             decode,
-            scores,
-            statistics,
-            masses,
+            hand_outs,
             ..
         } = &mut *state;
         let call = AttentionCall {
@@ -234,83 +244,17 @@ impl CudaBackend {
         if pass.bulk {
             return attention::prefill(&self.device, &call);
         }
-        if wanted.captures.is_empty() && wanted.masses.is_empty() {
-            return attention::decode(&self.device, &call, decode, None);
-        }
-        let (tokens, spans) = (batch.max_span_rows(), pass.captures.len());
-        let keys = pass.spans.iter().map(|s| s.past + s.rows.len());
-        let stride = keys.max().unwrap_or(0).next_multiple_of(4);
-        let rows_of_span = tokens * shape.num_heads;
-        scores.reserve(spans * rows_of_span * stride * 4)?;
-        statistics.reserve(spans * rows_of_span * 8)?;
-        let target = ScoreTarget {
-            scores: scores.address(),
-            statistics: statistics.address(),
-            tokens,
-            stride,
+        let target = hand_outs.target(pass, batch, shape.num_heads, wanted)?;
+        attention::decode(&self.device, &call, decode, target)?;
+        let Some(target) = target else {
+            return Ok(());
         };
-        attention::decode(&self.device, &call, decode, Some(target))?;
-        let number_of = |span: usize| {
-            let number = pass.captures.iter().position(|&s| s == span);
-            number.expect("a span that hands something out is among the pass's captures")
+        let layer = Layer {
+            shape,
+            index: args.layer,
+            count: args.kv.num_layers(),
         };
-        let list_of = |span: usize, kv_head: usize| -> Option<&[u32]> {
-            let lists = pass.spans[span].lists?;
-            let number = lists.of_head[args.layer * shape.num_kv_heads + kv_head];
-            Some(&lists.lists[number as usize])
-        };
-        let mut by_key = Vec::new();
-        for wanted in &mut wanted.masses {
-            let first = number_of(wanted.span) * rows_of_span;
-            let span = &pass.spans[wanted.span];
-            masses.reserve(shape.num_kv_heads * stride * 4)?;
-            let captured = (
-                target.scores + (first * stride * 4) as u64,
-                target.statistics + (first * 8) as u64,
-            );
-            let to = masses.address();
-            self.rows()
-                .entry_masses(captured, span.rows.len(), shape, stride, to)?;
-            by_key.resize(shape.num_kv_heads * stride, 0.0);
-            masses.read(0, &mut by_key)?;
-            for (kv_head, row) in by_key.chunks_exact(stride).enumerate() {
-                let cached = list_of(wanted.span, kv_head).map_or(span.past, <[u32]>::len);
-                wanted.of_head[kv_head].clear();
-                wanted.of_head[kv_head].extend_from_slice(&row[..cached]);
-            }
-        }
-        for wanted in &mut wanted.captures {
-            // The last token's rows.
-            let span = &pass.spans[wanted.span];
-            let last = number_of(wanted.span) * tokens + span.rows.len() - 1;
-            let first = last * shape.num_heads;
-            let captured = (
-                target.scores + (first * stride * 4) as u64,
-                target.statistics + (first * 8) as u64,
-            );
-            self.rows()
-                .score_probabilities(captured, shape.num_heads, (stride, stride))?;
-            by_key.resize(shape.num_heads * stride, 0.0);
-            scores.read(first * stride * 4, &mut by_key)?;
-            let kv_len = wanted.rows.kv_len;
-            let to = &mut wanted.rows.probs[wanted.slot * shape.num_heads * kv_len..];
-            for ((head, row), to) in by_key
-                .chunks_exact(stride)
-                .enumerate()
-                .zip(to.chunks_exact_mut(kv_len))
-            {
-                match list_of(wanted.span, head * shape.num_kv_heads / shape.num_heads) {
-                    None => to.copy_from_slice(&row[..kv_len]),
-                    Some(list) => {
-                        for (&position, &p) in list.iter().zip(row) {
-                            to[position as usize] = p;
-                        }
-                        to[span.past..].copy_from_slice(&row[list.len()..][..span.rows.len()]);
-                    }
-                }
-            }
-        }
-        Ok(())
+        hand_outs.take(self.rows(), pass, (&target, layer), wanted)
     }
 
     fn rotate(
@@ -362,16 +306,16 @@ impl Backend for CudaBackend {
     type Kv = KvStore;
     type Turn = Turn;
 
-    fn begin(&self, pass: &Pass<'_>, shape: &crate::backend::AttentionShape) -> Turn {
+    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Turn {
         let turn = self.device.turn();
-        let chunk = self
-            .decode_chunk
-            .unwrap_or_else(|| attention::decode_chunk(shape));
-        let result = self
-            .state
-            .borrow_mut()
-            .batch
-            .upload(pass, chunk, &pass.captures);
+        let chunk = self.chunk_for(shape);
+        let mut state = self.state.borrow_mut();
+        let State {
+            batch, hand_outs, ..
+        } = &mut *state;
+        let result = batch
+            .upload(pass, chunk, &pass.captures)
+            .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
         turn
     }
@@ -410,8 +354,7 @@ impl Backend for CudaBackend {
         match *shape {
             [rows, cols] => {
                 check_width(cols)?;
-                // Spread so that a product of normed rows keeps a size near 1.
-                self.random_matrix((rows, cols), (3.0 / cols as f32).sqrt(), seed)
+                self.random_matrix((rows, cols), random_spread(cols), seed)
             }
             _ => self.weight_of(&vec![1.0; shape.iter().product()], 1),
         }
@@ -443,6 +386,16 @@ impl Backend for CudaBackend {
             });
         }
         Ok(KvStore::new(&self.device, shape)?)
+    }
+
+    fn prepare(&self, shape: &AttentionShape) -> Result<(), EngineError> {
+        let is_f16 = self.half == DType::F16;
+        let chunk = self.chunk_for(shape);
+        let mut variants = attention::variants(shape, u32::from(is_f16), chunk);
+        variants.extend(linear::variants(is_f16));
+        variants.extend(elementwise::variants(is_f16));
+        variants.extend(selection::variants());
+        Ok(self.device.prepare(&variants)?)
     }
 
     fn embed(&self, table: &Weight, pass: &Pass<'_>, out: &mut Buffer) {
@@ -533,6 +486,61 @@ impl Backend for CudaBackend {
     ) {
         let result = self.attend(q, pass, args, wanted, out);
         self.device.note(result);
+    }
+
+    fn selects(&self, kv_len: usize) -> bool {
+        kv_len <= MAX_ROW
+    }
+
+    fn select(&self, pass: &Pass<'_>, out: &mut [&mut SelectedRows]) -> Result<(), EngineError> {
+        let mut state = self.state.borrow_mut();
+        self.device.note(state.hand_outs.selected(pass, out));
+        Ok(self.device.take_failure()?)
+    }
+
+    fn masses(&self, pass: &Pass<'_>, out: &mut [Masses<'_>]) -> Result<(), EngineError> {
+        let mut state = self.state.borrow_mut();
+        self.device.note(state.hand_outs.masses(pass, out));
+        Ok(self.device.take_failure()?)
+    }
+
+    fn argmax(
+        &self,
+        x: &Buffer,
+        width: usize,
+        out: &mut Vec<Option<u32>>,
+    ) -> Result<(), EngineError> {
+        let rows = x.len() / width;
+        let mut state = self.state.borrow_mut();
+        let State { argmax, host, .. } = &mut *state;
+        let launched = argmax.grow(rows * 4).and_then(|_| {
+            self.rows()
+                .argmax((x.address(), rows), width, argmax.address())
+        });
+        let result = launched.and_then(|()| argmax.read_pinned::<u32>(0, rows, host));
+        let tokens = self.device.note(result).unwrap_or_default();
+        out.clear();
+        out.extend(tokens.iter().map(|&t| (t != NONE).then_some(t)));
+        Ok(self.device.take_failure()?)
+    }
+
+    fn read_range(
+        &self,
+        x: &Buffer,
+        elements: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        debug_assert_eq!(x.elements(), Elements::Single);
+        let mut state = self.state.borrow_mut();
+        let result =
+            x.memory()
+                .read_pinned::<f32>(elements.start * 4, elements.len(), &mut state.host);
+        out.clear();
+        if let Some(values) = self.device.note(result) {
+            out.extend_from_slice(values);
+        }
+        drop(state);
+        Ok(self.device.take_failure()?)
     }
 
     fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<(), EngineError> {

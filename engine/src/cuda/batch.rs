@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::DeviceMemory;
+use super::pinned::PinnedMemory;
 use crate::backend::Pass;
 use crate::kv_cache::BLOCK_TOKENS;
 
@@ -37,6 +38,7 @@ struct Sections {
 /// The description of one pass on a device.
 pub(super) struct DeviceBatch {
     memory: DeviceMemory,
+    host: PinnedMemory,
     words: Vec<u32>,
     at: Sections,
     num_units: usize,
@@ -50,6 +52,7 @@ impl DeviceBatch {
     pub(super) fn new(device: &Arc<Device>) -> Self {
         Self {
             memory: DeviceMemory::new(device),
+            host: device.pinned(),
             words: Vec::new(),
             at: Sections::default(),
             num_units: 0,
@@ -162,10 +165,8 @@ impl DeviceBatch {
         }
         self.num_units = (words.len() - self.at.units) / UNIT_WORDS;
         let bytes = size_of_val(words.as_slice());
-        if bytes > self.memory.bytes() {
-            self.memory.reserve(bytes.next_power_of_two())?;
-        }
-        self.memory.write(0, &self.words)
+        self.memory.grow(bytes)?;
+        self.memory.write_pinned(0, &self.words, &mut self.host)
     }
 
     /// Keys per unit.

@@ -4,14 +4,17 @@
 //! the first failure is kept and reported by the read that ends the forward, as the driver itself does with asynchronous
 //! failures.
 
+use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::cublas::sys as cublas;
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, LaunchArgs, LaunchConfig, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DeviceRepr, sys};
 
 use super::error::CudaError;
-use super::kernel_cache::{Kernel, KernelCache};
+use super::kernel_cache::{Kernel, KernelCache, Variant};
+use super::pinned::PinnedMemory;
 
 /// A GPU that is ready for use.
 pub struct Device {
@@ -20,6 +23,8 @@ pub struct Device {
     kernels: KernelCache,
     cublas: cublas::cublasHandle_t,
     multiprocessors: u32,
+    /// Whether a kernel may start while the one before it ends: see prelude.cuh.
+    overlaps: bool,
     failure: Mutex<Option<CudaError>>,
     turn: Arc<Turnstile>,
 }
@@ -134,6 +139,7 @@ impl Device {
             stream,
             cublas: handle,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
+            overlaps: major >= 9,
             failure: Mutex::new(None),
             turn: Arc::default(),
         }))
@@ -183,6 +189,11 @@ impl Device {
     /// The stream that all work goes down.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Host memory for copies.
+    pub(super) fn pinned(&self) -> PinnedMemory {
+        PinnedMemory::new(&self.context)
     }
 
     /// Streaming multiprocessors.
@@ -247,27 +258,57 @@ impl Device {
         self.kernels.get(kernel, options)
     }
 
-    /// Launches a kernel with the arguments that `push` adds.
+    /// Compiles kernels ahead of their first launch.
+    pub(super) fn prepare(&self, variants: &[Variant]) -> Result<(), CudaError> {
+        self.kernels.prepare(variants)
+    }
+
+    /// Launches a kernel with the arguments that `push` adds. It may start before the one ahead of it has ended; what it touches
+    /// of that one's comes after its `wait_for_previous`.
     ///
     /// # Safety
     /// The arguments must be those of the kernel, and every address in them must be device memory of the size that the kernel
     /// touches.
     pub(super) unsafe fn launch<'a>(
-        &'a self,
-        function: &'a CudaFunction,
+        &self,
+        function: &CudaFunction,
         shape: LaunchShape,
-        push: impl FnOnce(&mut LaunchArgs<'a>),
+        push: impl FnOnce(&mut Arguments<'a>),
     ) -> Result<(), CudaError> {
-        let mut launch = self.stream.launch_builder(function);
-        push(&mut launch);
-        let config = LaunchConfig {
-            grid_dim: shape.grid,
-            block_dim: (shape.threads, 1, 1),
-            shared_mem_bytes: shape.shared_bytes,
+        let mut arguments = Arguments::default();
+        push(&mut arguments);
+        // SAFETY: zeros are a value of this plain C structure.
+        let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        overlap.id =
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let (x, y, z) = shape.grid;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
         };
-        // SAFETY: the caller's promise.
-        unsafe { launch.launch(config) }.map_err(CudaError::driver("launching a kernel"))?;
-        Ok(())
+        let mut launch = || {
+            self.context.bind_to_thread()?;
+            // SAFETY: the caller's promise; the configuration and the arguments live until the call returns, which copies them.
+            unsafe {
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    function.cu_function(),
+                    arguments.addresses.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            }
+            .result()
+        };
+        launch().map_err(CudaError::driver("launching a kernel"))
     }
 }
 
@@ -275,6 +316,21 @@ impl Drop for Device {
     fn drop(&mut self) {
         // SAFETY: the handle is live and not used again. A failure at the end of the process helps nobody.
         let _ = unsafe { cudarc::cublas::result::destroy_handle(self.cublas) };
+    }
+}
+
+/// What a kernel is called with: addresses of values, in the order of its parameters.
+#[derive(Default)]
+pub(super) struct Arguments<'a> {
+    addresses: Vec<*mut c_void>,
+    values: PhantomData<&'a ()>,
+}
+
+impl<'a> Arguments<'a> {
+    /// Adds a value.
+    pub(super) fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
+        self.addresses.push((&raw const *value).cast_mut().cast());
+        self
     }
 }
 

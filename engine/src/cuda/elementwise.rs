@@ -1,11 +1,11 @@
 //! Launches of the kernels that work row by row.
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::batch::DeviceBatch;
 use super::device::{Device, LaunchShape};
 use super::error::CudaError;
-use super::kernel_cache::Kernel;
+use super::kernel_cache::{Kernel, Variant};
 use crate::backend::AttentionShape;
 
 /// Blocks of 256 threads, one per row or as many as cover the elements.
@@ -45,6 +45,24 @@ pub(super) struct RotateArgs {
 
 // SAFETY: plain numbers in the kernel's layout.
 unsafe impl DeviceRepr for RotateArgs {}
+
+/// Everything that [`RowKernels`] may launch in a forward.
+pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
+    const KERNELS: [Kernel; 8] = [
+        Kernel::EMBED,
+        Kernel::RMS_NORM,
+        Kernel::GATHER_ROWS,
+        Kernel::ROTARY_ANGLES,
+        Kernel::ROTATE_AND_STORE,
+        Kernel::GATED_SILU,
+        Kernel::ENTRY_MASSES,
+        Kernel::ROW_ARGMAX,
+    ];
+    KERNELS.into_iter().map(move |kernel| Variant {
+        kernel,
+        options: vec![("HALF_IS_F16", u32::from(half_is_f16))],
+    })
+}
 
 // Every launch below trusts its caller for the sizes that its comment names; all callers are in this module's parent.
 impl RowKernels<'_> {
@@ -188,6 +206,28 @@ impl RowKernels<'_> {
                     l.arg(&x).arg(&spread).arg(&seed).arg(&elements);
                 },
             )
+        }
+    }
+
+    /// The first of the largest of each f32 row; [`super::batch::NONE`] for a row that is not finite.
+    pub(super) fn argmax(
+        &self,
+        (x, rows): (u64, usize),
+        width: usize,
+        out: u64,
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::ROW_ARGMAX)?;
+        let width = width as u32;
+        let launch = LaunchShape {
+            grid: (rows as u32, 1, 1),
+            threads: 1024,
+            shared_bytes: 0,
+        };
+        // SAFETY: x holds `rows` rows of `width`, out `rows` numbers.
+        unsafe {
+            self.device.launch(&kernel, launch, |l| {
+                l.arg(&x).arg(&out).arg(&width);
+            })
         }
     }
 

@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, CudaFunction, sys};
 use cudarc::nvrtc::{Ptx, result as nvrtc, sys as nvrtc_sys};
@@ -47,10 +48,22 @@ kernels! {
     FILL_RANDOM = "elementwise.cu" "fill_random";
     SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
     ENTRY_MASSES = "elementwise.cu" "entry_masses";
+    ROW_ARGMAX = "elementwise.cu" "row_argmax";
+    MIX_ROWS = "selection.cu" "mix_rows";
     TOP_P = "selection.cu" "top_p";
     UNITE_STEPS = "selection.cu" "unite_steps";
     BUILD_LISTS = "selection.cu" "build_lists";
 }
+
+/// A kernel and the options that it is compiled with.
+#[derive(Debug, Clone)]
+pub(super) struct Variant {
+    pub(super) kernel: Kernel,
+    pub(super) options: Vec<(&'static str, u32)>,
+}
+
+/// Most threads that compile at a time.
+const COMPILER_THREADS: usize = 16;
 
 /// Entry point and options; names are unique among the files, and hashing a source at every launch would cost more than the launch.
 type Key = (&'static str, Vec<(&'static str, u32)>);
@@ -93,15 +106,40 @@ impl KernelCache {
         {
             return Ok(function.clone());
         }
-        let mut functions = self
-            .functions
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Another thread may have been first.
-        if let Some(function) = functions.get(&key) {
-            return Ok(function.clone());
-        }
         let image = self.image(kernel, options)?;
+        self.load(kernel, options, image)
+    }
+
+    /// Compiles all that is not there yet, on several threads: a host's first start takes seconds, later ones read the folder.
+    pub(super) fn prepare(&self, wanted: &[Variant]) -> Result<(), CudaError> {
+        let next = AtomicUsize::new(0);
+        let images = Mutex::new(Vec::new());
+        let work = || {
+            while let Some(variant) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let image = self.image(variant.kernel, &variant.options);
+                let mut images = images.lock().unwrap_or_else(PoisonError::into_inner);
+                images.push((variant, image));
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 0..threads.min(COMPILER_THREADS) {
+                scope.spawn(work);
+            }
+        });
+        for (variant, image) in images.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            self.load(variant.kernel, &variant.options, image?)?;
+        }
+        Ok(())
+    }
+
+    /// Loads machine code, and keeps the function.
+    fn load(
+        &self,
+        kernel: Kernel,
+        options: &[(&'static str, u32)],
+        image: Vec<u8>,
+    ) -> Result<CudaFunction, CudaError> {
         let load = || {
             let module = self.context.load_module(Ptx::from_binary(image))?;
             let function = module.load_function(kernel.name)?;
@@ -117,7 +155,12 @@ impl KernelCache {
             Ok(function)
         };
         let function: CudaFunction = load().map_err(CudaError::driver("loading a kernel"))?;
-        functions.insert(key, function.clone());
+        // Another thread may have been first; its function is as good.
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.insert((kernel.name, options.to_vec()), function.clone());
         Ok(function)
     }
 

@@ -3,11 +3,11 @@
 use std::ffi::c_void;
 
 use cudarc::cublas::sys as cublas;
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::device::{Device, LaunchShape};
 use super::error::CudaError;
-use super::kernel_cache::Kernel;
+use super::kernel_cache::{Kernel, Variant};
 use super::memory::Weight;
 use crate::backend::{Epilogue, Linear};
 
@@ -15,6 +15,70 @@ use crate::backend::{Epilogue, Linear};
 const TILE_OUTPUTS: usize = 16;
 /// Warps that share a tile's outputs.
 const SPLITS: u32 = 8;
+
+/// Most rows of x that a block takes, in eights.
+const MAX_COLUMN_TILES: u32 = 8;
+
+/// How the streaming kernel is cut for a number of rows.
+struct Tiling {
+    /// Matrices that a block multiplies with: gate and up together.
+    matrices: u32,
+    /// Tiles of outputs per warp.
+    warp_tiles: u32,
+    /// Stages of a warp's ring.
+    stages: u32,
+}
+
+impl Tiling {
+    fn of(epilogue: Epilogue, column_tiles: u32) -> Self {
+        let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+        // With many rows, a warp takes two tiles of outputs for one load of x.
+        // For gate and up, more than 40 rows would not fit the registers that way.
+        let most = if matrices == 2 { 5 } else { 8 };
+        let warp_tiles = if (3..=most).contains(&column_tiles) {
+            2
+        } else {
+            1
+        };
+        let stages = match (warp_tiles, matrices) {
+            (1, 1) => 6,
+            (2, 2) => 3,
+            _ => 5,
+        };
+        Self {
+            matrices,
+            warp_tiles,
+            stages,
+        }
+    }
+}
+
+fn options(half_is_f16: bool, epilogue: Epilogue, column_tiles: u32) -> [(&'static str, u32); 5] {
+    let tiling = Tiling::of(epilogue, column_tiles);
+    let number = match epilogue {
+        Epilogue::Store => 0,
+        Epilogue::Add => 1,
+        Epilogue::SwiGlu => 2,
+    };
+    [
+        ("HALF_IS_F16", u32::from(half_is_f16)),
+        ("COLUMN_TILES", column_tiles),
+        ("TILES", tiling.warp_tiles),
+        ("STAGES", tiling.stages),
+        ("EPILOGUE", number),
+    ]
+}
+
+/// Everything that [`Product::stream`] may launch.
+pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
+    let epilogues = [Epilogue::Store, Epilogue::Add, Epilogue::SwiGlu];
+    epilogues.into_iter().flat_map(move |epilogue| {
+        (1..=MAX_COLUMN_TILES).map(move |column_tiles| Variant {
+            kernel: Kernel::LINEAR,
+            options: options(half_is_f16, epilogue, column_tiles).to_vec(),
+        })
+    })
+}
 
 /// A product of `rows` rows.
 pub(super) struct Product<'a> {
@@ -72,38 +136,14 @@ impl Product<'_> {
         if self.rows == 0 {
             return Ok(());
         }
-        let column_tiles = self.rows.div_ceil(8).min(8) as u32;
-        let matrices = if self.epilogue == Epilogue::SwiGlu {
-            2
-        } else {
-            1
-        };
-        // With many rows, a warp takes two tiles of outputs for one load of x.
-        // For gate and up, more than 40 rows would not fit the registers that way.
-        let most = if matrices == 2 { 5 } else { 8 };
-        let warp_tiles: u32 = if (3..=most).contains(&column_tiles) {
-            2
-        } else {
-            1
-        };
+        let column_tiles = self.rows.div_ceil(8).min(MAX_COLUMN_TILES as usize) as u32;
+        let Tiling {
+            matrices,
+            warp_tiles,
+            stages,
+        } = Tiling::of(self.epilogue, column_tiles);
         let warps = SPLITS * matrices;
-        let stages: u32 = match (warp_tiles, matrices) {
-            (1, 1) => 6,
-            (2, 2) => 3,
-            _ => 5,
-        };
-        let epilogue = match self.epilogue {
-            Epilogue::Store => 0,
-            Epilogue::Add => 1,
-            Epilogue::SwiGlu => 2,
-        };
-        let options = [
-            ("HALF_IS_F16", u32::from(self.half_is_f16)),
-            ("COLUMN_TILES", column_tiles),
-            ("TILES", warp_tiles),
-            ("STAGES", stages),
-            ("EPILOGUE", epilogue),
-        ];
+        let options = options(self.half_is_f16, self.epilogue, column_tiles);
         let kernel = device.kernel(Kernel::LINEAR, &options)?;
         let mut projections = [ProjectionArgs {
             weight: 0,

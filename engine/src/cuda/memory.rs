@@ -6,6 +6,7 @@ use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, sys};
 
 use super::device::Device;
 use super::error::CudaError;
+use super::pinned::PinnedMemory;
 
 /// Bytes on a device.
 pub struct DeviceMemory {
@@ -44,6 +45,15 @@ impl DeviceMemory {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.slice.as_ref().map_or(0, CudaSlice::num_bytes)
+    }
+
+    /// Makes room for `bytes` and more, so that lengths that grow from pass to pass seldom take memory, which waits for the device;
+    /// what was held is lost then. True when it was.
+    pub(super) fn grow(&mut self, bytes: usize) -> Result<bool, CudaError> {
+        if bytes <= self.bytes() {
+            return Ok(false);
+        }
+        self.reserve(bytes.next_power_of_two())
     }
 
     /// Makes room for `bytes`; what was held is lost when it must grow. True when it did.
@@ -107,7 +117,7 @@ impl DeviceMemory {
         let stream = self.device.stream();
         self.device_bound()?;
         // SAFETY: the range is inside the buffer, and the host slice outlives the copy: pageable memory is staged before the
-        // call returns.
+        // call returns, and pinned memory is left alone until the device was waited for.
         unsafe {
             cudarc::driver::result::memcpy_htod_async(
                 self.address() + offset as u64,
@@ -141,6 +151,30 @@ impl DeviceMemory {
             .stream()
             .synchronize()
             .map_err(CudaError::driver("waiting for the GPU"))
+    }
+
+    /// Copies `values` to `offset`, which is in bytes, through `host`; nobody may touch that before the device has been waited for.
+    pub(super) fn write_pinned<T: DeviceRepr + Copy>(
+        &mut self,
+        offset: usize,
+        values: &[T],
+        host: &mut PinnedMemory,
+    ) -> Result<(), CudaError> {
+        let staged = host.elements(values.len())?;
+        staged.copy_from_slice(values);
+        self.write(offset, staged)
+    }
+
+    /// Copies `len` elements from `offset`, which is in bytes, to `host`, and waits for them.
+    pub(super) fn read_pinned<'a, T: DeviceRepr + Copy>(
+        &self,
+        offset: usize,
+        len: usize,
+        host: &'a mut PinnedMemory,
+    ) -> Result<&'a [T], CudaError> {
+        let staged = host.elements(len)?;
+        self.read(offset, staged)?;
+        Ok(staged)
     }
 
     fn device_bound(&self) -> Result<(), CudaError> {
@@ -181,10 +215,7 @@ impl Buffer {
     /// Makes room for `len` elements of the kind.
     pub(super) fn resize(&mut self, elements: Elements, len: usize) -> Result<(), CudaError> {
         let bytes = len * if elements == Elements::Single { 4 } else { 2 };
-        // Doubling keeps the number of times it grows small.
-        if bytes > self.memory.bytes() {
-            self.memory.reserve(bytes.next_power_of_two())?;
-        }
+        self.memory.grow(bytes)?;
         (self.elements, self.len) = (elements, len);
         Ok(())
     }

@@ -12,10 +12,13 @@ mod batch;
 mod device;
 mod elementwise;
 mod error;
+mod hand_out;
 mod kernel_cache;
 mod kv_store;
 mod linear;
 mod memory;
+mod pinned;
+mod row_mixer;
 pub mod selection;
 
 pub use backend::CudaBackend;

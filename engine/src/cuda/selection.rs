@@ -2,27 +2,47 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::device::{Device, LaunchShape};
 use super::error::CudaError;
-use super::kernel_cache::Kernel;
+use super::kernel_cache::{Kernel, Variant};
 use super::memory::DeviceMemory;
 
 /// Longest row that [`Selector::top_p`] takes.
 pub const MAX_ROW: usize = 32_768;
+
+/// Threads, and entries of each, that take a row, by length.
+const TILINGS: [(u32, u32); 4] = [(256, 16), (512, 16), (512, 32), (1024, 32)];
+
+fn options(threads: u32, values: u32) -> [(&'static str, u32); 2] {
+    [("THREADS", threads), ("VALUES", values)]
+}
+
+/// What selecting in a forward may launch.
+pub(super) fn variants() -> impl Iterator<Item = Variant> {
+    let mix = Variant {
+        kernel: Kernel::MIX_ROWS,
+        options: Vec::new(),
+    };
+    let top_p = TILINGS.into_iter().map(|(threads, values)| Variant {
+        kernel: Kernel::TOP_P,
+        options: options(threads, values).to_vec(),
+    });
+    std::iter::once(mix).chain(top_p)
+}
 
 /// Mirrors `TopPArgs` in selection.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct TopPArgs {
     rows: u64,
+    specs: u64,
     selected: u64,
     thresholds: u64,
     num_rows: u32,
-    length: u32,
     stride: u32,
-    p: f32,
+    words: u32,
 }
 
 // SAFETY: plain numbers in the kernel's layout.
@@ -31,6 +51,11 @@ unsafe impl DeviceRepr for TopPArgs {}
 /// Selections and lists of one device, with their memory.
 pub struct Selector {
     device: Arc<Device>,
+    /// What the device was told of the rows: two words each.
+    specs: DeviceMemory,
+    described: Vec<RowSpec>,
+    /// Words per row and mask.
+    words: usize,
     /// `[rows, words]`.
     selected: DeviceMemory,
     thresholds: DeviceMemory,
@@ -40,15 +65,13 @@ pub struct Selector {
     lengths: DeviceMemory,
 }
 
-/// How rows lie in memory.
-#[derive(Debug, Clone, Copy)]
-pub struct RowShape {
-    /// Rows.
-    pub rows: usize,
-    /// Entries per row.
+/// A row to select from: its entries, and the share of its mass to reach. Mirrors `RowSpec` in selection.cu.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowSpec {
+    /// Entries.
     pub length: usize,
-    /// Entries from one row to the next; a multiple of 4.
-    pub stride: usize,
+    /// Share of the row's mass.
+    pub p: f32,
 }
 
 /// What is kept beside a selection.
@@ -68,6 +91,9 @@ impl Selector {
         let memory = || DeviceMemory::new(device);
         Self {
             device: Arc::clone(device),
+            specs: memory(),
+            described: Vec::new(),
+            words: 0,
             selected: memory(),
             thresholds: memory(),
             masks: memory(),
@@ -76,50 +102,53 @@ impl Selector {
         }
     }
 
-    /// Selects in every row of probabilities the entries at or above the largest threshold whose mass reaches `p` of the row's.
-    /// Masses are fixed-point, in units of 2^-31.
+    /// Selects in every row of probabilities the entries at or above the largest threshold whose mass reaches the row's p.
+    /// Masses are fixed-point, in units of 2^-31. Rows begin `stride` entries apart.
     ///
     /// # Errors
     /// [`CudaError`].
     ///
     /// # Panics
-    /// For rows longer than [`MAX_ROW`], or `rows` smaller than `shape`.
-    pub fn top_p(&mut self, rows: &DeviceMemory, shape: RowShape, p: f32) -> Result<(), CudaError> {
+    /// For rows longer than [`MAX_ROW`] or `stride`, a stride that is no multiple of 4, or `rows` of less memory.
+    pub fn top_p(
+        &mut self,
+        rows: &DeviceMemory,
+        stride: usize,
+        specs: &[RowSpec],
+    ) -> Result<(), CudaError> {
+        let longest = specs.iter().map(|spec| spec.length).max().unwrap_or(0);
         assert!(
-            shape.length <= MAX_ROW
-                && shape.length <= shape.stride
-                && shape.stride.is_multiple_of(4),
-            "{shape:?}"
+            longest <= MAX_ROW.min(stride) && stride.is_multiple_of(4),
+            "rows of up to {longest} in a stride of {stride}"
         );
         assert!(
-            rows.bytes() >= shape.rows * shape.stride * 4,
-            "rows of {shape:?}"
+            rows.bytes() >= specs.len() * stride * 4,
+            "{} rows of {stride}",
+            specs.len()
         );
-        let words = shape.length.div_ceil(32);
-        self.selected.reserve(shape.rows * words * 4)?;
-        self.thresholds.reserve(shape.rows * 4)?;
-        let (threads, values): (u32, u32) = match shape.length {
-            0..=4096 => (256, 16),
-            4097..=8192 => (512, 16),
-            8193..=16384 => (512, 32),
-            _ => (1024, 32),
-        };
+        self.describe(specs)?;
+        // Even, so that the host may take them for 64-bit words.
+        self.words = longest.div_ceil(64) * 2;
+        self.selected.grow(specs.len() * self.words * 4)?;
+        self.thresholds.grow(specs.len() * 4)?;
+        let tiling = TILINGS.iter().find(|t| longest <= (t.0 * t.1) as usize);
+        let &(threads, values) = tiling.expect("the last one takes the longest row");
         let kernel = self
             .device
-            .kernel(Kernel::TOP_P, &[("THREADS", threads), ("VALUES", values)])?;
+            .kernel(Kernel::TOP_P, &options(threads, values))?;
         let args = TopPArgs {
             rows: rows.address(),
+            specs: self.specs.address(),
             selected: self.selected.address(),
             thresholds: self.thresholds.address(),
-            num_rows: shape.rows as u32,
-            length: shape.length as u32,
-            stride: shape.stride as u32,
-            p,
+            num_rows: specs.len() as u32,
+            stride: stride as u32,
+            words: self.words as u32,
         };
         // As many blocks as are resident at a time; each takes rows in turn.
         let resident = self.device.multiprocessors() * (1024 / threads);
         let launch = LaunchShape {
-            grid: ((shape.rows as u32).min(resident), 1, 1),
+            grid: ((specs.len() as u32).min(resident), 1, 1),
             threads,
             shared_bytes: threads * values * 4,
         };
@@ -129,6 +158,22 @@ impl Selector {
                 l.arg(&args);
             })
         }
+    }
+
+    /// Tells the device of the rows, unless they are those it knows.
+    fn describe(&mut self, specs: &[RowSpec]) -> Result<(), CudaError> {
+        if self.described == specs {
+            return Ok(());
+        }
+        let words: Vec<u32> = specs
+            .iter()
+            .flat_map(|spec| [spec.length as u32, spec.p.to_bits()])
+            .collect();
+        self.described.clear();
+        self.specs.grow(words.len() * 4)?;
+        self.specs.write(0, &words)?;
+        self.described.extend_from_slice(specs);
+        Ok(())
     }
 
     /// Unites the last selection over its steps, rows being `[steps, sources]`, and coarsens it: packed masks, `[sources, words]`.
@@ -141,12 +186,14 @@ impl Selector {
         length: usize,
         granularity: usize,
     ) -> Result<(), CudaError> {
-        let words = length.div_ceil(32);
+        let words = self.words;
         assert!(
-            self.selected.bytes() >= steps * sources * words * 4 && granularity > 0,
+            length <= words * 32
+                && self.selected.bytes() >= steps * sources * words * 4
+                && granularity > 0,
             "a selection of that shape"
         );
-        self.masks.reserve(sources * words * 4)?;
+        self.masks.grow(sources * words * 4)?;
         let kernel = self.device.kernel(Kernel::UNITE_STEPS, &[])?;
         let (selected, masks) = (self.selected.address(), self.masks.address());
         let (steps, word_count, length, granularity) = (
@@ -177,19 +224,14 @@ impl Selector {
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn lists(
-        &mut self,
-        sources: usize,
-        length: usize,
-        shape: ListShape,
-    ) -> Result<(), CudaError> {
-        let words = length.div_ceil(32) as u32;
+    pub fn lists(&mut self, sources: usize, shape: ListShape) -> Result<(), CudaError> {
+        let words = self.words as u32;
         assert!(
             self.masks.bytes() >= sources * words as usize * 4,
             "masks of that shape"
         );
-        self.lists.reserve(sources * shape.cached.max(1) * 4)?;
-        self.lengths.reserve(sources * 4)?;
+        self.lists.grow(sources * shape.cached.max(1) * 4)?;
+        self.lengths.grow(sources * 4)?;
         let kernel = self.device.kernel(Kernel::BUILD_LISTS, &[])?;
         let (masks, lists, lengths) = (
             self.masks.address(),
@@ -221,7 +263,12 @@ impl Selector {
         }
     }
 
-    /// Selected bits: `[rows, words]`.
+    /// 32-bit words of a row of the last selection; even.
+    pub fn words(&self) -> usize {
+        self.words
+    }
+
+    /// Selected bits: `[rows, words]`, of which those past a row's end are 0.
     pub fn selected(&self) -> &DeviceMemory {
         &self.selected
     }

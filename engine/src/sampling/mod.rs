@@ -27,6 +27,7 @@ pub use params::{
 };
 pub use rng::{CounterRng, Purpose};
 pub use sampler::{History, Sampler};
+pub(crate) use softmax::most_probable;
 pub use sparse::{MAX_DRAFT_ENTRIES, SparseDistribution};
 pub use speculative::{
     Candidate, DraftToken, Origin, RoundOutcome, check_draft, draft_token, verify_round,

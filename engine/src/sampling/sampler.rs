@@ -50,6 +50,23 @@ impl Sampler {
         &self.params
     }
 
+    /// Whether a row's most probable token is all that [`Sampler::greedy`] needs to know of it.
+    pub fn needs_argmax_only(&self) -> bool {
+        self.params.is_greedy() && !self.params.adjusts_logits()
+    }
+
+    /// The distribution of a row whose most probable token is known, where [`Sampler::needs_argmax_only`].
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidArgument`] for `None`: the row held a NaN or an infinity.
+    pub fn greedy(&self, most_probable: Option<u32>) -> Result<Distribution, EngineError> {
+        let token = most_probable.ok_or_else(|| EngineError::InvalidArgument {
+            what: "logits",
+            reason: "a row holds a non-finite value".to_owned(),
+        })?;
+        Ok(Distribution::single(token))
+    }
+
     /// The distribution to sample the next token from, given a row of `[vocab_size]` logits.
     ///
     /// # Errors

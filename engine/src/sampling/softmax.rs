@@ -45,6 +45,12 @@ fn first_non_finite(logits: &[f32]) -> String {
     }
 }
 
+/// The first of the largest logits; `None` when the row is empty or holds a NaN or an infinity.
+pub(crate) fn most_probable(logits: &[f32]) -> Option<u32> {
+    let max = finite_max(logits).ok()?;
+    first_index_of(logits, max).map(|token| token as u32)
+}
+
 /// The first index holding `value`.
 pub(super) fn first_index_of(row: &[f32], value: f32) -> Option<usize> {
     // Whole blocks are compared without early exit, so that the comparison vectorises.

@@ -42,12 +42,8 @@ impl Reference {
                 LogitRows::None
             };
             let outputs = target.forward(&mut [Step {
-                sequence,
-                tokens,
-                lists: None,
                 logits,
-                capture: &[],
-                masses: false,
+                ..Step::new(sequence, tokens)
             }])?;
             for row in outputs[0].logits.chunks_exact(vocab_size) {
                 let normaliser = log_sum_exp(row);

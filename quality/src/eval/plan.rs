@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use specattn_draft::OwnPolicy;
-use specattn_engine::{LogitRows, Model, Step};
+use specattn_engine::{Model, Step};
 use specattn_mask::{LayerMap, MaskPolicy};
 
 use crate::error::QualityError;
@@ -185,12 +185,8 @@ fn prompt_sums(target: &mut Model, window: &Window<'_>) -> Result<PromptSums, Qu
             }
             let output = target
                 .forward(&mut [Step {
-                    sequence: &mut sequence,
-                    tokens,
-                    lists: None,
-                    logits: LogitRows::None,
-                    capture: &[],
                     masses,
+                    ..Step::new(&mut sequence, tokens)
                 }])?
                 .remove(0);
             let of_head = output.masses.unwrap_or_default().of_head;

@@ -42,12 +42,9 @@ pub fn run(
     while base + ROUND_DRAFT < tokens.len() {
         let masses = masker.wants_masses();
         let mut step = Step {
-            sequence: &mut *sequence,
-            tokens: &tokens[base - 1..base + ROUND_DRAFT],
-            lists: None,
             logits: LogitRows::All,
-            capture: &[],
             masses,
+            ..Step::new(&mut *sequence, &tokens[base - 1..base + ROUND_DRAFT])
         };
         let output = match masker.choose(base)? {
             Choice::ByKeys(chooser) => target.forward_choosing(&mut step, chooser)?,

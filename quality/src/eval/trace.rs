@@ -5,7 +5,7 @@
 //! steps · layers · heads · context floats, some 360 MB for the bundled pair and 2,048 judged tokens of 8,192.
 
 use specattn_draft::{OwnPolicy, OwnReads};
-use specattn_engine::{AttentionRows, KvReads, LogitRows, Model, Step};
+use specattn_engine::{AttentionRows, KvReads, Model, Step};
 use specattn_mask::MaskPolicy;
 
 use crate::error::QualityError;
@@ -49,14 +49,7 @@ impl DraftTrace {
         let entry = draft.kv_entry_bytes() as u64;
         let tokens = window.tokens;
         let mut sequence = draft.new_sequence(tokens.len())?;
-        let mut step = Step {
-            sequence: &mut sequence,
-            tokens: &[],
-            lists: None,
-            logits: LogitRows::None,
-            capture: &[],
-            masses: false,
-        };
+        let mut step = Step::new(&mut sequence, &[]);
         for chunk in tokens[..window.prompt - 1].chunks(CHUNK) {
             step.tokens = chunk;
             draft.forward(std::slice::from_mut(&mut step))?;
@@ -76,12 +69,9 @@ impl DraftTrace {
                     (Some(own.lists()), &[][..])
                 };
                 let step = Step {
-                    sequence: &mut sequence,
-                    tokens: &tokens[past..base + index],
                     lists,
-                    logits: LogitRows::None,
                     capture,
-                    masses: false,
+                    ..Step::new(&mut sequence, &tokens[past..base + index])
                 };
                 let output = draft.forward(&mut [step])?.remove(0);
                 round.bytes.read += output.kv.read * entry;

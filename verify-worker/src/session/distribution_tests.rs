@@ -116,12 +116,8 @@ impl Oracle {
         }
         let mut sequence = self.model.new_sequence(32).unwrap();
         let step = Step {
-            sequence: &mut sequence,
-            tokens: context,
-            lists: None,
             logits: LogitRows::Last,
-            capture: &[],
-            masses: false,
+            ..Step::new(&mut sequence, context)
         };
         let logits = self.model.forward(&mut [step]).unwrap().remove(0).logits;
         self.known.insert(context.to_vec(), logits.clone());

@@ -9,7 +9,7 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out scores).
+// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out scores: 1 of every token, 2 of the last one).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -69,21 +69,35 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
+#if CAPTURE
+// Whether a query row's scores are handed out.
+__device__ __forceinline__ bool is_captured(u32 row, u32 num_rows, u32 group) {
+    return row < num_rows && (CAPTURE == 1 || row + group >= num_rows);
+}
+
+// Where they go: rows of all tokens, or of the last one alone.
+__device__ __forceinline__ u64 captured_row(const DecodeArgs& a, const Unit& unit, u32 kv_head, u32 row, u32 group) {
+    const u32 token = CAPTURE == 1 ? row / group : 0;
+    return (u64(unit.capture) * a.score_tokens + token) * a.num_heads + kv_head * group + row % group;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float warp_max[WARPS][ROWS], warp_sums[WARPS][ROWS];
     __shared__ u32 entries[CHUNK], last_to_arrive;
     u8* const query = shared;
     u8* const ring = shared + ROWS * QUERY_STRIDE;
+    let_next_start();
 
     const uint4 unit_low = ((const uint4*)a.units)[2 * blockIdx.x], unit_high = ((const uint4*)a.units)[2 * blockIdx.x + 1];
     const Unit unit = {unit_low.x, unit_low.y, unit_low.z, unit_low.w, unit_high.x, unit_high.y, unit_high.z, unit_high.w};
-    if (unit.span == NONE) return;
+    if (unit.span == NONE) return wait_for_previous();
     const u32 kv_head = blockIdx.y, row_tile = blockIdx.z;
     const u32 group = a.num_heads / a.num_kv_heads;
     const u32 first_row = row_tile * ROWS;
     const u32 num_rows = unit.tokens * group;
-    if (first_row >= num_rows) return;
+    if (first_row >= num_rows) return wait_for_previous();
     const u32* list = nullptr;
     u32 cached = unit.past;
     if (unit.lists != NONE) {
@@ -94,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     const u32 num_keys = cached + unit.tokens;
     const u32 chunks = (num_keys + CHUNK - 1) / CHUNK;
     const u32 first_key = unit.chunk * CHUNK;
-    if (first_key >= num_keys) return;
+    if (first_key >= num_keys) return wait_for_previous();
     const u32 end_key = min(first_key + CHUNK, num_keys);
     const u32* const table = a.block_tables + unit.blocks;
 
@@ -133,6 +147,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     // Tiles of this warp: every WARPS-th of the chunk.
     const u32 chunk_tiles = (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS;
     const u32 tiles = chunk_tiles > warp ? (chunk_tiles - warp + WARPS - 1) / WARPS : 0;
+    __syncthreads();
+    // Entries cached before the pass stand still; the pass's own and the queries are what the kernel before writes.
+    const bool has_own = end_key > cached;
+    if (has_own) wait_for_previous();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < tiles) fetch(s);
+        copy_commit();
+    }
+    if (!has_own) wait_for_previous();
     // Queries to shared memory; rows past the end are zeros.
     for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 8), part = i % (HEAD_DIM / 8), row = first_row + r;
@@ -143,11 +167,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         *(uint4*)(query + r * QUERY_STRIDE + part * 16) = value;
     }
     __syncthreads();
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < tiles) fetch(s);
-        copy_commit();
-    }
 
     float output[ROW_TILES][HEAD_DIM / 8][4];
     float maximum[ROW_TILES][2], sum[ROW_TILES][2];
@@ -210,22 +229,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 #if CAPTURE
         if (unit.capture != NONE) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
+            for (int n = 0; n < 2; ++n) {
+                // Two neighbouring keys; a second one past the end falls into the row's padding.
+                const u32 key = tile_key + n * 8 + lane % 4 * 2;
+                if (key >= end_key) continue;
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const u32 key = tile_key + n * 8 + lane % 4 * 2 + i;
-                    if (key >= end_key) continue;
+                for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-                    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) {
-                            const u32 row = first_row + m * 16 + half * 8 + lane / 4;
-                            if (row >= num_rows) continue;
-                            const u32 head = kv_head * group + row % group;
-                            const u64 at = (u64(unit.capture) * a.score_tokens + row / group) * a.num_heads + head;
-                            a.scores[at * a.score_stride + key] = score[m][n][half * 2 + i] * a.scale_log2;
-                        }
-                }
+                    for (int half = 0; half < 2; ++half) {
+                        const u32 row = first_row + m * 16 + half * 8 + lane / 4;
+                        if (!is_captured(row, num_rows, group)) continue;
+                        const u64 at = captured_row(a, unit, kv_head, row, group);
+                        *(float2*)(a.scores + at * a.score_stride + key) =
+                            make_float2(score[m][n][half * 2] * a.scale_log2, score[m][n][half * 2 + 1] * a.scale_log2);
+                    }
+            }
         }
 #endif
         // Online softmax, in powers of two.
@@ -324,8 +342,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
                 make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
-            if (d == 0 && unit.capture != NONE)
-                a.score_statistics[(u64(unit.capture) * a.score_tokens + token) * a.num_heads + head] = make_float2(reference, total);
+            if (d == 0 && unit.capture != NONE && is_captured(row, num_rows, group))
+                a.score_statistics[captured_row(a, unit, kv_head, row, group)] = make_float2(reference, total);
 #endif
         } else {
             *(float4*)(a.partials + (place * ROWS + r) * HEAD_DIM + d) = value;
@@ -370,8 +388,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
             make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
-        if (d == 0 && unit.capture != NONE)
-            a.score_statistics[(u64(unit.capture) * a.score_tokens + token) * a.num_heads + head] = make_float2(top * a.scale_log2, total);
+        if (d == 0 && unit.capture != NONE && is_captured(row, num_rows, group))
+            a.score_statistics[captured_row(a, unit, kv_head, row, group)] = make_float2(top * a.scale_log2, total);
 #endif
     }
 }

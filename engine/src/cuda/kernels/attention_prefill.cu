@@ -33,6 +33,7 @@ struct PrefillArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_prefill(const PrefillArgs a) {
+    begin_kernel();
     extern __shared__ __align__(16) u8 shared[];
     u8* const query = shared;
     u8* const ring = shared + ROWS * QUERY_STRIDE;

@@ -2,6 +2,7 @@
 
 // out[row] = table[tokens[row]]; one block per row.
 extern "C" __global__ void embed(const half_bits* table, const u32* tokens, float* out, u32 width) {
+    begin_kernel();
     const half_bits* from = table + u64(tokens[blockIdx.x]) * width;
     float* to = out + u64(blockIdx.x) * width;
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = to_float(from[i]);
@@ -9,6 +10,7 @@ extern "C" __global__ void embed(const half_bits* table, const u32* tokens, floa
 
 // Root-mean-square norm (Zhang and Sennrich 2019); one block per row, 256 threads. width: a multiple of 4.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
+    begin_kernel();
     __shared__ float sums[8];
     const float4* from = (const float4*)(x + u64(blockIdx.x) * width);
     float squares = 0.0f;
@@ -32,12 +34,14 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const
 
 // out[i] = x[rows[i]]; one block per row.
 extern "C" __global__ void gather_rows(const float* x, const u32* rows, float* out, u32 width) {
+    begin_kernel();
     const float* from = x + u64(rows[blockIdx.x]) * width;
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) out[u64(blockIdx.x) * width + i] = from[i];
 }
 
 // Cosines and sines per row: [rows, 2 * half], the angle an f32 product, as on the CPU; one block per row.
 extern "C" __global__ void rotary_angles(const u32* positions, const float* inverse_frequencies, float* angles, u32 half) {
+    begin_kernel();
     const u32 i = threadIdx.x;
     if (i >= half) return;
     double sine, cosine;
@@ -63,6 +67,7 @@ struct RotateArgs {
 // Splits projected rows, norms q and k per head where asked, rotates them (Su et al. 2021, half-rotation layout) and stores K
 // and V in the cache. A warp per head; blocks are [heads / 4, rows]. head_dim: at most 256.
 extern "C" __global__ void __launch_bounds__(128) rotate_and_store(const RotateArgs a) {
+    begin_kernel();
     const u32 row = blockIdx.y, lane = threadIdx.x % 32;
     const u32 head = blockIdx.x * 4 + threadIdx.x / 32, heads = a.num_heads + 2 * a.num_kv_heads;
     const u32 span_number = a.row_spans[row];
@@ -114,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate_and_store(const RotateA
 
 // out = silu(gate) * up of rows [gate | up]; for products made by a library. One thread per element.
 extern "C" __global__ void gated_silu(const float* x, half_bits* out, u32 width, u64 elements) {
+    begin_kernel();
     const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= elements) return;
     const u64 row = i / width, column = i % width;
@@ -123,12 +129,14 @@ extern "C" __global__ void gated_silu(const float* x, half_bits* out, u32 width,
 
 // x[row, first + column] += bias[column] for [rows, width] of a wider matrix.
 extern "C" __global__ void add_bias(float* x, const float* bias, u32 width, u32 stride, u64 elements) {
+    begin_kernel();
     const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i < elements) x[i / width * stride + i % width] += bias[i % width];
 }
 
 // Pseudo-random weights of the given spread, for benchmarks: uniform in ±spread, a hash of index and seed.
 extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64 elements) {
+    begin_kernel();
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) {
         u32 h = u32(i) * 2654435761u ^ u32(i >> 32) * 40503u ^ seed;
         h ^= h >> 16; h *= 2246822519u; h ^= h >> 13; h *= 3266489917u; h ^= h >> 16;
@@ -138,6 +146,7 @@ extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64
 
 // Scores in powers of two to probabilities: p = 2^(score - maximum) / sum; blocks are [row pieces, rows].
 extern "C" __global__ void score_probabilities(float* scores, const float2* statistics, u32 stride, u32 length) {
+    begin_kernel();
     const float2 s = statistics[blockIdx.y];
     float* row = scores + u64(blockIdx.y) * stride;
     const float inverse = 1.0f / s.y;
@@ -147,6 +156,7 @@ extern "C" __global__ void score_probabilities(float* scores, const float2* stat
 // Mean probability of every key over a span's tokens and the query heads of a KV head. scores: [tokens, num_heads, stride] as above;
 // masses: [num_kv_heads, stride]. Blocks are [key pieces, kv heads].
 extern "C" __global__ void entry_masses(const float* scores, const float2* statistics, float* masses, u32 tokens, u32 num_heads, u32 stride) {
+    begin_kernel();
     const u32 kv_head = blockIdx.y, group = num_heads / gridDim.y;
     const float weight = 1.0f / float(tokens * group);
     for (u32 key = blockIdx.x * blockDim.x + threadIdx.x; key < stride; key += gridDim.x * blockDim.x) {
@@ -159,4 +169,30 @@ extern "C" __global__ void entry_masses(const float* scores, const float2* stati
             }
         masses[u64(kv_head) * stride + key] = sum * weight;
     }
+}
+
+// The first of the largest of each f32 row; ~0 for a row that holds a NaN or an infinity. One block of 1,024 threads per row.
+extern "C" __global__ void __launch_bounds__(1024) row_argmax(const float* x, u32* out, u32 width) {
+    begin_kernel();
+    __shared__ u64 best_of_warp[32];
+    const float* const row = x + u64(blockIdx.x) * width;
+    // Order of floats as integers above, smaller columns before larger ones below; 0 is less than any entry.
+    u64 best = 0;
+    bool sound = true;
+#pragma unroll 8
+    for (u32 column = threadIdx.x; column < width; column += 1024) {
+        const u32 bits = __float_as_uint(row[column] + 0.0f); // -0 equals 0
+        sound &= (bits & 0x7f800000u) != 0x7f800000u;
+        const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        best = max(best, u64(ordered) << 32 | ~column);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) best = max(best, __shfl_xor_sync(FULL_WARP, best, step));
+    if (threadIdx.x % 32 == 0) best_of_warp[threadIdx.x / 32] = best;
+    const bool all_sound = __syncthreads_and(sound);
+    if (threadIdx.x >= 32) return;
+    best = best_of_warp[threadIdx.x];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) best = max(best, __shfl_xor_sync(FULL_WARP, best, step));
+    if (threadIdx.x == 0) out[blockIdx.x] = all_sound ? ~u32(best) : NONE;
 }

@@ -52,6 +52,8 @@ __device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 1 ? 2 : 1) linear(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
+    // With many rows x lives on L1, which the next kernel's shared memory would shrink: it comes after the loop then.
+    if (COLUMN_TILES < 3) let_next_start();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 split = warp % SPLITS, matrix = warp / SPLITS;
     const u32 first_row = blockIdx.y * COLUMNS;
@@ -83,6 +85,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         if (s < tiles) fetch(s);
         copy_commit();
     }
+    // Weights stand still; x is what the kernel before writes.
+    wait_for_previous();
 
     float sums[TILES][COLUMN_TILES][4];
 #pragma unroll
@@ -97,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         const u32 input = (t * SPLITS + split) * TILE_INPUTS + half * 32 + lane % 4 * 8;
 #pragma unroll
         for (int c = 0; c < COLUMN_TILES; ++c)
-            v[c] = c * 8 + row < rows && input < a.inputs ? __ldg((const uint4*)(x + u64(c * 8 + row) * a.inputs + input))
+            v[c] = c * 8 + row < rows && input < a.inputs ? *(const uint4*)(x + u64(c * 8 + row) * a.inputs + input)
                                                             : make_uint4(0, 0, 0, 0);
     };
     uint4 next[COLUMN_TILES];
@@ -131,6 +135,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         __syncwarp();
     }
     copy_wait<0>();
+    if (COLUMN_TILES >= 3) let_next_start();
     __syncthreads();
 
     // partial: [matrix][tile][split][column][16 outputs], padded against bank conflicts.

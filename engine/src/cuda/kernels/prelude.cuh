@@ -86,6 +86,29 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Kernels overlap at their ends on Hopper and later (programmatic dependent launch): a kernel's blocks may start once every block of
+// the one before has called `let_next_start` or ended. Until `wait_for_previous` returns, that one and those before it may still
+// run: a kernel reads before it only what was there when the pass began (weights, the pass's description, entries cached
+// earlier), and writes nothing. Every block waits, else the end of its kernel would not tell of the end of those before.
+// After it, what others wrote is not read through the read-only path (`__ldg`), whose loads the compiler may move.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What most kernels begin with: they have nothing to do ahead of the previous one's end but to be there.
+__device__ __forceinline__ void begin_kernel() {
+    let_next_start();
+    wait_for_previous();
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);

@@ -19,12 +19,18 @@
 
 #define UNIT 2147483648.0f
 
-struct TopPArgs {
-    const float* rows; // [num_rows, stride], probabilities; a row's total is at most 1
-    u32* selected;     // [num_rows, ceil(length / 32)], bit i of word w: entry 32 w + i
-    u32* thresholds;   // [num_rows]: the smallest selected mass, ~0 when nothing is
-    u32 num_rows, length, stride; // stride: a multiple of 4
+// What to select from a row.
+struct RowSpec {
+    u32 length;
     float p;
+};
+
+struct TopPArgs {
+    const float* rows;    // [num_rows, stride], probabilities; a row's total is at most 1
+    const RowSpec* specs; // [num_rows]
+    u32* selected;        // [num_rows, words], bit i of word w: entry 32 w + i; zeros past a row's end
+    u32* thresholds;      // [num_rows]: the smallest selected mass, ~0 when nothing is
+    u32 num_rows, stride, words; // stride: a multiple of 4
 };
 
 __device__ __forceinline__ u32 warp_sum_u32(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
@@ -44,44 +50,49 @@ __device__ __forceinline__ u32 middle(u32 a, u32 b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a) {
+    begin_kernel();
     extern __shared__ __align__(16) float ahead[]; // [THREADS * VALUES]; each thread reads only what it copied
     __shared__ u32 scratch[2][32], few[FEW], few_count, answer;
     const u32 lane = threadIdx.x % 32;
     auto fetch = [&](u32 row) {
-        if (row < a.num_rows)
+        if (row < a.num_rows) {
+            const u32 length = a.specs[row].length;
 #pragma unroll
             for (int j = 0; j < VALUES / 4; ++j) {
                 const u32 at = j * THREADS + threadIdx.x;
-                if (at * 4 < a.length) copy_async(shared_address(ahead + at * 4), a.rows + u64(row) * a.stride + at * 4, true);
+                if (at * 4 < length) copy_async(shared_address(ahead + at * 4), a.rows + u64(row) * a.stride + at * 4, true);
             }
+        }
         copy_commit();
     };
     fetch(blockIdx.x);
     u32 turn = 0;
     for (u32 row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
         copy_wait<0>();
+        const u32 length = a.specs[row].length;
+        const float p = a.specs[row].p;
         u32 mass[VALUES];
         u32 total = 0;
 #pragma unroll
         for (int j = 0; j < VALUES / 4; ++j) {
             const u32 at = j * THREADS + threadIdx.x;
             float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (at * 4 < a.length) v = *(const float4*)(ahead + at * 4);
+            if (at * 4 < length) v = *(const float4*)(ahead + at * 4);
             const float x[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 // NaN and negative entries weigh nothing; what lies past the end does not count.
-                const bool counts = at * 4 + e < a.length;
+                const bool counts = at * 4 + e < length;
                 mass[j * 4 + e] = counts ? u32(__float2uint_rn(fminf(fmaxf(x[e], 0.0f), 1.0f) * UNIT)) : 0;
                 total += mass[j * 4 + e];
             }
         }
         fetch(row + gridDim.x);
         total = block_sum(total, scratch[turn ^= 1]);
-        const u32 wanted = u32(min(u64(ceil(double(a.p) * double(total))), u64(total)));
+        const u32 wanted = u32(min(u64(ceil(double(p) * double(total))), u64(total)));
         // Invariant: mass at or above `reaches` is at least `wanted`, mass at or above `fails` is less.
         u32 reaches = 1, fails = NONE, below = 0; // below: the mass at `fails`
-        u32 probe = max(total / max(a.length, 1u), 2u), stride = 4;
+        u32 probe = max(total / max(length, 1u), 2u), stride = 4;
         auto weigh = [&](u32 threshold) {
             u32 sum = 0;
 #pragma unroll
@@ -142,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
             }
             threshold = reaches;
         }
-        u32* const words = a.selected + u64(row) * ((a.length + 31) / 32);
+        u32* const words = a.selected + u64(row) * a.words;
 #pragma unroll
         for (int j = 0; j < VALUES / 4; ++j) {
             const u32 at = (j * THREADS + threadIdx.x) * 4;
@@ -152,16 +163,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
             bits <<= lane % 8 * 4;
 #pragma unroll
             for (int step = 1; step < 8; step *= 2) bits |= __shfl_xor_sync(FULL_WARP, bits, step);
-            if (lane % 8 == 0 && at < a.length) words[at / 32] = bits;
+            if (lane % 8 == 0 && at < a.words * 32) words[at / 32] = bits;
         }
         if (threadIdx.x == 0) a.thresholds[row] = threshold;
         __syncthreads();
     }
 }
 
+// A row that is mixed from captured heads of one layer. Mirrors `JOB_WORDS` in row_selector.rs.
+struct MixJob {
+    u32 row;      // of the output
+    u32 captured; // first head's row of the captured ones
+    u32 terms, num_terms;
+    u32 length;
+    u32 adds;     // whether an earlier layer has written the row
+    u32 unused[2];
+};
+
+struct MixTerm {
+    u32 head;
+    float weight;
+};
+
+// rows[job.row] (+)= sum of weight * probability over the terms' heads, from captured scores in powers of two and their statistics.
+// Blocks are [pieces of 1,024 positions, jobs]; strides are multiples of 4.
+extern "C" __global__ void __launch_bounds__(256) mix_rows(const float* scores, const float2* statistics, const MixJob* jobs,
+                                                           const MixTerm* terms, float* rows, u32 score_stride, u32 row_stride) {
+    begin_kernel();
+    const MixJob job = jobs[blockIdx.y];
+    const u32 at = (blockIdx.x * 256 + threadIdx.x) * 4;
+    if (at >= job.length) return;
+    float4* const out = (float4*)(rows + u64(job.row) * row_stride + at);
+    float4 sum = job.adds ? *out : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (u32 t = 0; t < job.num_terms; ++t) {
+        const MixTerm term = terms[job.terms + t];
+        const u64 head = job.captured + term.head;
+        const float2 s = statistics[head];
+        const float4 score = *(const float4*)(scores + head * score_stride + at);
+        const float scale = term.weight / s.y;
+        sum.x = fmaf(exp2_fast(score.x - s.x), scale, sum.x);
+        sum.y = fmaf(exp2_fast(score.y - s.x), scale, sum.y);
+        sum.z = fmaf(exp2_fast(score.z - s.x), scale, sum.z);
+        sum.w = fmaf(exp2_fast(score.w - s.x), scale, sum.w);
+    }
+    *out = sum;
+}
+
 // Union over steps, then granularity: a group of `granularity` positions is kept when any member is. The result is the packed
 // mask that goes to the host. selected: [steps, sources, words]; masks: [sources, words]. Blocks are [words / threads, sources].
 extern "C" __global__ void unite_steps(const u32* selected, u32* masks, u32 steps, u32 words, u32 length, u32 granularity) {
+    begin_kernel();
     const u32 word = blockIdx.x * blockDim.x + threadIdx.x, source = blockIdx.y, sources = gridDim.y;
     if (word >= words) return;
     auto united = [&](u32 w) {
@@ -188,7 +240,7 @@ extern "C" __global__ void unite_steps(const u32* selected, u32* masks, u32 step
             if (kept) bits |= (next == 32 ? FULL_WARP : (1u << next) - 1) & FULL_WARP << bit;
             bit = next;
         }
-        if (length < (word + 1) * 32 && length > word * 32) bits &= (1u << length % 32) - 1;
+        if (length < (word + 1) * 32) bits &= length > word * 32 ? (1u << length % 32) - 1 : 0;
     }
     masks[u64(source) * words + word] = bits;
 }
@@ -197,6 +249,7 @@ extern "C" __global__ void unite_steps(const u32* selected, u32* masks, u32 step
 // per source; lists: [sources, list_stride].
 extern "C" __global__ void __launch_bounds__(1024) build_lists(const u32* masks, u32* lists, u32* lengths, u32 words, u32 cached, u32 sinks,
                                                                 u32 window_start, u32 list_stride) {
+    begin_kernel();
     __shared__ u32 warp_totals[32];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32* const list = lists + u64(blockIdx.x) * list_stride;

@@ -1,0 +1,139 @@
+//! What capturing costs a draft step: rows brought to the host, or selections made on the device, beside a plain step.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
+use specattn_engine::{
+    DeviceChoice, LoadOptions, LogitRows, Model, RowSelection, Sequence, Step, StepOutput,
+};
+use specattn_mask::{LayerMap, MaskPolicy};
+
+use super::forwards::prefill;
+
+const RUNS: usize = 15;
+const WARM_UP: usize = 5;
+/// Layers and KV heads of the target whose masks are made: Llama-2-7B's layers, by proportional depth.
+const TARGET: (u32, u32) = (32, 32);
+
+/// What a captured step is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Rows,
+    /// Selections for the target's masks.
+    Masks,
+    /// Those, and for the draft's own reads.
+    MasksAndOwn,
+}
+
+/// Median milliseconds of the forward, and of what the host makes of it: lists and an encoded mask.
+fn time(
+    model: &mut Model,
+    sequence: &mut Sequence,
+    context: usize,
+    kind: Kind,
+) -> Result<(f64, f64)> {
+    let config = model.config().clone();
+    let layers: Vec<usize> = (0..config.num_layers).collect();
+    let (draft_layers, heads) = (config.num_layers as u32, config.num_heads as u32);
+    let map = LayerMap::proportional(TARGET.0, TARGET.1, draft_layers, heads);
+    let policy = MaskPolicy::default();
+    let mut masks = RowSelector::new(policy, map.sources);
+    let mut own = OwnReads::new(OwnPolicy::default(), &policy, config.num_kv_heads);
+    let mut selection = RowSelection {
+        rows: masks.mixed_rows().collect(),
+    };
+    if kind == Kind::MasksAndOwn {
+        let rows = own.mixed_rows(config.num_layers, config.num_heads);
+        selection.rows.extend(rows);
+    }
+    let (mut forwards, mut hosts) = (Vec::new(), Vec::new());
+    for run in 0..WARM_UP + RUNS {
+        sequence.truncate(context);
+        let start = Instant::now();
+        let step = Step {
+            logits: LogitRows::Last,
+            argmax: true,
+            capture: if kind == Kind::Plain { &[] } else { &layers },
+            select: matches!(kind, Kind::Masks | Kind::MasksAndOwn).then_some(&selection),
+            ..Step::new(sequence, &[17])
+        };
+        let output = model.forward(&mut [step])?.pop().context("an output")?;
+        let forward = start.elapsed();
+        let start = Instant::now();
+        use_rows(&output, context, &mut masks, &mut own)?;
+        if run >= WARM_UP {
+            forwards.push(forward.as_secs_f64() * 1e3);
+            hosts.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    Ok((median(forwards), median(hosts)))
+}
+
+/// Makes a mask, and the draft's own lists where they were asked for.
+fn use_rows(
+    output: &StepOutput,
+    context: usize,
+    masks: &mut RowSelector,
+    own: &mut OwnReads,
+) -> Result<()> {
+    masks.begin(context);
+    if let Some(selected) = &output.selected {
+        masks.add_selected(selected);
+        own.selected(selected, masks.num_sources());
+    } else if let Some(rows) = &output.attention {
+        own.captured(rows);
+        masks.add_step(rows)?;
+    } else {
+        return Ok(());
+    }
+    std::hint::black_box(masks.finish());
+    Ok(())
+}
+
+/// Prints a table for the model that `config` describes.
+///
+/// # Errors
+/// When the device fails or has no room.
+pub fn table(config: &Path, device: DeviceChoice, contexts: &[usize]) -> Result<()> {
+    let options = LoadOptions {
+        device,
+        gpu_memory_utilization: Some(0.9),
+        ..LoadOptions::default()
+    };
+    let mut model = Model::random(config, &options)?;
+    let name = config.file_stem().unwrap_or_default().to_string_lossy();
+    println!(
+        "Draft steps of {name}, random weights, batch 1, one token, its most probable successor handed out. Captured steps also hand out attention rows of all layers, or selections from {} sources (p {}), or those and selections of every KV head of the draft (p {}). Random weights attend to far more positions than trained ones, so that the host's part, the draft's own lists and the encoded mask, is larger than in use.\n",
+        model.config().num_layers,
+        MaskPolicy::default().p,
+        OwnPolicy::default().p
+    );
+    println!("| context | captured step | forward ms | ÷ plain | then on the host ms |");
+    println!("| --- | --- | --- | --- | --- |");
+    for &context in contexts {
+        let mut sequence = model.new_sequence(context + 1)?;
+        prefill(&mut model, &mut sequence, context)?;
+        let (plain, _) = time(&mut model, &mut sequence, context, Kind::Plain)?;
+        println!("| {context} | none | {plain:.2} | | |");
+        for (kind, name) in [
+            (Kind::Rows, "rows to the host"),
+            (Kind::Masks, "selections for masks"),
+            (Kind::MasksAndOwn, "those and the draft's own"),
+        ] {
+            let (forward, host) = time(&mut model, &mut sequence, context, kind)?;
+            println!(
+                "| {context} | {name} | {forward:.2} | {:.2} | {host:.2} |",
+                forward / plain
+            );
+        }
+    }
+    println!();
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! [`RowMixer`]: from the captured scores of each layer to selections, without a row leaving the device.
+//!
+//! Rows are mixed layer by layer, while a layer's scores are still in the L2 cache; so scores of one layer are all that is
+//! ever stored, and a row that mixes heads of several layers grows from one to the next. After the last layer all rows of all
+//! spans are selected from by one launch.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::attention::ScoreTarget;
+use super::device::{Device, LaunchShape};
+use super::error::CudaError;
+use super::kernel_cache::Kernel;
+use super::memory::DeviceMemory;
+use super::pinned::PinnedMemory;
+use super::selection::{RowSpec, Selector};
+use crate::backend::Pass;
+use crate::row_selection::SelectedRows;
+
+/// Words of a job; mirrors `MixJob` in selection.cu.
+const JOB_WORDS: usize = 8;
+
+/// The rows that one pass selects from.
+pub(super) struct RowMixer {
+    device: Arc<Device>,
+    /// Jobs, layer by layer, then their terms.
+    plan: DeviceMemory,
+    /// What carries it there; left alone until the pass has ended.
+    upload: PinnedMemory,
+    /// `[rows, stride]`.
+    rows: DeviceMemory,
+    selector: Selector,
+    jobs_of_layer: Vec<Range<usize>>,
+    first_term: usize,
+    specs: Vec<RowSpec>,
+    stride: usize,
+}
+
+impl RowMixer {
+    /// A mixer without memory yet.
+    pub(super) fn new(device: &Arc<Device>) -> Self {
+        Self {
+            device: Arc::clone(device),
+            plan: DeviceMemory::new(device),
+            upload: device.pinned(),
+            rows: DeviceMemory::new(device),
+            selector: Selector::new(device),
+            jobs_of_layer: Vec::new(),
+            first_term: 0,
+            specs: Vec::new(),
+            stride: 0,
+        }
+    }
+
+    /// Takes the selections of `pass`, whose captured scores will hold `captured_tokens` tokens of `num_heads` rows per
+    /// capturing span: all tokens of the longest one, or the last token of each.
+    pub(super) fn begin(
+        &mut self,
+        pass: &Pass<'_>,
+        captured_tokens: usize,
+        num_heads: usize,
+    ) -> Result<(), CudaError> {
+        self.specs.clear();
+        let (mut jobs, mut terms): (Vec<Vec<u32>>, Vec<u32>) = (Vec::new(), Vec::new());
+        let mut longest = 0;
+        for &(span, selection) in &pass.selections {
+            let number = pass.captures.iter().position(|&c| c == span);
+            let number = number.expect("a span that selects is among the pass's captures");
+            let span = &pass.spans[span];
+            let last = (captured_tokens - 1).min(span.rows.len() - 1);
+            let captured = (number * captured_tokens + last) * num_heads;
+            let length = span.past + span.rows.len();
+            longest = longest.max(length);
+            for row in &selection.rows {
+                let mut of_row = row.terms.clone();
+                of_row.sort_by_key(|term| term.layer);
+                for (index, chunk) in of_row.chunk_by(|a, b| a.layer == b.layer).enumerate() {
+                    let layer = chunk[0].layer as usize;
+                    jobs.resize_with(jobs.len().max(layer + 1), Vec::new);
+                    jobs[layer].extend([
+                        self.specs.len() as u32,
+                        captured as u32,
+                        terms.len() as u32 / 2,
+                        chunk.len() as u32,
+                        length as u32,
+                        u32::from(index > 0),
+                        0,
+                        0,
+                    ]);
+                    terms.extend(chunk.iter().flat_map(|t| [t.head, t.weight.to_bits()]));
+                }
+                self.specs.push(RowSpec { length, p: row.p });
+            }
+        }
+        self.jobs_of_layer.clear();
+        let mut words = Vec::new();
+        for of_layer in &jobs {
+            let first = words.len() / JOB_WORDS;
+            words.extend_from_slice(of_layer);
+            self.jobs_of_layer.push(first..words.len() / JOB_WORDS);
+        }
+        self.first_term = words.len();
+        words.extend_from_slice(&terms);
+        self.stride = longest.next_multiple_of(4);
+        self.rows.grow(self.specs.len() * self.stride * 4)?;
+        self.plan.grow(words.len() * 4)?;
+        self.plan.write_pinned(0, &words, &mut self.upload)
+    }
+
+    /// Adds what the scores of `layer` give to the rows.
+    pub(super) fn mix(&self, layer: usize, scores: &ScoreTarget) -> Result<(), CudaError> {
+        let Some(jobs) = self
+            .jobs_of_layer
+            .get(layer)
+            .filter(|jobs| !jobs.is_empty())
+        else {
+            return Ok(());
+        };
+        let kernel = self.device.kernel(Kernel::MIX_ROWS, &[])?;
+        let plan = self.plan.address();
+        let job_address = plan + (jobs.start * JOB_WORDS * 4) as u64;
+        let term_address = plan + (self.first_term * 4) as u64;
+        let (rows, row_stride) = (self.rows.address(), self.stride as u32);
+        let score_stride = scores.stride as u32;
+        let launch = LaunchShape {
+            grid: (row_stride.div_ceil(1024), jobs.len() as u32, 1),
+            threads: 256,
+            shared_bytes: 0,
+        };
+        // SAFETY: jobs name rows below the number that memory was made for, and heads of captured tokens.
+        unsafe {
+            self.device.launch(&kernel, launch, |l| {
+                l.arg(&scores.scores)
+                    .arg(&scores.statistics)
+                    .arg(&job_address)
+                    .arg(&term_address)
+                    .arg(&rows)
+                    .arg(&score_stride)
+                    .arg(&row_stride);
+            })
+        }
+    }
+
+    /// Selects from the rows, and brings each span's selections to the host.
+    pub(super) fn select(
+        &mut self,
+        pass: &Pass<'_>,
+        out: &mut [&mut SelectedRows],
+        host: &mut PinnedMemory,
+    ) -> Result<(), CudaError> {
+        self.selector.top_p(&self.rows, self.stride, &self.specs)?;
+        let words = self.selector.words() / 2;
+        let selected = self.selector.selected();
+        let bits: &[u64] = selected.read_pinned(0, self.specs.len() * words, host)?;
+        let mut first = 0;
+        for (out, (_, selection)) in out.iter_mut().zip(&pass.selections) {
+            let own = out.words_per_row();
+            out.words.clear();
+            for row in bits[first * words..]
+                .chunks_exact(words)
+                .take(selection.rows.len())
+            {
+                out.words.extend_from_slice(&row[..own]);
+            }
+            first += selection.rows.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! From steps to the rows of a pass, and from what a pass yields back to the steps.
+
+use crate::backend::{Backend, Capture, HandOut, Masses, Pass, Span};
+use crate::error::EngineError;
+use crate::model::{LogitRows, Step, StepOutput};
+
+/// Rows of logits that a step gets.
+fn logit_rows(step: &Step<'_>) -> usize {
+    match step.logits {
+        LogitRows::None | LogitRows::Replay => 0,
+        LogitRows::Last => 1,
+        LogitRows::All | LogitRows::Verify => step.tokens.len(),
+    }
+}
+
+/// Gives every step its rows of `logits`, or their most probable tokens.
+pub(crate) fn hand_out_logits<B: Backend>(
+    backend: &B,
+    logits: &B::Buffer,
+    vocab_size: usize,
+    steps: &[&mut Step<'_>],
+    outputs: &mut [&mut StepOutput],
+) -> Result<(), EngineError> {
+    let mut most_probable = Vec::new();
+    if steps.iter().any(|step| step.argmax && logit_rows(step) > 0) {
+        backend.argmax(logits, vocab_size, &mut most_probable)?;
+    }
+    let mut first = 0;
+    for (step, output) in steps.iter().zip(outputs) {
+        let rows = first..first + logit_rows(step);
+        first = rows.end;
+        if rows.is_empty() {
+            continue;
+        }
+        if step.argmax {
+            output.argmax = most_probable[rows].to_vec();
+        } else {
+            let elements = rows.start * vocab_size..rows.end * vocab_size;
+            backend.read_range(logits, elements, &mut output.logits)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lays the steps' tokens out as rows.
+pub(crate) fn layout<'a>(
+    steps: &'a [&mut Step<'_>],
+    outputs: &[&mut StepOutput],
+    bulk: bool,
+) -> Pass<'a> {
+    let mut pass = Pass {
+        tokens: Vec::new(),
+        positions: Vec::new(),
+        spans: Vec::new(),
+        logit_rows: Vec::new(),
+        captures: Vec::new(),
+        selections: Vec::new(),
+        bulk,
+    };
+    for (step, output) in steps.iter().zip(outputs) {
+        let (start, past) = (pass.tokens.len(), step.sequence.len());
+        pass.tokens.extend_from_slice(step.tokens);
+        pass.positions
+            .extend((past..past + step.tokens.len()).map(|p| p as u32));
+        let rows = start..pass.tokens.len();
+        pass.logit_rows
+            .extend(rows.end - logit_rows(step)..rows.end);
+        let selects = output.selected.is_some();
+        if selects || !step.capture.is_empty() || step.masses {
+            pass.captures.push(pass.spans.len());
+        }
+        if let Some(selection) = step.select.filter(|_| selects) {
+            pass.selections.push((pass.spans.len(), selection));
+        }
+        pass.spans.push(Span {
+            rows,
+            past,
+            blocks: step.sequence.blocks(),
+            lists: step.lists,
+        });
+    }
+    pass
+}
+
+/// Where this layer's captured rows and masses go.
+pub(crate) fn hand_out<'a>(
+    outputs: &'a mut [&mut StepOutput],
+    layer: usize,
+    kv_heads: usize,
+) -> HandOut<'a> {
+    let mut wanted = HandOut::default();
+    for (span, output) in outputs.iter_mut().enumerate() {
+        let StepOutput {
+            attention, masses, ..
+        } = &mut **output;
+        if let Some(rows) = attention
+            && let Some(slot) = rows.layers.iter().position(|&l| l == layer)
+        {
+            wanted.captures.push(Capture { span, slot, rows });
+        }
+        if let Some(masses) = masses {
+            let of_head = &mut masses.of_head[layer * kv_heads..(layer + 1) * kv_heads];
+            wanted.masses.push(Masses { span, of_head });
+        }
+    }
+    wanted
+}
+
+/// Where the masses of all layers go.
+pub(crate) fn all_masses<'a>(outputs: &'a mut [&mut StepOutput]) -> Vec<Masses<'a>> {
+    let spans = outputs.iter_mut().enumerate();
+    let wanted = spans.filter_map(|(span, output)| {
+        let of_head = &mut output.masses.as_mut()?.of_head;
+        Some(Masses { span, of_head })
+    });
+    wanted.collect()
+}
