@@ -101,7 +101,9 @@ impl scheduler::Session for Attached {
             tokens: self.session.input(),
             lists: self.session.lists(),
             logits: self.session.logit_rows(),
+            argmax: self.session.needs_argmax_only(),
             capture: self.session.capture(),
+            select: self.session.select(),
             masses: false,
         }
     }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+mod capturing;
 mod channels;
 mod engine_loop;
 mod link;

@@ -5,7 +5,7 @@
 //! captured one read that selection, the sinks, the window as it stood then, and everything since. What the draft reads
 //! changes how good its proposals and masks are, never what is committed.
 
-use specattn_engine::{AttentionRows, HeadLists};
+use specattn_engine::{AttentionRows, HeadLists, MixedHead, MixedRow, SelectedRows};
 use specattn_mask::{MaskPolicy, PositionSet, read_list, select_top_p};
 
 /// How often the draft reads everything, and how much it reads in between.
@@ -81,16 +81,10 @@ impl OwnReads {
 
     /// Takes the rows of a captured step, of all layers.
     pub fn captured(&mut self, rows: &AttentionRows) {
-        self.age = Some(1);
-        if !self.is_sparse() {
+        if !self.renew(rows.kv_len, rows.layers.len() * self.num_kv_heads) {
             return;
         }
-        self.seen = rows.kv_len;
-        let heads = rows.layers.len() * self.num_kv_heads;
         let group = rows.num_heads / self.num_kv_heads;
-        self.lists.lists.clear();
-        self.lists.of_head.clear();
-        self.lists.of_head.extend(0..heads as u32);
         // Rows lie as [layers, num_kv_heads, group, kv_len].
         for head in rows.probs.chunks_exact(group * rows.kv_len) {
             self.row.clear();
@@ -101,12 +95,66 @@ impl OwnReads {
                 }
             }
             self.selection.clear();
-            self.selection.resize(rows.kv_len);
             select_top_p(&self.row, self.policy.p, &mut self.selection);
-            self.selection.fill_groups(self.policy.granularity as usize);
-            let list = read_list(&self.selection, &self.policy, rows.kv_len + 1);
-            self.lists.lists.push(list);
+            self.push_list();
         }
+    }
+
+    /// Takes a captured step's selections: those of [`OwnReads::mixed_rows`], from row `first` on.
+    pub fn selected(&mut self, selected: &SelectedRows, first: usize) {
+        let rows = selected.words.len() / selected.words_per_row().max(1);
+        if !self.renew(selected.kv_len, rows - first) {
+            return;
+        }
+        for row in first..rows {
+            self.selection.clear();
+            self.selection.union_with_words(selected.row(row));
+            self.push_list();
+        }
+    }
+
+    /// The rows that a device may select from in place of handing them out: the mean of each KV head's query heads.
+    pub fn mixed_rows(
+        &self,
+        num_layers: usize,
+        num_heads: usize,
+    ) -> impl Iterator<Item = MixedRow> + use<> {
+        let layers = if self.is_sparse() { num_layers } else { 0 };
+        let (kv_heads, p) = (self.num_kv_heads, self.policy.p);
+        let group = num_heads / kv_heads;
+        (0..layers * kv_heads).map(move |row| {
+            let first = row % kv_heads * group;
+            let term = |head| MixedHead {
+                layer: (row / kv_heads) as u32,
+                head: head as u32,
+                weight: 1.0 / group as f32,
+            };
+            MixedRow {
+                terms: (first..first + group).map(term).collect(),
+                p,
+            }
+        })
+    }
+
+    /// Begins new lists, for `heads` KV heads, after a captured step that reached `kv_len`; false where none are kept.
+    fn renew(&mut self, kv_len: usize, heads: usize) -> bool {
+        self.age = Some(1);
+        if !self.is_sparse() {
+            return false;
+        }
+        self.seen = kv_len;
+        self.selection.resize(kv_len);
+        self.lists.lists.clear();
+        self.lists.of_head.clear();
+        self.lists.of_head.extend(0..heads as u32);
+        true
+    }
+
+    /// Adds the next head's list: its selection, sinks and window.
+    fn push_list(&mut self) {
+        self.selection.fill_groups(self.policy.granularity as usize);
+        let list = read_list(&self.selection, &self.policy, self.seen + 1);
+        self.lists.lists.push(list);
     }
 
     /// A step went by that was not captured.

@@ -1,7 +1,7 @@
 //! [`RowSelector`]: from the attention rows of a round's captured steps to the round's encoded mask.
 
-use specattn_engine::AttentionRows;
-use specattn_mask::source::layers_in_use;
+use specattn_engine::{AttentionRows, MixedHead, MixedRow, SelectedRows};
+use specattn_mask::source::{Term, layers_in_use};
 use specattn_mask::{Encoder, MaskError, MaskPolicy, RoundMask, RoundSelector, Source};
 
 /// Mixes, selects, unites and encodes for one session.
@@ -58,6 +58,41 @@ impl RowSelector {
             self.selector.add_step(index, &self.mixed);
         }
         Ok(())
+    }
+
+    /// Adds one captured step's selections, those of [`RowSelector::mixed_rows`] first.
+    pub fn add_selected(&mut self, selected: &SelectedRows) {
+        if !std::mem::replace(&mut self.has_rows, true) {
+            self.selector.begin(self.context_len);
+        }
+        for source in 0..self.sources.len() {
+            self.selector.add_selected(source, selected.row(source));
+        }
+    }
+
+    /// The sources as rows that a device may select from.
+    pub fn mixed_rows(&self) -> impl Iterator<Item = MixedRow> {
+        self.sources.iter().enumerate().map(|(index, source)| {
+            let term = |term: &Term| MixedHead {
+                layer: term.layer,
+                head: term.head,
+                weight: term.weight,
+            };
+            MixedRow {
+                terms: source.terms.iter().map(term).collect(),
+                p: self.selector.mass_of(index),
+            }
+        })
+    }
+
+    /// Whether a round's selections are unions of its steps' own, whoever makes those.
+    pub fn unites(&self) -> bool {
+        self.sources.iter().all(|source| source.spread.is_none())
+    }
+
+    /// Sources.
+    pub fn num_sources(&self) -> usize {
+        self.sources.len()
     }
 
     /// Ends the round: its mask, encoded against the one before.

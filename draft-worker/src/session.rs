@@ -22,7 +22,7 @@ use specattn_engine::sampling::{
     CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
 };
 use specattn_engine::{
-    CHUNK_TOKENS, EngineError, HeadLists, KvReads, LogitRows, ModelConfig, StepOutput,
+    CHUNK_TOKENS, EngineError, HeadLists, KvReads, LogitRows, ModelConfig, RowSelection, StepOutput,
 };
 use specattn_mask::{MaskPolicy, Source};
 use specattn_proto::Fault;
@@ -30,10 +30,9 @@ use specattn_worker::Plan;
 use tokio::sync::mpsc;
 
 use crate::args::Drafting;
+use crate::capturing::Capturing;
 use crate::lookahead::{Findings, Lookahead};
-use crate::own_reads::OwnReads;
 use crate::round_length::RoundLength;
-use crate::rows::RowSelector;
 
 mod conversation;
 
@@ -66,6 +65,7 @@ pub(crate) struct SessionSpec {
 pub(crate) struct DraftShape {
     pub(crate) vocab_size: usize,
     pub(crate) num_layers: usize,
+    pub(crate) num_heads: usize,
     pub(crate) num_kv_heads: usize,
 }
 
@@ -74,6 +74,7 @@ impl From<&ModelConfig> for DraftShape {
         Self {
             vocab_size: config.vocab_size,
             num_layers: config.num_layers,
+            num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
         }
     }
@@ -157,10 +158,7 @@ struct Joined {
     last_verdict: Option<Instant>,
     sampler: Sampler,
     rng: CounterRng,
-    rows: Option<RowSelector>,
-    own: OwnReads,
-    /// Draft layers to capture on dense steps, increasing.
-    capture: Vec<usize>,
+    capturing: Capturing,
     /// Tokens there were at the welcome: to catch up with them is the draft's prefill.
     prefill: usize,
     /// Messages sent.
@@ -245,7 +243,7 @@ impl Session {
     /// Index lists of that forward.
     pub(crate) fn lists(&self) -> Option<&HeadLists> {
         match (self.pass, &self.joined) {
-            (Pass::Sparse, Some(joined)) => Some(joined.own.lists()),
+            (Pass::Sparse, Some(joined)) => Some(joined.capturing.lists()),
             _ => None,
         }
     }
@@ -253,9 +251,23 @@ impl Session {
     /// Layers whose attention rows that forward must hand out.
     pub(crate) fn capture(&self) -> &[usize] {
         match (self.pass, &self.joined) {
-            (Pass::Dense, Some(joined)) => &joined.capture,
+            (Pass::Dense, Some(joined)) => joined.capturing.layers(),
             _ => &[],
         }
+    }
+
+    /// What that forward's device may select in place of handing out rows.
+    pub(crate) fn select(&self) -> Option<&RowSelection> {
+        match (self.pass, &self.joined) {
+            (Pass::Dense, Some(joined)) => joined.capturing.selection(),
+            _ => None,
+        }
+    }
+
+    /// Whether the most probable token is all that the session looks at of that forward's logits.
+    pub(crate) fn needs_argmax_only(&self) -> bool {
+        let joined = self.joined.as_ref();
+        joined.is_some_and(|joined| joined.sampler.needs_argmax_only())
     }
 
     /// Whether the next forward is a chunk of tokens that the draft has to catch up with.
@@ -328,9 +340,9 @@ impl Session {
         self.pass = match &mut self.joined {
             // A guess sends no mask, so it needs no rows.
             Some(joined)
-                if !joined.own.captures(step, round_length) || joined.guesses_sparsely() =>
+                if !joined.capturing.captures(step, round_length) || joined.guesses_sparsely() =>
             {
-                joined.own.fit(self.cached);
+                joined.capturing.fit(self.cached);
                 Pass::Sparse
             }
             _ => Pass::Dense,
@@ -393,15 +405,13 @@ impl Session {
             output: committed,
             pending: &pending,
         };
-        let distribution = joined
-            .sampler
-            .distribution(&output.logits, history)
-            .map_err(model_failed)?;
+        let distribution = match output.argmax.first() {
+            Some(&token) => joined.sampler.greedy(token),
+            None => joined.sampler.distribution(&output.logits, history),
+        }
+        .map_err(model_failed)?;
         if joined.waiting {
-            match &output.attention {
-                Some(attention) => joined.own.captured(attention),
-                None => joined.own.passed(),
-            }
+            joined.capturing.guessed(output);
             self.guess(distribution.argmax());
             return Ok(());
         }
@@ -417,21 +427,11 @@ impl Session {
             let (token, q) = draft_token(&distribution, entries, &rng, position);
             DraftToken { token, q: Some(q) }
         };
-        if self.draft.is_empty()
-            && let Some(rows) = &mut joined.rows
-        {
-            rows.begin(n - 1);
+        if self.draft.is_empty() {
+            joined.capturing.begin(n - 1);
         }
-        match &output.attention {
-            Some(attention) => {
-                joined.own.captured(attention);
-                if let Some(rows) = &mut joined.rows {
-                    rows.add_step(attention)
-                        .map_err(|error| Fault::Internal(error.to_string()))?;
-                }
-            }
-            None => joined.own.passed(),
-        }
+        let stepped = joined.capturing.stepped(output);
+        stepped.map_err(|error| Fault::Internal(error.to_string()))?;
         self.draft.push(next);
         let last = self.draft.len() >= round_length;
         if !last && !std::mem::take(&mut joined.unawaited) {
@@ -439,9 +439,10 @@ impl Session {
         }
         joined.sequence += 1;
         joined.waiting = last;
-        let mask = match &mut joined.rows {
-            Some(rows) if last => rows.finish(),
-            _ => Vec::new(),
+        let mask = if last {
+            joined.capturing.finish()
+        } else {
+            Vec::new()
         };
         let offset = std::mem::replace(&mut joined.sent, self.draft.len());
         let proposal = Proposal {

@@ -113,7 +113,9 @@ impl scheduler::Session for Session {
             tokens: self.input(),
             lists: self.lists(),
             logits: self.logit_rows(),
+            argmax: self.needs_argmax_only(),
             capture: &[],
+            select: None,
             masses: self.wants_masses(),
         }
     }

@@ -76,6 +76,11 @@ impl Oversight {
         }
     }
 
+    /// Whether it looks at logits, not only at what was drawn.
+    pub(crate) fn needs_logits(&self) -> bool {
+        matches!(self, Self::Refresh(leash) if leash.measures())
+    }
+
     /// What to keep of a token that a masked pass drew from `drawn`, out of `logits`; `None`: nothing checks it.
     pub(crate) fn record(&self, drawn: &Distribution, logits: &[f32]) -> Option<Record> {
         match self {

@@ -231,6 +231,13 @@ impl Session {
         }
     }
 
+    /// Whether the most probable token of each of those rows is all that the session looks at.
+    pub(crate) fn needs_argmax_only(&self) -> bool {
+        self.sampler.needs_argmax_only()
+            && self.spec.sampling.logprobs.is_none()
+            && !self.oversight.needs_logits()
+    }
+
     /// Whether the next forward is a chunk of known tokens.
     pub(crate) fn is_prefilling(&self) -> bool {
         self.cached < self.dense_until() - 1
@@ -380,7 +387,7 @@ impl Session {
         }
         let m = self.tokens.len();
         let provisional = self.oversight.is_provisional();
-        let q = self.distributions(&output.logits, m, 0)?;
+        let q = self.distributions(output, m, 0)?;
         let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
         let rng = if provisional {
             self.rng.provisional(self.epoch)
@@ -396,8 +403,9 @@ impl Session {
         self.origins.resize(before + accepted, Origin::Accepted);
         self.origins.push(Origin::of_drawn(accepted, draft.len()));
         self.origins.truncate(before + self.tokens.len() - m);
-        let rows = output.logits.chunks_exact(self.vocab_size);
-        for (drawn, row) in q.iter().zip(rows).take(self.tokens.len() - m) {
+        for (index, drawn) in q.iter().enumerate().take(self.tokens.len() - m) {
+            let row = index * self.vocab_size..(index + 1) * self.vocab_size;
+            let row = output.logits.get(row).unwrap_or_default();
             if let Some(record) = self.oversight.record(drawn, row) {
                 self.run.push(record);
             }
@@ -438,7 +446,7 @@ impl Session {
         let run = std::mem::take(&mut self.run);
         // Rows before the first uncommitted token have nothing to decide.
         let known = n - first;
-        let p = self.distributions(&output.logits, first, known)?;
+        let p = self.distributions(output, first, known)?;
         let mut candidates: Vec<Candidate<'_>> = run.candidates(&self.tokens[n..]).collect();
         let provisional = candidates.len();
         candidates.extend(draft.iter().map(Candidate::from));
@@ -475,7 +483,8 @@ impl Session {
                 self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
             }
         }
-        self.commit(n, &output.logits[known * self.vocab_size..])?;
+        let logits = output.logits.get(known * self.vocab_size..);
+        self.commit(n, logits.unwrap_or_default())?;
         Ok(ending)
     }
 
@@ -483,7 +492,7 @@ impl Session {
         self.link.as_mut()?.masks.as_mut()
     }
 
-    /// The tokens from index `from` on are committed; `logits` are the rows they were drawn from.
+    /// The tokens from index `from` on are committed; `logits` are the rows they were drawn from, where those are asked for.
     fn commit(&mut self, from: usize, logits: &[f32]) -> Result<(), EngineError> {
         self.cached = self.tokens.len() - 1;
         self.stats.completion_tokens += (self.tokens.len() - from) as u64;
@@ -501,15 +510,20 @@ impl Session {
         self.counted = self.stats;
     }
 
-    /// One distribution for each row of logits from row `skip` on. Row 0 follows the view's first `history` tokens.
+    /// One distribution for each row of a forward from row `skip` on. Row 0 follows the view's first `history` tokens.
     fn distributions(
         &mut self,
-        logits: &[f32],
+        output: &StepOutput,
         history: usize,
         skip: usize,
     ) -> Result<Vec<Distribution>, EngineError> {
+        if !output.argmax.is_empty() {
+            let rows = output.argmax.iter().skip(skip);
+            return rows.map(|&token| self.sampler.greedy(token)).collect();
+        }
+        let rows = output.logits.chunks_exact(self.vocab_size);
+        let rows = rows.enumerate().skip(skip);
         let (prompt, output) = self.tokens[..history].split_at(self.spec.prompt_tokens);
-        let rows = logits.chunks_exact(self.vocab_size).enumerate().skip(skip);
         rows.map(|(row, logits)| {
             let history = History {
                 prompt,

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use specattn_engine::{
-    BlockPool, EngineError, HeadLists, LogitRows, Model, Sequence, Step, StepOutput,
+    BlockPool, EngineError, HeadLists, LogitRows, Model, RowSelection, Sequence, Step, StepOutput,
 };
 use specattn_proto::Fault;
 
@@ -42,8 +42,12 @@ pub struct Work<'a> {
     pub lists: Option<&'a HeadLists>,
     /// See [`Step::logits`].
     pub logits: LogitRows,
+    /// See [`Step::argmax`].
+    pub argmax: bool,
     /// See [`Step::capture`].
     pub capture: &'a [usize],
+    /// See [`Step::select`].
+    pub select: Option<&'a RowSelection>,
     /// See [`Step::masses`].
     pub masses: bool,
 }
@@ -373,7 +377,9 @@ impl<S: Session> Scheduler<S> {
                 tokens: work.tokens,
                 lists: work.lists,
                 logits: work.logits,
+                argmax: work.argmax,
                 capture: work.capture,
+                select: work.select,
                 masses: work.masses,
             });
         }

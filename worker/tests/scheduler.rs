@@ -76,19 +76,15 @@ impl Session for Greedy {
             tokens: &self.input,
             lists: None,
             logits,
+            argmax: true,
             capture: &[],
+            select: None,
             masses: false,
         }
     }
     fn settle(&mut self, output: &StepOutput) -> Result<Option<()>, Fault> {
         self.cached += self.input.len();
-        if !output.logits.is_empty() {
-            let best = |best: usize, (i, x): (usize, &f32)| {
-                if *x > output.logits[best] { i } else { best }
-            };
-            let token = output.logits.iter().enumerate().fold(0, best);
-            self.tokens.push(token as u32);
-        }
+        self.tokens.extend(output.argmax.iter().flatten());
         Ok((self.tokens.len() == self.limit).then_some(()))
     }
 }

@@ -8,10 +8,9 @@ use specattn_worker::clock;
 
 use super::{Joined, Session, Verdict, Welcome};
 use crate::args::LookaheadMode;
+use crate::capturing::Capturing;
 use crate::lookahead::Lookahead;
-use crate::own_reads::OwnReads;
 use crate::round_length::RoundLength;
-use crate::rows::RowSelector;
 
 impl Session {
     /// The verify worker welcomed the draft.
@@ -26,19 +25,8 @@ impl Session {
         self.learn(self.tokens.len(), &welcome.tokens)?;
         let rng = CounterRng::for_draft(welcome.sampling.seed);
         let draft_length = welcome.draft_length.min(self.spec.draft_length);
-        let own = OwnReads::new(
-            self.spec.drafting.own,
-            &welcome.policy,
-            self.shape.num_kv_heads,
-        );
-        let rows = (!welcome.sources.is_empty())
-            .then(|| RowSelector::new(welcome.policy, welcome.sources));
-        // The draft's own selection wants every layer, a mask the layers of its sources.
-        let capture = match &rows {
-            _ if own.is_sparse() => (0..self.shape.num_layers).collect(),
-            Some(rows) => rows.layers(),
-            None => Vec::new(),
-        };
+        let own = self.spec.drafting.own;
+        let capturing = Capturing::new(own, welcome.policy, welcome.sources, self.shape);
         self.joined = Some(Joined {
             epoch: welcome.epoch,
             prompt_tokens: welcome.prompt_tokens,
@@ -53,9 +41,7 @@ impl Session {
             sampler: Sampler::new(welcome.sampling, self.shape.vocab_size)
                 .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
             rng,
-            rows,
-            own,
-            capture,
+            capturing,
             prefill: self.tokens.len(),
             sequence: 0,
             sent: 0,
@@ -71,13 +57,11 @@ impl Session {
     /// [`Fault::FailedPrecondition`] for a verdict that answers nothing: the draft must leave.
     pub(crate) fn judge(&mut self, verdict: Verdict) -> Result<(), Fault> {
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
-        if let Some(rows) = &mut joined.rows {
-            if verdict.need_full_mask {
-                rows.forget_base();
-            }
-            if let Some(p) = verdict.mask_p {
-                rows.set_mass(p);
-            }
+        if verdict.need_full_mask {
+            joined.capturing.forget_base();
+        }
+        if let Some(p) = verdict.mask_p {
+            joined.capturing.set_mass(p);
         }
         if verdict.judged {
             self.judged(verdict)
@@ -184,7 +168,7 @@ impl Session {
 impl Joined {
     /// Whether the step is a guess of a verdict that can read less than everything.
     pub(super) fn guesses_sparsely(&self) -> bool {
-        self.waiting && self.own.has_selection()
+        self.waiting && self.capturing.has_selection()
     }
 
     /// Whatever was drafted is settled. `unawaited`: the verify worker went on alone.

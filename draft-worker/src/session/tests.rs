@@ -66,6 +66,7 @@ impl Bench {
                 DraftShape {
                     vocab_size: VOCAB,
                     num_layers: LAYERS,
+                    num_heads: HEADS,
                     num_kv_heads: 1,
                 },
                 sender,

@@ -1,0 +1,270 @@
+//! [`Capturing`]: what a session's captured steps hand out, and who makes use of it.
+//!
+//! Two need the attention of a captured step: the masks for the target ([`RowSelector`]) and the draft's own reads
+//! ([`OwnReads`]). Both want selections from mixed rows. A step asks for those, and for the rows as well: a GPU gives
+//! the selections, and no row crosses to the host; the CPU gives the rows, which are mixed and selected from here. So does a
+//! GPU where a round's rows are averaged before they are selected from.
+
+use specattn_engine::{HeadLists, RowSelection, StepOutput};
+use specattn_mask::{MaskError, MaskPolicy, Source};
+
+use crate::own_reads::{OwnPolicy, OwnReads};
+use crate::rows::RowSelector;
+use crate::session::DraftShape;
+
+/// The use of one session's captured steps.
+#[derive(Debug)]
+pub(crate) struct Capturing {
+    masks: Option<RowSelector>,
+    own: OwnReads,
+    /// Draft layers to capture, increasing.
+    layers: Vec<usize>,
+    /// A row for each source, then those of the draft's own KV heads.
+    selection: RowSelection,
+}
+
+impl Capturing {
+    /// For a session with masks of `sources`, which are valid for the draft; none: no masks are wanted.
+    pub(crate) fn new(
+        own: OwnPolicy,
+        policy: MaskPolicy,
+        sources: Vec<Source>,
+        shape: DraftShape,
+    ) -> Self {
+        let own = OwnReads::new(own, &policy, shape.num_kv_heads);
+        let masks = (!sources.is_empty()).then(|| RowSelector::new(policy, sources));
+        // The draft's own selection wants every layer, a mask the layers of its sources.
+        let layers = match &masks {
+            _ if own.is_sparse() => (0..shape.num_layers).collect(),
+            Some(masks) => masks.layers(),
+            None => Vec::new(),
+        };
+        // Sources of means need a round's rows, not each one's selection.
+        let mut rows = Vec::new();
+        if masks.as_ref().is_none_or(RowSelector::unites) {
+            rows.extend(masks.iter().flat_map(RowSelector::mixed_rows));
+            rows.extend(own.mixed_rows(shape.num_layers, shape.num_heads));
+        }
+        Self {
+            selection: RowSelection { rows },
+            masks,
+            own,
+            layers,
+        }
+    }
+
+    /// Whether step `step` of a round of `round_length` is to be captured: see [`OwnReads::captures`].
+    pub(crate) fn captures(&self, step: usize, round_length: usize) -> bool {
+        self.own.captures(step, round_length)
+    }
+
+    /// Layers whose attention rows a captured step must hand out.
+    pub(crate) fn layers(&self) -> &[usize] {
+        &self.layers
+    }
+
+    /// What a device may select from a captured step in place of handing out rows.
+    pub(crate) fn selection(&self) -> Option<&RowSelection> {
+        (!self.selection.rows.is_empty()).then_some(&self.selection)
+    }
+
+    /// Fits the draft's own lists to a cache of `past` positions: see [`OwnReads::fit`].
+    pub(crate) fn fit(&mut self, past: usize) {
+        self.own.fit(past);
+    }
+
+    /// What a step between captured ones reads.
+    pub(crate) fn lists(&self) -> &HeadLists {
+        self.own.lists()
+    }
+
+    /// Starts a round over `context_len` cached positions of the target.
+    pub(crate) fn begin(&mut self, context_len: usize) {
+        if let Some(masks) = &mut self.masks {
+            masks.begin(context_len);
+        }
+    }
+
+    /// Whether the draft's own selection has been made once.
+    pub(crate) fn has_selection(&self) -> bool {
+        self.own.has_selection()
+    }
+
+    /// Takes the output of a draft step.
+    ///
+    /// # Errors
+    /// [`MaskError`] when a captured row is missing.
+    pub(crate) fn stepped(&mut self, output: &StepOutput) -> Result<(), MaskError> {
+        if let Some(masks) = &mut self.masks {
+            if let Some(selected) = &output.selected {
+                masks.add_selected(selected);
+            } else if let Some(rows) = &output.attention {
+                masks.add_step(rows)?;
+            }
+        }
+        self.guessed(output);
+        Ok(())
+    }
+
+    /// Takes the output of a step that no mask is made of: the guess of a verdict.
+    pub(crate) fn guessed(&mut self, output: &StepOutput) {
+        if let Some(selected) = &output.selected {
+            let of_sources = self.masks.as_ref().map_or(0, RowSelector::num_sources);
+            self.own.selected(selected, of_sources);
+        } else if let Some(rows) = &output.attention {
+            self.own.captured(rows);
+        } else {
+            self.own.passed();
+        }
+    }
+
+    /// Ends the round: its encoded mask, empty where none are wanted.
+    pub(crate) fn finish(&mut self) -> Vec<u8> {
+        self.masks
+            .as_mut()
+            .map_or_else(Vec::new, RowSelector::finish)
+    }
+
+    /// Masks must reach this share of a row's mass from the next step on.
+    pub(crate) fn set_mass(&mut self, p: f32) {
+        let Some(masks) = &mut self.masks else { return };
+        masks.set_mass(p);
+        for (row, mixed) in self.selection.rows.iter_mut().zip(masks.mixed_rows()) {
+            row.p = mixed.p;
+        }
+    }
+
+    /// The next mask is a full one.
+    pub(crate) fn forget_base(&mut self) {
+        if let Some(masks) = &mut self.masks {
+            masks.forget_base();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use specattn_engine::{AttentionRows, SelectedRows};
+    use specattn_mask::{Decoder, Limits};
+
+    use super::*;
+
+    const KV_LEN: usize = 100;
+
+    fn capturing() -> Capturing {
+        let own = OwnPolicy {
+            capture_every: 2,
+            p: 0.9,
+        };
+        let sources = vec![Source::layer_mean(1, 2), Source::layer_mean(0, 2)];
+        let shape = DraftShape {
+            vocab_size: 10,
+            num_layers: 2,
+            num_heads: 2,
+            num_kv_heads: 1,
+        };
+        Capturing::new(own, MaskPolicy::default(), sources, shape)
+    }
+
+    /// All of a layer's mass on one position.
+    fn rows(heavy: [usize; 2]) -> StepOutput {
+        let mut probs = vec![0.0; 2 * 2 * KV_LEN];
+        for (row, probs) in probs.chunks_exact_mut(KV_LEN).enumerate() {
+            probs[heavy[row / 2]] = 1.0;
+        }
+        StepOutput {
+            attention: Some(AttentionRows {
+                layers: vec![0, 1],
+                num_heads: 2,
+                kv_len: KV_LEN,
+                probs,
+            }),
+            ..StepOutput::default()
+        }
+    }
+
+    /// What a device would select from those.
+    fn selections(heavy: [usize; 2], asked: &RowSelection) -> StepOutput {
+        let mut words = Vec::new();
+        for row in &asked.rows {
+            let position = heavy[row.terms[0].layer as usize];
+            words.extend((0..2).map(|word| u64::from(position / 64 == word) << (position % 64)));
+        }
+        StepOutput {
+            selected: Some(SelectedRows {
+                kv_len: KV_LEN,
+                words,
+            }),
+            ..StepOutput::default()
+        }
+    }
+
+    #[test]
+    fn selections_made_on_a_device_come_to_the_same_as_rows() {
+        let (mut by_rows, mut by_device) = (capturing(), capturing());
+        let asked = by_device.selection().unwrap().clone();
+        // Two sources, then a KV head of each layer.
+        assert_eq!(asked.rows.len(), 4);
+        assert_eq!(asked.rows[0].terms[0].layer, 1);
+        assert_eq!((asked.rows[0].p, asked.rows[2].p), (0.95, 0.9));
+        for heavy in [[3, 7], [65, 20]] {
+            by_rows.begin(90);
+            by_device.begin(90);
+            by_rows.stepped(&rows(heavy)).unwrap();
+            by_device.stepped(&selections(heavy, &asked)).unwrap();
+            by_rows.fit(KV_LEN);
+            by_device.fit(KV_LEN);
+            assert_eq!(by_rows.lists(), by_device.lists());
+            assert!(by_rows.lists().lists[0].contains(&(heavy[0] as u32)));
+            let mask = by_device.finish();
+            assert_eq!(by_rows.finish(), mask);
+        }
+    }
+
+    #[test]
+    fn sources_of_means_want_rows() {
+        let mut source = Source::layer_mean(1, 2);
+        source.spread = Some(0.5);
+        let shape = DraftShape {
+            vocab_size: 10,
+            num_layers: 2,
+            num_heads: 2,
+            num_kv_heads: 1,
+        };
+        let own = OwnPolicy::default();
+        let capturing = Capturing::new(own, MaskPolicy::default(), vec![source], shape);
+        assert!(capturing.selection().is_none());
+        assert_eq!(capturing.layers(), [0, 1]);
+    }
+
+    #[test]
+    fn a_new_mass_reaches_the_device() {
+        let mut capturing = capturing();
+        capturing.set_mass(0.5);
+        let p: Vec<f32> = capturing
+            .selection()
+            .unwrap()
+            .rows
+            .iter()
+            .map(|row| row.p)
+            .collect();
+        assert_eq!(p, [0.5, 0.5, 0.9, 0.9]);
+    }
+
+    #[test]
+    fn a_device_makes_masks() {
+        let mut capturing = capturing();
+        let asked = capturing.selection().unwrap().clone();
+        capturing.begin(90);
+        capturing.stepped(&selections([5, 95], &asked)).unwrap();
+        let limits = Limits {
+            max_context: 100,
+            max_sources: 2,
+        };
+        let mut decoder = Decoder::new(limits);
+        let mask = decoder.decode(&capturing.finish()).unwrap();
+        // The round's own inputs are not masked.
+        assert_eq!(mask.sources[0].count(), 0);
+        assert!(mask.sources[1].iter().eq([5]));
+    }
+}
