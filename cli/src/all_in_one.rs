@@ -79,14 +79,14 @@ impl Plan {
         })
     }
 
-    /// A worker's checked arguments, as its own program would get them.
+    /// A worker's checked arguments, as its own program would get them; `model` is a flag and its value.
     fn worker_args<A: CommandFactory + FromArgMatches>(
         &self,
         service: Service,
-        folder: &Path,
+        (flag, model): (&str, &Path),
         gateway: &str,
     ) -> Result<A, CliError> {
-        let mut line: Vec<OsString> = vec!["worker".into(), "--model".into(), folder.into()];
+        let mut line: Vec<OsString> = vec!["worker".into(), flag.into(), model.into()];
         let mut flag = |name: &str, value: String| line.extend([name.into(), value.into()]);
         flag("--threads", self.models.threads.to_string());
         flag("--kv-cache-mib", self.models.kv_cache_mib.to_string());
@@ -228,9 +228,11 @@ impl AllInOne {
 
 impl AllInOne {
     async fn start_verify_worker(&mut self, plan: &Plan, own: &Own) -> Result<(), CliError> {
-        let folder = &plan.folders.target;
-        let args: specattn_verify::Args =
-            plan.worker_args(Service::Verify, folder, &own.gateway)?;
+        let model = match &plan.models.random_weights {
+            Some(config) => ("--random-weights", config.as_path()),
+            None => ("--model", plan.folders.target.as_path()),
+        };
+        let args: specattn_verify::Args = plan.worker_args(Service::Verify, model, &own.gateway)?;
         let mut config = args.config()?;
         own.protect(&mut config.server);
         let worker = load("target", VERIFY, plan.show_progress, move |progress| {
@@ -248,7 +250,8 @@ impl AllInOne {
         folder: &Path,
         own: &Own,
     ) -> Result<(), CliError> {
-        let args: specattn_draft::Args = plan.worker_args(Service::Draft, folder, &own.gateway)?;
+        let model = ("--model", folder);
+        let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
         own.protect(&mut config.server);
         let worker = load("draft", DRAFT, plan.show_progress, move |progress| {

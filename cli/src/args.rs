@@ -119,7 +119,7 @@ pub struct GenerateArgs {
 
     /// Use this gateway instead of starting the services in this process
     #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
-        conflicts_with_all = ["target", "draft", "threads", "kv_cache_mib", "kv_type", "device"])]
+        conflicts_with_all = ["target", "draft", "random_weights", "threads", "kv_cache_mib", "kv_type", "device"])]
     pub gateway: Option<String>,
 
     /// What is shown to it.
@@ -306,6 +306,16 @@ pub struct ModelArgs {
     /// Draft model, with the target's tokenizer [default: the bundled one when --target is not given, else none]
     #[arg(long, value_name = "DIR", env = "SPECATTN_DRAFT")]
     pub draft: Option<PathBuf>,
+
+    /// For benchmarks: a target of the shape that this config.json tells, with random weights made on the device, and no
+    /// draft; text is tokenized as for --target, or for the bundled one
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "SPECATTN_RANDOM_WEIGHTS",
+        conflicts_with = "draft"
+    )]
+    pub random_weights: Option<PathBuf>,
 
     /// Threads to calculate with; 0 takes all cores
     #[arg(long, value_name = "N", env = "SPECATTN_THREADS", default_value_t = 0)]

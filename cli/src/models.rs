@@ -8,7 +8,7 @@ use crate::error::CliError;
 /// Where the bundled pair may be: in the source tree this program was built from, or below the current folder.
 const BUNDLE_FOLDERS: [&str; 2] = [concat!(env!("CARGO_MANIFEST_DIR"), "/../models"), "models"];
 
-/// The checkpoint folders of one process.
+/// The checkpoint folders of one process. Where the target's weights are random, its folder has the tokenizer alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFolders {
     /// The target's.
@@ -53,7 +53,7 @@ impl ModelFolders {
             None => bundled("target", "--target and --draft")?,
         };
         let draft = match &args.draft {
-            _ if !with_draft => None,
+            _ if !with_draft || args.random_weights.is_some() => None,
             Some(folder) => Some(given(folder, "--draft")?),
             None if args.target.is_some() => None,
             None => Some(bundled("draft", "--target and --draft")?),
@@ -74,6 +74,7 @@ mod tests {
         ModelArgs {
             target: target.map(Path::to_owned),
             draft: draft.map(Path::to_owned),
+            random_weights: None,
             threads: 0,
             kv_cache_mib: 1,
             kv_type: None,
@@ -88,6 +89,12 @@ mod tests {
         assert!(folders.draft.unwrap().ends_with("models/draft"));
         let alone = ModelFolders::find(&args(None, None), false).unwrap();
         assert_eq!(alone.draft, None);
+        let random = ModelArgs {
+            random_weights: Some("config.json".into()),
+            ..args(None, None)
+        };
+        let random = ModelFolders::find(&random, true).unwrap();
+        assert_eq!((random.target, random.draft), (alone.target, None));
     }
 
     #[test]

@@ -34,7 +34,7 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Model`].
     pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
-        let model = Model::load(&config.model.folder, &config.model.options, progress)?;
+        let model = config.model.source.load(&config.model.options, progress)?;
         Ok(Self { config, model })
     }
 

@@ -25,18 +25,18 @@ pub(crate) struct LayerMaps {
 
 impl LayerMaps {
     /// The maps of a target; `file` is its alignment file. Without one, the file is looked for in `folder`, where it may
-    /// be missing.
+    /// be missing; random weights have no folder.
     ///
     /// # Errors
     /// A [`MaskError`] when the file was named and cannot be used; one that was only found is passed over with a warning.
     pub(crate) fn load(
         config: &ModelConfig,
         file: Option<&Path>,
-        folder: &Path,
+        folder: Option<&Path>,
     ) -> Result<Self, MaskError> {
         let calibrated = match file {
             Some(path) => Some(LayerMap::load(path)?),
-            None => found_beside(&folder.join(alignment::FILE_NAME)),
+            None => folder.and_then(|folder| found_beside(&folder.join(alignment::FILE_NAME))),
         };
         Ok(Self {
             calibrated: calibrated.map(Arc::new),

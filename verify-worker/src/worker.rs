@@ -38,9 +38,9 @@ impl Worker {
     /// # Errors
     /// [`WorkerError::Model`], [`WorkerError::LayerMap`].
     pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
-        let model = Model::load(&config.model.folder, &config.model.options, progress)?;
+        let model = config.model.source.load(&config.model.options, progress)?;
         let alignment = config.alignment.as_deref();
-        let maps = LayerMaps::load(model.config(), alignment, &config.model.folder)?;
+        let maps = LayerMaps::load(model.config(), alignment, config.model.source.folder())?;
         Ok(Self {
             config,
             model,

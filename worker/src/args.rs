@@ -1,10 +1,10 @@
 //! [`ModelArgs`]: which model a worker runs, and with how much memory; [`IoArgs`]: the threads of its edge.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use specattn_engine::{DType, DeviceChoice, LoadOptions};
+use specattn_engine::{DType, DeviceChoice, EngineError, LoadOptions, Model};
 use specattn_service::ServiceError;
 use tokio::runtime::{Builder, Runtime};
 
@@ -39,8 +39,17 @@ impl From<KvType> for DType {
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Checkpoint folder in the Hugging Face layout
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "random_weights",
+        conflicts_with = "random_weights"
+    )]
+    pub model: Option<PathBuf>,
+
+    /// For benchmarks: a model of the shape that this config.json tells, with random weights made on the device
+    #[arg(long, value_name = "FILE")]
+    pub random_weights: Option<PathBuf>,
 
     /// Memory for the KV cache, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
@@ -120,11 +129,48 @@ impl IoArgs {
     }
 }
 
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A checkpoint folder.
+    Checkpoint(PathBuf),
+    /// Nowhere: random weights in the shape that this config.json tells.
+    Random(PathBuf),
+}
+
+impl ModelSource {
+    /// Loads or makes the model. `progress` hears (bytes done, bytes in all) of a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`] and [`Model::random`].
+    pub fn load(
+        &self,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model, EngineError> {
+        match self {
+            Self::Checkpoint(folder) => Model::load(folder, options, progress),
+            Self::Random(config) => {
+                tracing::warn!(config = %config.display(), "weights are random: what this worker says means nothing");
+                Model::random(config, options)
+            }
+        }
+    }
+
+    /// The folder where what belongs to a checkpoint lies.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Checkpoint(folder) => Some(folder),
+            Self::Random(_) => None,
+        }
+    }
+}
+
 /// [`ModelArgs`], checked.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
-    /// Checkpoint folder.
-    pub folder: PathBuf,
+    /// Where the model comes from.
+    pub source: ModelSource,
     /// Memory and threads.
     pub options: LoadOptions,
     /// Most sessions at a time, at least 1.
@@ -163,6 +209,11 @@ impl ModelArgs {
         if !(self.prefill_share > 0.0 && self.prefill_share < 1.0) {
             return refuse("--prefill-share", "must lie between 0 and 1");
         }
+        let source = match (&self.model, &self.random_weights) {
+            (Some(folder), None) => ModelSource::Checkpoint(folder.clone()),
+            (None, Some(config)) => ModelSource::Random(config.clone()),
+            _ => return refuse("--model", "either this or --random-weights names a model"),
+        };
         if self.inject_forward_delay_ms > 0 {
             tracing::warn!(
                 ms = self.inject_forward_delay_ms,
@@ -170,7 +221,7 @@ impl ModelArgs {
             );
         }
         Ok(ModelConfig {
-            folder: self.model.clone(),
+            source,
             options: LoadOptions {
                 kv_cache_bytes,
                 threads: self.threads,
@@ -202,7 +253,8 @@ mod tests {
 
     fn args() -> ModelArgs {
         ModelArgs {
-            model: "somewhere".into(),
+            model: Some("somewhere".into()),
+            random_weights: None,
             kv_cache_mib: 64,
             kv_type: Some(KvType::Bf16),
             device: DeviceChoice::Cpu,
@@ -249,6 +301,14 @@ mod tests {
             },
             ModelArgs {
                 prefill_share: 1.0,
+                ..args()
+            },
+            ModelArgs {
+                model: None,
+                ..args()
+            },
+            ModelArgs {
+                random_weights: Some("config.json".into()),
                 ..args()
             },
         ] {

@@ -110,7 +110,7 @@ pub struct ServeBenchArgs {
     /// Measure this gateway instead of services in this process; --target then names the folder whose tokenizer reads
     /// --text
     #[arg(long, value_name = "URL", env = "SPECATTN_GATEWAY",
-        conflicts_with_all = ["draft", "threads", "kv_cache_mib", "kv_type", "device"])]
+        conflicts_with_all = ["draft", "random_weights", "threads", "kv_cache_mib", "kv_type", "device"])]
     pub gateway: Option<String>,
 
     /// What is shown to it; it must be an operator's.
