@@ -355,7 +355,7 @@ async fn logs_tell_neither_prompts_nor_secrets() {
         format!(r#"{{"prompt": "{PROMPT}", "model": "{PROMPT}"}}"#),
         format!(r#"{{"prompt": "x", "max_tokens": "{PROMPT}"}}"#),
         format!(r#"{{"prompt": "x", "stop": ["{}"]}}"#, PROMPT.repeat(100)),
-        format!(r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}], "prompt": "x"}}"#),
+        format!(r#"{{"messages": [{{"role": "user", "content": "{PROMPT}"}}]}}"#),
         format!(r#"{{"prompt": "{PROMPT}" "{PROMPT}""#),
     ];
     for (index, body) in bodies.iter().enumerate() {
