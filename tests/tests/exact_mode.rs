@@ -243,7 +243,8 @@ async fn run(request: OpenRequest, tokens: u32) -> (Recount, SessionStats) {
     let (_folder, file) = layer_map_file();
     let line = ["--draft-timeout-ms", "30000", "--alignment", &file];
     let verify = Process::worker(VERIFY, &line).await;
-    let draft = Process::worker(DRAFT, &[]).await;
+    // One round at a time: what answers what is then plain from the messages.
+    let draft = Process::worker(DRAFT, &["--lookahead", "off"]).await;
     let proxy = Proxy::start(verify.channel().await).await;
     let limit = request.token_ids.len() + tokens as usize;
     let mut session = Session::open(verify.channel().await, request.clone())

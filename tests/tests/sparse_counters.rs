@@ -121,7 +121,9 @@ async fn run(
 ) -> (Count, SessionStats, f64, String) {
     let (_folder, file) = layer_map_file();
     let verify = Process::worker(VERIFY, &["--alignment", &file]).await;
-    let draft = Process::worker(DRAFT, drafting).await;
+    // One round at a time: what answers what is then plain from the messages.
+    let drafting = [&["--lookahead", "off"], drafting].concat();
+    let draft = Process::worker(DRAFT, &drafting).await;
     let proxy = Proxy::start(verify.channel().await).await;
     let limit = request.token_ids.len() + tokens as usize;
     let mut session = Session::open(verify.channel().await, request.clone())

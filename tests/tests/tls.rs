@@ -197,7 +197,9 @@ async fn servers_serve_wrong_callers_nothing() {
         for (kind, identity) in wrong {
             let dialer = world.dialer(identity.as_ref());
             let answer = ask(dialer.connect(&https(&process)).await, method).await;
-            assert_eq!(answer, (0, Code::Unavailable), "{name}: {kind}");
+            // In TLS 1.3 a client hears of its rejection after it has begun to talk: as a failure of either.
+            let refused = matches!(answer, (0, Code::Unavailable | Code::Unknown));
+            assert!(refused, "{name}: {kind}: {answer:?}");
         }
         let answer = ask(Dialer::default().connect(process.uri()).await, method).await;
         assert_eq!(answer, (0, Code::Unavailable), "{name}: in plain text");

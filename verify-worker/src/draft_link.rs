@@ -19,7 +19,7 @@ use crate::masks::MaskReader;
 use crate::trust::Trust;
 
 /// Whole proposals that may wait for judgement: a draft that runs ahead has up to three rounds out.
-const MAX_WAITING: usize = 4;
+pub(crate) const MAX_WAITING: usize = 4;
 
 /// Names a link among all of the worker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -288,6 +288,7 @@ impl Session {
                 Some(Patience::Unwarranted) | None => {}
             }
         }
+        self.answer_hopeless();
         self.begin(Vec::new(), false);
         Plan::Run
     }

@@ -8,7 +8,7 @@ use specattn_proto::{Capability, Fault};
 
 use super::Session;
 use crate::draft_link::{
-    DraftLink, LinkEvent, LinkId, NewLink, Proposal, ProposalPart, Terms, Welcome,
+    DraftLink, LinkEvent, LinkId, MAX_WAITING, NewLink, Proposal, ProposalPart, Terms, Welcome,
 };
 use crate::events::Ending;
 use crate::masks::{MaskReader, Masking};
@@ -120,6 +120,17 @@ impl Session {
             if !first.is_some_and(old) || self.take_proposal().is_none() {
                 return;
             }
+        }
+    }
+
+    /// Answers the first waiting proposal if it can never be judged, for steps that look at no round: one of a later epoch, or
+    /// farther ahead than rounds may wait. One a step, so that a flood of them still ends the link.
+    pub(super) fn answer_hopeless(&mut self) {
+        let ahead = (MAX_WAITING * (self.spec.draft_length + 1)) as u64;
+        let most = self.tokens.len() as u64 + ahead;
+        let first = self.link.as_ref().and_then(DraftLink::first);
+        if first.is_some_and(|first| first.epoch > self.epoch || first.base > most) {
+            self.take_proposal();
         }
     }
 
