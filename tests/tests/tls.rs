@@ -202,7 +202,8 @@ async fn servers_serve_wrong_callers_nothing() {
             assert!(refused, "{name}: {kind}: {answer:?}");
         }
         let answer = ask(Dialer::default().connect(process.uri()).await, method).await;
-        assert_eq!(answer, (0, Code::Unavailable), "{name}: in plain text");
+        let refused = matches!(answer, (0, Code::Unavailable | Code::Unknown));
+        assert!(refused, "{name}: in plain text: {answer:?}");
     }
 }
 

@@ -113,6 +113,8 @@ pub(crate) struct Session {
     totals: Totals,
     pass: Pass,
     input: Vec<u32>,
+    /// Stale proposals answered on arrival since the last plan.
+    stale_answers: usize,
 }
 
 impl Session {
@@ -158,6 +160,7 @@ impl Session {
             stats,
             pass: Pass::Prefill,
             input: Vec::new(),
+            stale_answers: 0,
             tokens,
             spec,
         })
@@ -261,6 +264,7 @@ impl Session {
     /// Says what to do now.
     pub(crate) fn plan(&mut self, now: Instant) -> Plan {
         self.input.clear();
+        self.stale_answers = 0;
         let first = self.dense_until() - 1;
         if self.is_prefilling() {
             let end = self.prefill_end(first);

@@ -110,9 +110,9 @@ impl Session {
     }
 
     /// Answers what became stale while it waited, so that only what can still be judged takes up room. What was sent ahead is
-    /// no such thing: its turn may come.
+    /// no such thing: its turn may come. No more a step than may wait: a flood ends the link.
     fn drop_stale(&mut self) {
-        loop {
+        while self.stale_answers < MAX_WAITING {
             let first = self.link.as_ref().and_then(DraftLink::first);
             let old = |first: &Proposal| {
                 first.epoch < self.epoch || first.base < self.tokens.len() as u64
@@ -120,6 +120,7 @@ impl Session {
             if !first.is_some_and(old) || self.take_proposal().is_none() {
                 return;
             }
+            self.stale_answers += 1;
         }
     }
 
