@@ -292,7 +292,6 @@ impl Session {
                 Some(Patience::Unwarranted) | None => {}
             }
         }
-        self.answer_hopeless();
         self.begin(Vec::new(), false);
         Plan::Run
     }

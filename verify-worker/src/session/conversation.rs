@@ -109,29 +109,20 @@ impl Session {
         }
     }
 
-    /// Answers what became stale while it waited, so that only what can still be judged takes up room. What was sent ahead is
-    /// no such thing: its turn may come. No more a step than may wait: a flood ends the link.
+    /// Answers what can no longer be judged, or never could (a later epoch, farther ahead than rounds may wait), so that only
+    /// what can takes up room. What was sent ahead is no such thing: its turn may come. No more a step than may wait: a flood
+    /// ends the link.
     fn drop_stale(&mut self) {
+        let next = self.tokens.len() as u64;
+        let reach = next..=next + (MAX_WAITING * (self.spec.draft_length + 1)) as u64;
         while self.stale_answers < MAX_WAITING {
             let first = self.link.as_ref().and_then(DraftLink::first);
-            let old = |first: &Proposal| {
-                first.epoch < self.epoch || first.base < self.tokens.len() as u64
-            };
-            if !first.is_some_and(old) || self.take_proposal().is_none() {
+            let hopeless =
+                |first: &Proposal| first.epoch != self.epoch || !reach.contains(&first.base);
+            if !first.is_some_and(hopeless) || self.take_proposal().is_none() {
                 return;
             }
             self.stale_answers += 1;
-        }
-    }
-
-    /// Answers the first waiting proposal if it can never be judged, for steps that look at no round: one of a later epoch, or
-    /// farther ahead than rounds may wait. One a step, so that a flood of them still ends the link.
-    pub(super) fn answer_hopeless(&mut self) {
-        let ahead = (MAX_WAITING * (self.spec.draft_length + 1)) as u64;
-        let most = self.tokens.len() as u64 + ahead;
-        let first = self.link.as_ref().and_then(DraftLink::first);
-        if first.is_some_and(|first| first.epoch > self.epoch || first.base > most) {
-            self.take_proposal();
         }
     }
 
