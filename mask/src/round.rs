@@ -52,6 +52,13 @@ struct Gathered {
     union: PositionSet,
 }
 
+impl Gathered {
+    /// The share of a row's mass to reach in a session of mass `p`.
+    fn mass(&self, p: f32) -> f32 {
+        shifted_mass(p, self.p_offset)
+    }
+}
+
 impl RoundSelector {
     /// A selector for the rows of `sources` under a policy that is valid ([`MaskPolicy::validate`]).
     pub fn new(policy: MaskPolicy, sources: &[Source]) -> Self {
@@ -102,8 +109,7 @@ impl RoundSelector {
                 *sum += x;
             }
         } else {
-            let p = shifted_mass(self.policy.p, source.p_offset);
-            select_top_p(row, p, &mut source.union);
+            select_top_p(row, source.mass(self.policy.p), &mut source.union);
         }
     }
 
@@ -121,7 +127,7 @@ impl RoundSelector {
     /// # Panics
     /// When there is no such source.
     pub fn mass_of(&self, source: usize) -> f32 {
-        shifted_mass(self.policy.p, self.sources[source].p_offset)
+        self.sources[source].mass(self.policy.p)
     }
 
     /// Ends the round. The next one begins with [`begin`](Self::begin).
@@ -132,7 +138,7 @@ impl RoundSelector {
             .map(|source| {
                 let mut set = std::mem::take(&mut source.union);
                 if let Some(share) = source.spread {
-                    let p = shifted_mass(self.policy.p, source.p_offset);
+                    let p = source.mass(self.policy.p);
                     spread(&source.sum, share, &mut self.spread);
                     select_top_p(&self.spread, p, &mut set);
                 }
