@@ -12,10 +12,10 @@ import argparse
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import threading
 import unittest
+
+from local_server import serve
 
 try:
     from playwright.sync_api import Error, expect, sync_playwright
@@ -23,25 +23,11 @@ except ImportError as missing:
     print(f"SKIPPED: the console test needs playwright: {missing}", file=sys.stderr)
     sys.exit(77)
 
-START_TIMEOUT_S = 300
 # Wide enough for side-by-side plots, for one column, and a phone.
 WIDTHS = {"wide": (1280, 1500), "middle": (820, 1500), "phone": (390, 1800)}
 PAGE_BYTES = 200_000
 
 url = browser = screenshots = None
-
-
-def serve(binary):
-    """`specattn serve` on a free port: the process and its URL."""
-    command = [str(binary), "serve", "--listen", "127.0.0.1:0", "--quiet", "--log-level", "warn"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
-    printed = process.stdout.readline().strip()
-    timer.cancel()
-    if not printed.startswith("http://"):
-        raise RuntimeError(f"specattn serve did not start: it printed {printed!r}")
-    return process, printed
 
 
 class Console(unittest.TestCase):

@@ -13,13 +13,14 @@ import importlib
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import unittest
 import urllib.error
 import urllib.request
+
+from local_server import serve
 
 try:
     import grpc
@@ -38,24 +39,15 @@ TEMPLATE = (
 )
 # Nothing that depends on when a draft arrives: sampled text is then fixed by the seed.
 ALONE = {"specattn": {"mode": "dense", "draft_length": 0}}
-START_TIMEOUT_S = 300
 
 binary = address = client = generation = stub = None
 
 
-def serve(folder):
-    """`specattn serve` on a free port: the process and its address."""
+def serve_model(folder):
+    """A server of the bundled models with a chat template: the process and its address."""
     template = pathlib.Path(folder) / "template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")
-    command = [binary, "serve", "--listen", "127.0.0.1:0", "--quiet", "--log-level", "warn"]
-    command += ["--served-model-name", MODEL, "--chat-template", template]
-    process = subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
-    url = process.stdout.readline().strip()
-    timer.cancel()
-    if not url.startswith("http://"):
-        raise RuntimeError(f"specattn serve did not start: it printed {url!r}")
+    process, url = serve(binary, "--served-model-name", MODEL, "--chat-template", template)
     return process, url.removeprefix("http://")
 
 
@@ -241,7 +233,7 @@ def main():
         sys.path.insert(0, folder)
         generation = importlib.import_module("specattn.v1.generation_pb2")
         generation_common = importlib.import_module("specattn.v1.common_pb2")
-        process, address = serve(folder)
+        process, address = serve_model(folder)
         try:
             client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=120)
             channel = grpc.insecure_channel(address)
