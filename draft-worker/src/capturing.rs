@@ -53,9 +53,11 @@ impl Capturing {
         }
     }
 
-    /// Whether step `step` of a round of `round_length` is to be captured: see [`OwnReads::captures`].
+    /// Whether step `step` of a round of `round_length` is to be captured: see [`OwnReads::captures`]. A round is, too, while
+    /// there is nothing to make its mask of.
     pub(crate) fn captures(&self, step: usize, round_length: usize) -> bool {
-        self.own.captures(step, round_length)
+        let lacks_mask = self.masks.as_ref().is_some_and(|m| !m.has_selection());
+        lacks_mask || self.own.captures(step, round_length)
     }
 
     /// Layers whose attention rows a captured step must hand out.

@@ -38,10 +38,25 @@ impl RowSelector {
         layers_in_use(&self.sources)
     }
 
-    /// Starts a round over `context_len` cached positions of the target.
+    /// Starts a round over `context_len` cached positions of the target. What was captured in a round that was given up is
+    /// not lost: it is the mask before.
     pub fn begin(&mut self, context_len: usize) {
+        self.settle();
         self.context_len = context_len;
-        self.has_rows = false;
+    }
+
+    /// Whether there is anything to make a mask of: a captured step, of this round or of one before.
+    pub fn has_selection(&self) -> bool {
+        self.has_rows || !self.last.sources.is_empty()
+    }
+
+    /// Makes the rows of the captured steps, if there are any, the mask before.
+    fn settle(&mut self) -> bool {
+        let has_rows = std::mem::take(&mut self.has_rows);
+        if has_rows {
+            self.last = self.selector.finish();
+        }
+        has_rows
     }
 
     /// Adds one captured step's rows.
@@ -97,9 +112,7 @@ impl RowSelector {
 
     /// Ends the round: its mask, encoded against the one before.
     pub fn finish(&mut self) -> Vec<u8> {
-        if self.has_rows {
-            self.last = self.selector.finish();
-        } else {
+        if !self.settle() {
             self.carry_over();
         }
         self.encoder.encode(&self.last)
@@ -169,5 +182,24 @@ mod tests {
         rows.begin(6);
         rows.add_step(&row(7, 2)).unwrap();
         assert_eq!(kept(&mut rows), (6, vec![2]));
+    }
+
+    #[test]
+    fn a_round_that_was_given_up_leaves_its_rows() {
+        let mut rows = RowSelector::new(MaskPolicy::default(), vec![Source::layer_mean(0, 1)]);
+        assert!(!rows.has_selection());
+        rows.begin(10);
+        rows.add_step(&row(11, 3)).unwrap();
+        assert!(rows.has_selection());
+        // The target went on alone: the next round begins where it is now, without a captured step.
+        rows.begin(11);
+        assert!(rows.has_selection());
+        let mut decoder = Decoder::new(Limits {
+            max_context: 100,
+            max_sources: 1,
+        });
+        let mask = decoder.decode(&rows.finish()).unwrap();
+        assert_eq!((mask.context_len, mask.sources.len()), (11, 1));
+        assert!(mask.sources[0].iter().eq([3, 10]));
     }
 }
