@@ -241,6 +241,13 @@ impl DraftLink {
         self.waiting.front()
     }
 
+    /// Whether the draft has gone back behind that one since: it had guessed another verdict.
+    pub(crate) fn first_is_superseded(&self) -> bool {
+        let mut waiting = self.waiting.iter();
+        let first = waiting.next();
+        first.is_some_and(|first| waiting.any(|later| later.base <= first.base))
+    }
+
     /// The next proposal to judge, in the order of arrival.
     pub(crate) fn next_proposal(&mut self) -> Option<Proposal> {
         self.waiting.pop_front()

@@ -109,17 +109,22 @@ impl Session {
         }
     }
 
-    /// Answers what can no longer be judged, or never could (a later epoch, farther ahead than rounds may wait), so that only
-    /// what can takes up room. What was sent ahead is no such thing: its turn may come. No more a step than may wait: a flood
-    /// ends the link.
+    /// Answers what can no longer be judged, or never could (a later epoch, another last token, farther ahead than rounds may
+    /// wait), so that only what can takes up room. What was sent ahead is no such thing: its turn may come, unless its draft
+    /// has begun again before it. No more a step than may wait: a flood ends the link.
     fn drop_stale(&mut self) {
         let next = self.tokens.len() as u64;
         let reach = next..=next + (MAX_WAITING * (self.spec.draft_length + 1)) as u64;
         while self.stale_answers < MAX_WAITING {
-            let first = self.link.as_ref().and_then(DraftLink::first);
-            let hopeless =
-                |first: &Proposal| first.epoch != self.epoch || !reach.contains(&first.base);
-            if !first.is_some_and(hopeless) || self.take_proposal().is_none() {
+            let pending = self.tokens.last();
+            let hopeless = |first: &Proposal| {
+                let follows_another = first.base == next && Some(&first.pending_token) != pending;
+                first.epoch != self.epoch || !reach.contains(&first.base) || follows_another
+            };
+            let stale = self.link.as_ref().is_some_and(|link| {
+                link.first().is_some_and(hopeless) || link.first_is_superseded()
+            });
+            if !stale || self.take_proposal().is_none() {
                 return;
             }
             self.stale_answers += 1;

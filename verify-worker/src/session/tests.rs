@@ -267,6 +267,37 @@ fn proposals_that_became_stale_take_no_room() {
 }
 
 #[test]
+fn a_draft_that_guessed_another_bonus_begins_again() {
+    let mut bench = Bench::new(spec(40));
+    let mut draft = bench.join(3);
+    draft.welcome();
+    bench.step();
+    let right = continuation(&[3, 1, 4], 20);
+    let round = |draft: &mut Draft, base: usize, pending_token: u32| ProposalPart {
+        base: base as u64,
+        pending_token,
+        ..draft.part(&right[base..base + 2])
+    };
+    let mut accepted = 0;
+    for turn in 0..3 {
+        // What waits before each turn follows a bonus that never came.
+        let base = 3 + 3 * turn;
+        for (base, pending) in [(base, right[base - 1]), (base + 3, right[base + 2] + 1)] {
+            let part = round(&mut draft, base, pending);
+            bench.session.receive(draft.id, part);
+        }
+        let ahead = round(&mut draft, base + 6, right[base + 5]);
+        bench.session.receive(draft.id, ahead);
+        bench.step();
+        let verdict = std::iter::repeat_with(|| draft.verdict()).find(|verdict| verdict.judged);
+        accepted += verdict.unwrap().accepted;
+    }
+    assert_eq!(accepted, 6);
+    assert_eq!(bench.session.tokens, right[..12]);
+    assert!(bench.session.link.is_some());
+}
+
+#[test]
 fn rounds_accept_recover_and_add_a_bonus() {
     let mut bench = Bench::new(spec(40));
     let mut draft = bench.join(3);
