@@ -12,6 +12,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, ValueEnum};
+use specattn_draft::LookaheadMode;
+use specattn_engine::DeviceChoice;
 use specattn_gateway::{AccessConfig, HttpArgs, LogConfig};
 use specattn_proto::Fault;
 use specattn_proto::v1;
@@ -253,6 +255,12 @@ impl AllInOne {
         let model = ("--model", folder);
         let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
+        let on_cpu =
+            plan.models.device.unwrap_or(DeviceChoice::Auto).decided() == DeviceChoice::Cpu;
+        if on_cpu && config.drafting.lookahead == LookaheadMode::Auto {
+            // Both models have the same cores: whatever the draft does ahead, the target waits for.
+            config.drafting.lookahead = LookaheadMode::Off;
+        }
         own.protect(&mut config.server);
         let worker = load("draft", DRAFT, plan.show_progress, move |progress| {
             specattn_draft::Worker::load(config, progress)

@@ -21,7 +21,7 @@ pub mod stepwise;
 mod wire;
 mod worker;
 
-pub use args::{Args, Config};
+pub use args::{Args, Config, LookaheadMode};
 pub use own_reads::{OwnPolicy, OwnReads};
 pub use rows::RowSelector;
 pub use specattn_worker::WorkerError;

@@ -3,10 +3,10 @@
 //! Far from its verify worker, or before a slow target, a draft that waits for each verdict wastes the wait. Where draft and
 //! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed as
 //! tokens per second from verdict to verdict; the faster one goes on, and the other is tried again now and then. What a
-//! session finds is where the worker's next one begins.
+//! session finds is where the worker's next one begins, and how soon that tries the other way.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
 /// Verdicts of a trial.
@@ -23,7 +23,11 @@ const OLD_TRIAL: f64 = 0.25;
 
 /// What sessions found last.
 #[derive(Debug, Default)]
-pub(crate) struct Findings(AtomicBool);
+pub(crate) struct Findings(AtomicU8);
+
+const UNKNOWN: u8 = 0;
+const WAITING: u8 = 1;
+const AHEAD: u8 = 2;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Pace {
@@ -67,14 +71,19 @@ pub(crate) struct Lookahead {
 }
 
 impl Lookahead {
-    /// A session begins the way the last one found best, and tries the other one soon.
+    /// A session begins the way the last one found best, and tries the other one: at once where nothing is known.
     pub(crate) fn measured(findings: Arc<Findings>) -> Self {
+        let found = findings.0.load(Ordering::Relaxed);
         Self {
-            ahead: findings.0.load(Ordering::Relaxed),
+            ahead: found == AHEAD,
             trials: Some(Trials {
                 findings,
                 on_trial: false,
-                left: TRIAL,
+                left: if found == UNKNOWN {
+                    TRIAL
+                } else {
+                    STRETCH_FIRST
+                },
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
                 paces: [Pace::default(); 2],
@@ -137,7 +146,8 @@ impl Trials {
             return self.turn(ahead, true);
         };
         let best = running > MARGIN * waiting;
-        self.findings.0.store(best, Ordering::Relaxed);
+        let found = if best { AHEAD } else { WAITING };
+        self.findings.0.store(found, Ordering::Relaxed);
         if !self.on_trial {
             self.paces[usize::from(!ahead)].fade(OLD_TRIAL);
             let same_weight = f64::from(TRIAL) / f64::from(self.stretch);
@@ -200,6 +210,19 @@ mod tests {
         run(&mut lookahead, 500, [50, 80]);
         assert!(run(&mut lookahead, 4_000, [80, 50]) > 0.6);
         assert!(Lookahead::measured(findings).is_on());
+    }
+
+    #[test]
+    fn what_is_known_is_tried_again_later() {
+        let findings = Arc::new(Findings::default());
+        let first = run(
+            &mut Lookahead::measured(Arc::clone(&findings)),
+            60,
+            [50, 80],
+        );
+        assert!(first > 0.2, "{first}");
+        let next = run(&mut Lookahead::measured(findings), 60, [50, 80]);
+        assert!(next < 0.17, "{next}");
     }
 
     #[test]
