@@ -11,6 +11,6 @@ if [ -z "${SPECATTN:-}" ]; then
 fi
 # shellcheck disable=SC2086
 exec "$SPECATTN" eval --text "$@" --target "$root/models/target" --draft "$root/models/draft" \
-  --paper-map "$here/paper-map.json" --contexts 4096,8192 --judged 1024 --p 0.6,0.7,0.8,0.88,0.93,0.96,0.98,0.99 \
+  --paper-map "$here/paper-map.json" --contexts 4096,8192 --judged 1024 --p 0.6,0.7,0.8,0.885,0.93,0.96,0.98,0.99 \
   --budgets 0.05,0.1,0.15,0.2,0.3,0.5 --capture-every 1 --jobs "${JOBS:-$(nproc)}" --out "${OUT:-$here/results}" \
   ${FLAGS:-}
