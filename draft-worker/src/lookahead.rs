@@ -3,10 +3,10 @@
 //! Far from its verify worker, or before a slow target, a draft that waits for each verdict wastes the wait. Where draft and
 //! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed as
 //! tokens per second from verdict to verdict; the faster one goes on, and the other is tried again now and then. What a
-//! session finds is where the worker's next one begins, and how soon that tries the other way.
+//! session finds is where the worker's next one begins; that tries the other way later, unless its verdicts come at another
+//! pace: then it is behind another way, or another target, and knows nothing.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Verdicts of a trial.
@@ -21,16 +21,33 @@ const MARGIN: f64 = 1.03;
 /// What a new trial leaves of what the one before found of the other way.
 const OLD_TRIAL: f64 = 0.25;
 
+/// How far the time from verdict to verdict may be from what it was for a finding to hold.
+const SAME_PACE: f64 = 1.5;
+
 /// What sessions found last.
 #[derive(Debug, Default)]
-pub(crate) struct Findings(AtomicU8);
+pub(crate) struct Findings(Mutex<Option<Found>>);
 
-const UNKNOWN: u8 = 0;
-const WAITING: u8 = 1;
-const AHEAD: u8 = 2;
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    ahead: bool,
+    /// Seconds from verdict to verdict, waiting and running ahead.
+    seconds: [f64; 2],
+}
+
+impl Findings {
+    fn get(&self) -> Option<Found> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, found: Found) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+    }
+}
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Pace {
+    verdicts: f64,
     tokens: f64,
     seconds: f64,
 }
@@ -40,8 +57,13 @@ impl Pace {
         (self.seconds > 0.0).then(|| self.tokens / self.seconds)
     }
 
+    fn seconds_per_verdict(self) -> f64 {
+        self.seconds / self.verdicts.max(1.0)
+    }
+
     /// Lets what comes next count more than what was.
     fn fade(&mut self, kept: f64) {
+        self.verdicts *= kept;
         self.tokens *= kept;
         self.seconds *= kept;
     }
@@ -51,6 +73,8 @@ impl Pace {
 #[derive(Debug)]
 struct Trials {
     findings: Arc<Findings>,
+    /// What an earlier session found, until it is known whether that holds here.
+    inherited: Option<Found>,
     /// Whether the present way is only on trial.
     on_trial: bool,
     /// Verdicts until the next change.
@@ -73,17 +97,14 @@ pub(crate) struct Lookahead {
 impl Lookahead {
     /// A session begins the way the last one found best, and tries the other one: at once where nothing is known.
     pub(crate) fn measured(findings: Arc<Findings>) -> Self {
-        let found = findings.0.load(Ordering::Relaxed);
+        let inherited = findings.get();
         Self {
-            ahead: found == AHEAD,
+            ahead: inherited.is_some_and(|found| found.ahead),
             trials: Some(Trials {
                 findings,
+                inherited,
                 on_trial: false,
-                left: if found == UNKNOWN {
-                    TRIAL
-                } else {
-                    STRETCH_FIRST
-                },
+                left: inherited.map_or(TRIAL, |_| STRETCH_FIRST),
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
                 paces: [Pace::default(); 2],
@@ -132,11 +153,25 @@ impl Trials {
         }
         if let Some(last) = last {
             let pace = &mut self.paces[usize::from(ahead)];
+            pace.verdicts += 1.0;
             pace.tokens += tokens as f64;
             pace.seconds += now.saturating_duration_since(last).as_secs_f64();
         }
         self.left = self.left.saturating_sub(1);
-        self.left == 0
+        self.left == 0 || !self.still_holds(ahead)
+    }
+
+    /// Whether what was inherited holds here, as far as is known; asked once, after as many verdicts as a trial has.
+    fn still_holds(&mut self, ahead: bool) -> bool {
+        let pace = self.paces[usize::from(ahead)];
+        if pace.verdicts < f64::from(TRIAL) {
+            return true;
+        }
+        let Some(found) = self.inherited.take() else {
+            return true;
+        };
+        let ratio = pace.seconds_per_verdict() / found.seconds[usize::from(ahead)];
+        (1.0 / SAME_PACE..=SAME_PACE).contains(&ratio)
     }
 
     /// The way to go on after a stretch of the present one.
@@ -146,8 +181,10 @@ impl Trials {
             return self.turn(ahead, true);
         };
         let best = running > MARGIN * waiting;
-        let found = if best { AHEAD } else { WAITING };
-        self.findings.0.store(found, Ordering::Relaxed);
+        self.findings.set(Found {
+            ahead: best,
+            seconds: self.paces.map(Pace::seconds_per_verdict),
+        });
         if !self.on_trial {
             self.paces[usize::from(!ahead)].fade(OLD_TRIAL);
             let same_weight = f64::from(TRIAL) / f64::from(self.stretch);
@@ -213,16 +250,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_is_tried_again_later() {
+    fn what_is_known_is_tried_again_later_and_at_once_where_it_does_not_hold() {
         let findings = Arc::new(Findings::default());
-        let first = run(
-            &mut Lookahead::measured(Arc::clone(&findings)),
-            60,
-            [50, 80],
-        );
+        let session = |times| run(&mut Lookahead::measured(Arc::clone(&findings)), 60, times);
+        let first = session([50, 80]);
         assert!(first > 0.2, "{first}");
-        let next = run(&mut Lookahead::measured(findings), 60, [50, 80]);
+        let next = session([50, 80]);
         assert!(next < 0.17, "{next}");
+        let farther = session([90, 60]);
+        assert!(farther > 0.6, "{farther}");
     }
 
     #[test]
