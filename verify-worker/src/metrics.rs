@@ -25,6 +25,8 @@ pub(crate) struct Totals {
     kv_dense: Counter,
     mask_bytes: Counter,
     mask_rounds: Counter,
+    /// Not a session's: counted when it happens.
+    pub(crate) drafts_let_go: Counter,
 }
 
 impl Totals {
@@ -135,6 +137,11 @@ impl Totals {
                 "mask_rounds",
                 "Rounds that carried a mask",
                 &self.mask_rounds,
+            ),
+            (
+                "drafts_let_go",
+                "Drafts sent away for what they sent, or since they read too slowly",
+                &self.drafts_let_go,
             ),
         ] {
             registry.register(name, help, counter.clone());

@@ -48,8 +48,7 @@ impl Session {
                 self.committed()
             )));
         };
-        let replaced = Fault::FailedPrecondition("another draft joined".to_owned());
-        self.drop_link(replaced);
+        self.part(Fault::FailedPrecondition("another draft joined".to_owned()));
         let masks = (self.spec.mode != Mode::Dense)
             .then(|| MaskReader::new(map, self.spec.policy, self.spec.limit));
         self.oversight.new_draft();
@@ -247,12 +246,20 @@ impl Session {
         }
     }
 
-    /// Lets the draft go; the session goes on without it.
+    /// Lets the draft go, which is at fault; the session goes on without it.
     pub(super) fn drop_link(&mut self, fault: Fault) {
+        if self.link.is_some() {
+            tracing::info!(session_id = %self.spec.id, %fault, "draft let go");
+            self.totals.drafts_let_go.inc();
+        }
+        self.part(fault);
+    }
+
+    /// Ends the link, if there is one, with this word.
+    fn part(&mut self, word: Fault) {
         if let Some(link) = self.link.take() {
-            tracing::debug!(session_id = %self.spec.id, %fault, "draft let go");
             // A draft that is gone, or does not read, cannot be told why.
-            let _ = link.send(LinkEvent::Failed(fault));
+            let _ = link.send(LinkEvent::Failed(word));
         }
     }
 }
