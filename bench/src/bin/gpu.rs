@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::{
-    check_attention, check_hand_outs, check_linear, check_selection, draft_steps, pair,
-    time_kernels, timer,
+    check_attention, check_company, check_hand_outs, check_linear, check_selection, draft_steps,
+    pair, time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count};
 use specattn_engine::{DType, DeviceChoice};
@@ -75,6 +75,7 @@ fn main() -> Result<()> {
                     fine &= check_attention::check(backend, dtype)?;
                 }
                 fine &= check_hand_outs::check(&args.root, choice)?;
+                fine &= check_company::check(&args.root, choice)?;
                 println!(
                     "{}\n",
                     if fine {

@@ -2,6 +2,7 @@
 
 pub mod attention_case;
 pub mod check_attention;
+pub mod check_company;
 pub mod check_hand_outs;
 pub mod check_linear;
 pub mod check_selection;

@@ -82,6 +82,11 @@ __device__ __forceinline__ u64 captured_row(const DecodeArgs& a, const Unit& uni
 }
 #endif
 
+// A maximum to subtract; where a row has seen no key, any finite one gives zeros. Maxima are subtracted before they are scaled: keys
+// that causality hides from a row leave its maximum alone, and then the factor must be 1 to the last bit (a product less its own
+// rounding, as one fused operation, would be off by that rounding).
+__device__ __forceinline__ float finite(float maximum) { return maximum == NEGATIVE_INFINITY ? 0.0f : maximum; }
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float warp_max[WARPS][ROWS], warp_sums[WARPS][ROWS];
@@ -259,9 +264,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                 top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
                 top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
                 const float before = maximum[m][half], now = fmaxf(before, top);
-                // A row that has seen no key yet: any finite reference gives zeros.
-                const float reference = now == NEGATIVE_INFINITY ? 0.0f : now * a.scale_log2;
-                shrink[m][half] = exp2_fast(before * a.scale_log2 - reference);
+                const float reference = finite(now) * a.scale_log2;
+                shrink[m][half] = exp2_fast((before - finite(now)) * a.scale_log2);
                 moved |= now != before;
                 maximum[m][half] = now;
                 float p[4];
@@ -323,12 +327,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         float top = NEGATIVE_INFINITY;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) top = fmaxf(top, warp_max[w][r]);
-        const float reference = top == NEGATIVE_INFINITY ? 0.0f : top * a.scale_log2;
+        const float reference = finite(top) * a.scale_log2;
         float total = 0.0f;
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
-            const float scale = exp2_fast(warp_max[w][r] * a.scale_log2 - reference);
+            const float scale = exp2_fast((warp_max[w][r] - finite(top)) * a.scale_log2);
             const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * HEAD_DIM + d);
             total += scale * warp_sums[w][r];
             value.x += scale * v.x;
@@ -374,8 +378,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             const float2 s = __ldcg(a.statistics + at);
             const float4 v = __ldcg((const float4*)(a.partials + at * HEAD_DIM + d));
             const float now = fmaxf(top, s.x);
-            const float reference = now == NEGATIVE_INFINITY ? 0.0f : now * a.scale_log2;
-            const float keep = exp2_fast(top * a.scale_log2 - reference), add = exp2_fast(s.x * a.scale_log2 - reference);
+            const float keep = exp2_fast((top - finite(now)) * a.scale_log2), add = exp2_fast((s.x - finite(now)) * a.scale_log2);
             total = total * keep + s.y * add;
             value.x = value.x * keep + v.x * add;
             value.y = value.y * keep + v.y * add;
