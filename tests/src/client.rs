@@ -52,6 +52,17 @@ impl Request {
         self
     }
 
+    /// Draws tokens at this temperature, by this seed.
+    #[must_use]
+    pub fn sampled(mut self, temperature: f32, seed: u64) -> Self {
+        self.0.sampling = Some(Sampling {
+            temperature,
+            seed: Some(seed),
+            ..Sampling::default()
+        });
+        self
+    }
+
     /// Asks for confirmed masked attention, with the session's own choice of mass and length.
     #[must_use]
     pub fn exact(mut self) -> Self {
@@ -134,18 +145,17 @@ impl Stream {
                     completion.tokens.len() as u64,
                     "deltas continue each other"
                 );
-                assert_eq!(
-                    delta.text_start,
-                    completion.text.len() as u64,
-                    "and so do their texts"
-                );
                 // Shown tokens are withdrawn before others take their place.
                 let shown = completion.provisional.iter().zip(&delta.token_ids);
                 assert!(shown.clone().all(|(shown, committed)| shown == committed));
                 let settled = shown.count();
                 completion.provisional.drain(..settled);
                 completion.tokens.extend(delta.token_ids);
-                completion.text.push_str(&delta.text);
+                // Text that was held back at the end may come again to a client that resumes.
+                let known = completion.text.get(delta.text_start as usize..);
+                let known = known.expect("texts continue each other");
+                let new = delta.text.strip_prefix(known);
+                completion.text += new.expect("what comes again is the same");
             }
             generate_response::Event::Provisional(ahead) => {
                 assert_eq!(
@@ -183,6 +193,11 @@ impl Stream {
         Ok(&self.completion)
     }
 
+    /// What came so far.
+    pub fn so_far(&self) -> &Completion {
+        &self.completion
+    }
+
     /// Leaves the session; what came so far.
     pub fn leave(self) -> Completion {
         self.completion
@@ -197,6 +212,16 @@ impl Stream {
                 Err(_) => return self.completion,
             }
         }
+    }
+
+    /// Waits until at least `tokens` tokens came or the end did; whether it was the end.
+    pub async fn until(&mut self, tokens: usize) -> Result<bool, Status> {
+        while self.completion.tokens.len() < tokens {
+            if !self.next().await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Waits for the end.

@@ -4,7 +4,7 @@ use specattn_proto::v1::registry_service_client::RegistryServiceClient;
 use specattn_proto::v1::{StatusRequest, StatusResponse, WorkerRole};
 use tonic::transport::Channel;
 
-use crate::process::{self, DRAFT, Process, VERIFY};
+use crate::process::{self, DRAFT, GATEWAY, Process, VERIFY};
 use crate::until;
 
 /// A gateway for the bundled target at `address`.
@@ -13,7 +13,7 @@ pub async fn gateway_at(address: &str, arguments: &[&str]) -> Process {
     let tokenizer = tokenizer.to_str().expect("paths of tests are UTF-8");
     let mut line = vec!["--tokenizer", tokenizer, "--heartbeat-interval-ms", "200"];
     line.extend(arguments);
-    Process::start_at("specattn-gateway", address, &line).await
+    Process::start_at(GATEWAY, address, &line).await
 }
 
 /// A gateway, one verify worker and any number of draft workers, with the bundled pair.

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use specattn_tests::delay::Delay;
+use specattn_tests::network::Link;
 use specattn_tests::session::open_request;
 use specattn_tests::texts::references;
 use specattn_tests::{DRAFT, Process, Session, VERIFY};
@@ -54,7 +54,7 @@ async fn drafting_ahead_hides_the_way_and_the_wait() {
         ],
     )
     .await;
-    let far = Delay::start(&verify, ONE_WAY).await;
+    let far = Link::late(&verify, ONE_WAY).await;
     let (near_text, near) = run(&verify, "on", verify.uri(), 4).await;
     let (ahead_text, ahead) = run(&verify, "on", far.uri(), 4).await;
     let (waiting_text, waiting) = run(&verify, "off", far.uri(), 4).await;

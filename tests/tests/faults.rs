@@ -4,8 +4,11 @@
 use std::time::{Duration, Instant};
 
 use specattn_proto::v1::{FinishReason, WorkerRole};
+use specattn_tests::cluster::gateway_at;
+use specattn_tests::process::free_address;
+use specattn_tests::repeater::Repeater;
 use specattn_tests::texts::references;
-use specattn_tests::{Cluster, Request, soon, until};
+use specattn_tests::{Cluster, DRAFT, Process, Request, VERIFY, soon, until};
 use tonic::Code;
 
 /// Enough for a worker to be started while they are decoded.
@@ -159,5 +162,32 @@ async fn a_draining_draft_worker_ends_in_time_and_changes_nothing() {
     let code = soon("the draft's end", cluster.drafts[0].ended()).await;
     assert_eq!(code, Some(0));
     cluster.drafts.clear();
+    cluster.is_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_is_said_twice_counts_once() {
+    let verify = Process::worker(VERIFY, &[]).await;
+    let repeater = Repeater::to(verify.uri()).await;
+    repeater.say_twice(true);
+    let uri = format!("http://{}", repeater.address());
+    let gateway = gateway_at(&free_address(), &["--verify-endpoint", &uri]).await;
+    let draft = Process::worker(DRAFT, &["--gateway", gateway.uri()]).await;
+    let drafts = vec![draft];
+    let cluster = Cluster {
+        gateway,
+        verify,
+        drafts,
+    };
+    cluster.knows(WorkerRole::Verify, 1).await;
+    cluster.knows(WorkerRole::Draft, 1).await;
+    let expected = alone(&cluster, 400).await;
+    let drafted = Request::tokens(&prompt(), 400).draft_length(4);
+    for request in [drafted.clone(), drafted.exact()] {
+        let completion = request.run(cluster.channel().await).await.unwrap();
+        assert_eq!(completion.tokens, expected);
+        let stats = completion.stats;
+        assert!(stats.accepted_tokens > 0, "{stats:?}");
+    }
     cluster.is_idle().await;
 }

@@ -1,13 +1,13 @@
 //! Drafts far from their target: what running ahead of verdicts gains, and what a draft costs that cannot pay.
 //!
-//! Two delays are injected for what this machine does not have: a [`Delay`] between draft and verify worker holds every byte
+//! Two delays are injected for what this machine does not have: a [`Link`] between draft and verify worker holds every byte
 //! back, each way, and the verify worker's hidden `--inject-forward-delay-ms` lengthens every forward of the target.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use specattn_proto::v1::{OpenRequest, Sampling};
-use specattn_tests::delay::Delay;
+use specattn_tests::network::Link;
 use specattn_tests::session::open_request;
 use specattn_tests::texts::{book, references};
 use specattn_tests::{DRAFT, Process, VERIFY};
@@ -62,7 +62,7 @@ impl Distance {
             &[&delays[..], &["--commit-interval-ms", "0"]].concat(),
         )
         .await;
-        let far = Delay::start(&verify, self.one_way).await;
+        let far = Link::late(&verify, self.one_way).await;
         println!(
             "A target forward of {} ms (injected); tokens/s on loopback and {} ms (injected) away.\n",
             self.forward.as_millis(),
@@ -111,7 +111,7 @@ impl Distance {
     pub async fn fast_pair(&self) -> Result<()> {
         let verify = Process::worker(VERIFY, &[]).await;
         let draft = Process::worker(DRAFT, &[]).await;
-        let far = Delay::start(&verify, self.one_way).await;
+        let far = Link::late(&verify, self.one_way).await;
         let away = Draft {
             worker: &draft,
             endpoint: far.uri(),
