@@ -11,6 +11,7 @@ pub mod chaos;
 pub mod client;
 pub mod cluster;
 pub mod count;
+pub mod hostile;
 pub mod http;
 pub mod https;
 pub mod metrics;

@@ -8,8 +8,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use specattn_bench::service::far::Distance;
+use specattn_bench::service::hostile::Street;
 use specattn_bench::service::prefix;
 use specattn_bench::service::round::{self, Case};
+use specattn_tests::hostile::Hostility;
 
 /// Times the services around the models.
 #[derive(Debug, Parser)]
@@ -36,6 +38,12 @@ enum Part {
         /// Sessions that come at once after the first
         #[arg(long, default_value_t = 49)]
         others: usize,
+    },
+    /// Sessions beside one with a hostile draft worker
+    Hostile {
+        /// Sessions per figure
+        #[arg(long, default_value_t = 9)]
+        turns: usize,
     },
     /// A verify worker whose target answers at once
     #[command(name = round::VERIFY_COMMAND, hide = true)]
@@ -77,6 +85,7 @@ fn main() -> Result<()> {
         Part::Far(far) => block_on(Box::pin(far_table(far))),
         Part::Round { rounds } => block_on(Box::pin(round_table(rounds))),
         Part::Prefix { prompts, others } => block_on(Box::pin(prefix_table(prompts, others))),
+        Part::Hostile { turns } => block_on(Box::pin(hostile_table(turns))),
         Part::ScriptedVerify { address } => round::verify_worker(address),
     }
 }
@@ -122,6 +131,22 @@ async fn round_table(rounds: usize) -> Result<()> {
             at(0.5),
             at(0.9),
             at(0.99)
+        );
+    }
+    Ok(())
+}
+
+/// Prints what hostile drafts cost the neighbours of their sessions.
+async fn hostile_table(turns: usize) -> Result<()> {
+    ensure!(turns > 0, "--turns must be at least 1");
+    println!("| hostile draft | ms/token beside no draft | beside it | ratio |");
+    println!("| --- | --- | --- | --- |");
+    let street = Street::start().await;
+    for hostility in Hostility::ALL {
+        let (without, with) = street.beside(hostility, turns).await?;
+        println!(
+            "| {hostility:?} | {without:.3} | {with:.3} | {:.2} |",
+            with / without
         );
     }
     Ok(())

@@ -3,6 +3,7 @@
 
 mod answer_at_once;
 pub mod far;
+pub mod hostile;
 pub mod prefix;
 pub mod round;
 mod timed;
