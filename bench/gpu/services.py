@@ -117,7 +117,7 @@ def report(bin_, url, prompts, on_cpu):
             stats = out.get("stats", out)
             cells = [rate(stats, key) for key in ("tokens_per_second", "tokens_per_forward", "acceptance", "kv_kept_fraction")]
             cpu = on_cpu[name]["token_ids"] if on_cpu[name] else []
-            print(f"| {name} | {out["usage"]["prompt_tokens"]} | {mode} | {same(ids, cpu)} | {same(ids, alone)} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name} | {out['usage']['prompt_tokens']} | {mode} | {same(ids, cpu)} | {same(ids, alone)} | {' | '.join(cells)} |", flush=True)
 
 
 def rate(stats, key):

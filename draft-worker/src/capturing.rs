@@ -2,10 +2,9 @@
 //!
 //! Two need the attention of a captured step: the masks for the target ([`RowSelector`]) and the draft's own reads
 //! ([`OwnReads`]). Both want selections from mixed rows. A step asks for those, and for the rows as well: a GPU gives
-//! the selections, and no row crosses to the host; the CPU gives the rows, which are mixed and selected from here. So does a
-//! GPU where a round's rows are averaged before they are selected from.
+//! the selections, and no row crosses to the host; the CPU gives the rows, which are mixed and selected from here.
 
-use specattn_engine::{HeadLists, RowSelection, StepOutput};
+use specattn_engine::{HeadLists, Round, RowSelection, StepOutput};
 use specattn_mask::{MaskError, MaskPolicy, Source};
 
 use crate::own_reads::{OwnPolicy, OwnReads};
@@ -39,14 +38,13 @@ impl Capturing {
             Some(masks) => masks.layers(),
             None => Vec::new(),
         };
-        // Sources of means need a round's rows, not each one's selection.
-        let mut rows = Vec::new();
-        if masks.as_ref().is_none_or(RowSelector::unites) {
-            rows.extend(masks.iter().flat_map(RowSelector::mixed_rows));
-            rows.extend(own.mixed_rows(shape.num_layers, shape.num_heads));
-        }
+        let mut rows: Vec<_> = masks.iter().flat_map(RowSelector::mixed_rows).collect();
+        rows.extend(own.mixed_rows(shape.num_layers, shape.num_heads));
         Self {
-            selection: RowSelection { rows },
+            selection: RowSelection {
+                rows,
+                round: Round::default(),
+            },
             masks,
             own,
             layers,
@@ -80,8 +78,13 @@ impl Capturing {
         self.own.lists()
     }
 
-    /// Starts a round over `context_len` cached positions of the target.
+    /// Starts a round over `context_len` cached positions of the target, before its first step.
     pub(crate) fn begin(&mut self, context_len: usize) {
+        self.selection.round = Round {
+            step: 0,
+            context_len,
+            ..self.selection.round
+        };
         if let Some(masks) = &mut self.masks {
             masks.begin(context_len);
         }
@@ -99,6 +102,7 @@ impl Capturing {
     pub(crate) fn stepped(&mut self, output: &StepOutput) -> Result<(), MaskError> {
         if let Some(masks) = &mut self.masks {
             if let Some(selected) = &output.selected {
+                self.selection.round.step += 1;
                 masks.add_selected(selected);
             } else if let Some(rows) = &output.attention {
                 masks.add_step(rows)?;
@@ -224,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_of_means_want_rows() {
+    fn steps_of_a_round_are_counted_for_sources_of_means() {
         let mut source = Source::layer_mean(1, 2);
         source.spread = Some(0.5);
         let shape = DraftShape {
@@ -234,9 +238,19 @@ mod tests {
             num_kv_heads: 1,
         };
         let own = OwnPolicy::default();
-        let capturing = Capturing::new(own, MaskPolicy::default(), vec![source], shape);
-        assert!(capturing.selection().is_none());
-        assert_eq!(capturing.layers(), [0, 1]);
+        let mut capturing = Capturing::new(own, MaskPolicy::default(), vec![source], shape);
+        capturing.begin(90);
+        let asked = capturing.selection().unwrap().clone();
+        assert_eq!(asked.rows[0].spread.map(|spread| spread.share), Some(0.5));
+        assert_eq!((asked.round.step, asked.round.context_len), (0, 90));
+        capturing.stepped(&selections([3, 7], &asked)).unwrap();
+        assert_eq!(capturing.selection().unwrap().round.step, 1);
+        capturing.begin(92);
+        let next = capturing.selection().unwrap().round;
+        assert_eq!(
+            (next.id, next.step, next.context_len),
+            (asked.round.id, 0, 92)
+        );
     }
 
     #[test]

@@ -132,6 +132,7 @@ impl OwnReads {
             MixedRow {
                 terms: (first..first + group).map(term).collect(),
                 p,
+                spread: None,
             }
         })
     }

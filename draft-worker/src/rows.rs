@@ -1,7 +1,8 @@
 //! [`RowSelector`]: from the attention rows of a round's captured steps to the round's encoded mask.
 
-use specattn_engine::{AttentionRows, MixedHead, MixedRow, SelectedRows};
+use specattn_engine::{AttentionRows, MixedHead, MixedRow, SelectedRows, Spread};
 use specattn_mask::source::{Term, layers_in_use};
+use specattn_mask::spread::REACH;
 use specattn_mask::{Encoder, MaskError, MaskPolicy, RoundMask, RoundSelector, Source};
 
 /// Mixes, selects, unites and encodes for one session.
@@ -96,13 +97,12 @@ impl RowSelector {
             MixedRow {
                 terms: source.terms.iter().map(term).collect(),
                 p: self.selector.mass_of(index),
+                spread: source.spread.map(|share| Spread {
+                    share,
+                    reach: REACH as u32,
+                }),
             }
         })
-    }
-
-    /// Whether a round's selections are unions of its steps' own, whoever makes those.
-    pub fn unites(&self) -> bool {
-        self.sources.iter().all(|source| source.spread.is_none())
     }
 
     /// Sources.

@@ -337,6 +337,9 @@ impl Session {
         let fed = self.cached.saturating_sub(n);
         self.input.extend(self.draft[fed..].iter().map(|d| d.token));
         let (step, round_length) = (self.draft.len(), self.round_length());
+        if let Some(joined) = self.joined.as_mut().filter(|j| step == 0 && !j.waiting) {
+            joined.capturing.begin(n - 1);
+        }
         self.pass = match &mut self.joined {
             // A guess sends no mask, so it needs no rows.
             Some(joined)
@@ -427,9 +430,6 @@ impl Session {
             let (token, q) = draft_token(&distribution, entries, &rng, position);
             DraftToken { token, q: Some(q) }
         };
-        if self.draft.is_empty() {
-            joined.capturing.begin(n - 1);
-        }
         let stepped = joined.capturing.stepped(output);
         stepped.map_err(|error| Fault::Internal(error.to_string()))?;
         self.draft.push(next);

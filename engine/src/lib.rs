@@ -32,5 +32,5 @@ pub use device::DeviceChoice;
 pub use error::EngineError;
 pub use kv_cache::{BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};
 pub use model::{LoadOptions, LogitRows, Model, Step, StepOutput};
-pub use row_selection::{MixedHead, MixedRow, RowSelection, SelectedRows};
+pub use row_selection::{MixedHead, MixedRow, Round, RoundId, RowSelection, SelectedRows, Spread};
 pub use scripted::{Script, ScriptedShape};

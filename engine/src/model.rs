@@ -12,7 +12,7 @@ use crate::cpu::{CpuBackend, Isa as CpuIsa};
 use crate::device::DeviceChoice;
 use crate::error::EngineError;
 use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
-use crate::row_selection::{MixedHead, RowSelection, SelectedRows};
+use crate::row_selection::{MAX_REACH, MixedHead, RowSelection, SelectedRows};
 use crate::scripted::{Script, Scripted, ScriptedShape};
 use crate::transformer::{Transformer, WeightSource};
 
@@ -396,6 +396,19 @@ impl Model {
         };
         if step.select.as_ref().is_some_and(is_empty) {
             return invalid("selection", "it has no rows, or an empty one".to_owned());
+        }
+        if let Some(select) = step.select {
+            let positions = past + step.tokens.len();
+            if select.round.context_len > positions {
+                let reason = format!("a round of {} of {positions}", select.round.context_len);
+                return invalid("selection", reason);
+            }
+            let mut spreads = select.rows.iter().filter_map(|row| row.spread);
+            if let Some(spread) =
+                spreads.find(|s| !(0.0..1.0).contains(&s.share) || s.reach > MAX_REACH)
+            {
+                return invalid("selection", format!("{spread:?} is out of range"));
+            }
         }
         let rows = step.select.iter().flat_map(|select| &select.rows);
         let outside = |t: &&MixedHead| {

@@ -1,7 +1,10 @@
 //! [`RowSelection`]: top-p selections of mixed attention rows, made where the rows are.
 //!
 //! A draft step's attention rows are wanted for two things only: to be mixed and to have their heaviest entries named. On a
-//! GPU the rows, megabytes per step, need never leave it; a few bits per position do.
+//! GPU the rows, megabytes per step, need never leave it; a few bits per position do. Rows of means, which gather a round's
+//! captured steps before they are selected from, stay there from step to step.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A row to select from: a fixed mixture of the query heads' attention rows of a step's last token.
 #[derive(Debug, Clone, PartialEq)]
@@ -10,6 +13,49 @@ pub struct MixedRow {
     pub terms: Vec<MixedHead>,
     /// Share of the row's mass that the selection must reach, in (0, 1].
     pub p: f32,
+    /// `Some`: select from the mean of the round's captured steps so far, spread over neighbours. `None`: from this step's row.
+    pub spread: Option<Spread>,
+}
+
+/// How a mean's entries count for their neighbours: `row[i] = Σ share^|d| · mean[i + d]` over `|d| <= reach`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Spread {
+    /// In [0, 1).
+    pub share: f32,
+    /// At most 16.
+    pub reach: u32,
+}
+
+/// Most that [`Spread::reach`] may be.
+pub(crate) const MAX_REACH: u32 = 16;
+
+/// Whose means a selection's are: they stay on the device between the captured steps of a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RoundId(u64);
+
+impl RoundId {
+    /// One that no other selection of this process has.
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Default for RoundId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Where a captured step stands in its round; for rows of means.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Round {
+    /// Whose means these are.
+    pub id: RoundId,
+    /// Captured steps of the round before this one; 0 begins anew.
+    pub step: u32,
+    /// The first so many positions count; at most the step's own positions and those before.
+    pub context_len: usize,
 }
 
 /// A head's share of a [`MixedRow`].
@@ -28,6 +74,8 @@ pub struct MixedHead {
 pub struct RowSelection {
     /// The rows, at least one.
     pub rows: Vec<MixedRow>,
+    /// The round that rows of means gather over.
+    pub round: Round,
 }
 
 /// The selections of one step: for each row the entries at or above the largest threshold whose mass reaches the row's p.

@@ -4,7 +4,8 @@ mod fixture;
 
 use fixture::Fixture;
 use specattn_engine::{
-    EngineError, LoadOptions, LogitRows, MixedHead, MixedRow, Model, RowSelection, Step,
+    EngineError, LoadOptions, LogitRows, MixedHead, MixedRow, Model, Round, RowSelection, Spread,
+    Step,
 };
 
 const TOKENS: [u32; 6] = [5, 3, 90, 17, 17, 2];
@@ -60,7 +61,9 @@ fn a_device_that_selects_nothing_hands_out_rows() {
                 weight: 1.0,
             }],
             p: 0.9,
+            spread: None,
         }],
+        round: Round::default(),
     };
     let sound = selection(0);
     let step = Step {
@@ -76,9 +79,19 @@ fn a_device_that_selects_nothing_hands_out_rows() {
         rows: vec![MixedRow {
             terms: Vec::new(),
             p: 0.9,
+            spread: None,
         }],
+        round: Round::default(),
     };
-    for bad in [selection(1_000), empty, RowSelection::default()] {
+    let mut too_wide = selection(0);
+    too_wide.rows[0].spread = Some(Spread {
+        share: 0.5,
+        reach: 17,
+    });
+    let mut beyond_the_text = selection(0);
+    beyond_the_text.round.context_len = 64;
+    let none = RowSelection::default();
+    for bad in [selection(1_000), empty, none, too_wide, beyond_the_text] {
         let step = Step {
             select: Some(&bad),
             ..Step::new(&mut sequence, &TOKENS)

@@ -48,8 +48,10 @@ struct Gathered {
     spread: Option<f32>,
     /// Sum of the steps' rows over the context, for a source of means.
     sum: Vec<f32>,
-    /// Union of the steps' selections, for a source of unions.
+    /// Union of the steps' selections, for a source of unions; for one of means what was selected elsewhere, if it was.
     union: PositionSet,
+    /// Whether a source of means was selected from elsewhere.
+    is_selected: bool,
 }
 
 impl Gathered {
@@ -72,6 +74,7 @@ impl RoundSelector {
                     spread: source.spread,
                     sum: Vec::new(),
                     union: PositionSet::default(),
+                    is_selected: false,
                 })
                 .collect(),
             spread: Vec::new(),
@@ -90,6 +93,7 @@ impl RoundSelector {
         for source in &mut self.sources {
             source.union.clear();
             source.union.resize(context_len);
+            source.is_selected = false;
             source.sum.clear();
             if source.spread.is_some() {
                 source.sum.resize(context_len, 0.0);
@@ -113,13 +117,20 @@ impl RoundSelector {
         }
     }
 
-    /// Adds what was selected elsewhere from one draft step's row of source `source`, one of unions, by the mass of
-    /// [`mass_of`](Self::mass_of): bit i of word w is position 64 w + i.
+    /// Adds what was selected elsewhere by the mass of [`mass_of`](Self::mass_of): bit i of word w is position 64 w + i. For a
+    /// source of unions that is a selection from one draft step's row; for one of means it is the selection from all rows
+    /// of the round so far, which takes the place of the one before.
     ///
     /// # Panics
     /// When there is no such source.
     pub fn add_selected(&mut self, source: usize, words: &[u64]) {
-        self.sources[source].union.union_with_words(words);
+        let source = &mut self.sources[source];
+        if source.spread.is_some() {
+            source.is_selected = true;
+            source.union.clear();
+            source.union.resize(self.context_len);
+        }
+        source.union.union_with_words(words);
     }
 
     /// The share of a row's mass that selections from source `source` reach.
@@ -137,7 +148,7 @@ impl RoundSelector {
             .iter_mut()
             .map(|source| {
                 let mut set = std::mem::take(&mut source.union);
-                if let Some(share) = source.spread {
+                if let Some(share) = source.spread.filter(|_| !source.is_selected) {
                     let p = source.mass(self.policy.p);
                     spread(&source.sum, share, &mut self.spread);
                     select_top_p(&self.spread, p, &mut set);
@@ -196,6 +207,21 @@ mod tests {
         assert!(mask.sources[0].iter().eq([0, 1, 2]));
         // The log-odds of 0.95 less 2 are those of 0.72.
         assert!(mask.sources[1].iter().eq([0, 1]));
+    }
+
+    #[test]
+    fn means_that_were_selected_from_elsewhere_take_the_last_word() {
+        let mut sources = sources(1);
+        sources[0].spread = Some(0.5);
+        let mut selector = RoundSelector::new(MaskPolicy::default(), &sources);
+        selector.begin(6);
+        selector.add_selected(0, &[0b1]);
+        selector.add_selected(0, &[0b1100_0110]);
+        assert!(selector.finish().sources[0].iter().eq([1, 2]));
+        // The next round may have rows again.
+        selector.begin(6);
+        selector.add_step(0, &row(7, &[4]));
+        assert!(selector.finish().sources[0].iter().any(|i| i == 4));
     }
 
     #[test]

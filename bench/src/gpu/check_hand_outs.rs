@@ -5,9 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use specattn_engine::{
-    AttentionRows, DeviceChoice, LoadOptions, LogitRows, MixedHead, MixedRow, Model, RowSelection,
-    Sequence, Step, StepOutput,
+    AttentionRows, DeviceChoice, LoadOptions, LogitRows, MixedHead, MixedRow, Model, Round,
+    RowSelection, Sequence, Spread, Step, StepOutput,
 };
+use specattn_mask::spread::{REACH, spread};
 
 use super::numbers::Numbers;
 
@@ -35,6 +36,7 @@ pub fn check(root: &Path, device: DeviceChoice) -> Result<bool> {
         let mut right = true;
         for contexts in CONTEXTS {
             right &= check_batch(&mut model, contexts)?;
+            right &= check_means(&mut model, contexts)?;
         }
         println!(
             "hand-outs, {name}: {}\n",
@@ -90,9 +92,11 @@ fn selection(model: &Model, p: f32) -> RowSelection {
     let row = |(index, terms): (usize, Vec<MixedHead>)| MixedRow {
         terms,
         p: if index % 2 == 0 { p } else { 0.5 },
+        spread: None,
     };
     RowSelection {
         rows: rows.into_iter().enumerate().map(row).collect(),
+        round: Round::default(),
     }
 }
 
@@ -149,19 +153,89 @@ fn check_batch(model: &mut Model, contexts: &[usize]) -> Result<bool> {
             right = false;
         }
         for (index, row) in selection.rows.iter().enumerate() {
-            right &= check_row(attention, row, selected.row(index), index)?;
+            let mixed = mix(attention, row)?;
+            right &= check_row(&mixed, row.p, selected.row(index), index);
         }
     }
     Ok(right)
 }
 
-/// Whether `words` is a selection from the mixed row.
-fn check_row(
-    attention: &AttentionRows,
-    row: &MixedRow,
-    words: &[u64],
-    index: usize,
-) -> Result<bool> {
+/// Rounds of captured steps, whose means are selected from after each: sequences side by side, each at its own step.
+fn check_means(model: &mut Model, contexts: &[usize]) -> Result<bool> {
+    let mut numbers = Numbers(43);
+    let config = model.config().clone();
+    let mut sequences = sequences(model, contexts, &mut numbers)?;
+    let layers: Vec<usize> = (0..config.num_layers).collect();
+    let mut selections: Vec<RowSelection> = contexts
+        .iter()
+        .map(|&context_len| {
+            let mut selection = selection(model, 0.8);
+            for (row, share) in selection.rows.iter_mut().zip([0.5, 0.3, 0.0]) {
+                let reach = REACH as u32;
+                row.spread = Some(Spread { share, reach });
+            }
+            selection.round.context_len = context_len;
+            selection
+        })
+        .collect();
+    let mut sums: Vec<Vec<Vec<f32>>> = selections
+        .iter()
+        .zip(contexts)
+        .map(|(selection, &context)| vec![vec![0.0; context]; selection.rows.len()])
+        .collect();
+    let (mut right, mut wide) = (true, Vec::new());
+    for round in 0..2 {
+        for step in 0..3u32 {
+            let input = tokens(1, config.vocab_size, &mut numbers);
+            let mut run = |selects: bool| -> Result<Vec<StepOutput>> {
+                let parts = sequences.iter_mut().zip(&selections).zip(contexts);
+                let mut steps: Vec<Step<'_>> = parts
+                    .map(|((sequence, selection), &context)| {
+                        sequence.truncate(context + step as usize);
+                        Step {
+                            capture: &layers,
+                            select: selects.then_some(selection),
+                            ..Step::new(sequence, &input)
+                        }
+                    })
+                    .collect();
+                Ok(model.forward(&mut steps)?)
+            };
+            let (rows, handed) = (run(false)?, run(true)?);
+            let parts = rows.iter().zip(&handed).zip(&selections).zip(&mut sums);
+            for (((rows, handed), selection), sums) in parts {
+                let attention = rows.attention.as_ref().context("captured rows")?;
+                let selected = handed.selected.as_ref().context("selections")?;
+                for (index, (row, sum)) in selection.rows.iter().zip(sums).enumerate() {
+                    let mut mixed = mix(attention, row)?;
+                    if let Some(Spread { share, .. }) = row.spread {
+                        for (sum, &x) in sum.iter_mut().zip(&mixed) {
+                            *sum = if step == 0 { x } else { *sum + x };
+                        }
+                        spread(sum, share, &mut wide);
+                        // Selections know no scale, but the bounds on rounding below do.
+                        let scale = 1.0 / (wide.iter().sum::<f32>().max(f32::MIN_POSITIVE));
+                        mixed.fill(0.0);
+                        for (x, &w) in mixed.iter_mut().zip(&wide) {
+                            *x = w * scale;
+                        }
+                    }
+                    if !check_row(&mixed, row.p, selected.row(index), index) {
+                        println!("means, round {round}, step {step}");
+                        right = false;
+                    }
+                }
+            }
+            for selection in &mut selections {
+                selection.round.step = (step + 1) % 3;
+            }
+        }
+    }
+    Ok(right)
+}
+
+/// The row that a selection is made from, where it is of one step.
+fn mix(attention: &AttentionRows, row: &MixedRow) -> Result<Vec<f32>> {
     let mut mixed = vec![0.0f32; attention.kv_len];
     for term in &row.terms {
         let head = attention.row(term.layer as usize, term.head as usize);
@@ -169,6 +243,11 @@ fn check_row(
             *sum += term.weight * x;
         }
     }
+    Ok(mixed)
+}
+
+/// Whether `words` is a selection of mass `p` from the row.
+fn check_row(mixed: &[f32], p: f32, words: &[u64], index: usize) -> bool {
     let (mut kept, mut left_out) = (Vec::new(), Vec::new());
     for (position, &x) in mixed.iter().enumerate() {
         let is_kept = words[position / 64] >> (position % 64) & 1 == 1;
@@ -180,19 +259,19 @@ fn check_row(
     let most = left_out.iter().copied().fold(0.0, f64::max);
     let mass: f64 = kept.iter().sum();
     let above: f64 = kept.iter().filter(|&&x| x > least * (1.0 + MARGIN)).sum();
-    let wanted = f64::from(row.p) * (mass + left_out.iter().sum::<f64>());
+    let wanted = f64::from(p) * (mass + left_out.iter().sum::<f64>());
     let right = least * (1.0 + MARGIN) + UNIT >= most
         && mass + MARGIN >= wanted
         && above - MARGIN <= wanted;
-    let used = attention.kv_len % 64;
+    let used = mixed.len() % 64;
     let past_end = used != 0 && words.last().is_some_and(|last| last >> used != 0);
     if !right || past_end {
         println!(
             "selection {index} of {} positions, p {}: kept {} of mass {mass} from {least} on, left out up to {most}, past the end {past_end}",
-            attention.kv_len,
-            row.p,
+            mixed.len(),
+            p,
             kept.len()
         );
     }
-    Ok(right && !past_end)
+    right && !past_end
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
 use specattn_engine::{
-    DeviceChoice, LoadOptions, LogitRows, Model, RowSelection, Sequence, Step, StepOutput,
+    DeviceChoice, LoadOptions, LogitRows, Model, Round, RowSelection, Sequence, Step, StepOutput,
 };
 use specattn_mask::{LayerMap, MaskPolicy};
 
@@ -24,6 +24,8 @@ enum Kind {
     Rows,
     /// Selections for the target's masks.
     Masks,
+    /// The same from a round's means, spread.
+    Means,
     /// Those, and for the draft's own reads.
     MasksAndOwn,
 }
@@ -38,12 +40,19 @@ fn time(
     let config = model.config().clone();
     let layers: Vec<usize> = (0..config.num_layers).collect();
     let (draft_layers, heads) = (config.num_layers as u32, config.num_heads as u32);
-    let map = LayerMap::proportional(TARGET.0, TARGET.1, draft_layers, heads);
+    let mut map = LayerMap::proportional(TARGET.0, TARGET.1, draft_layers, heads);
+    for source in &mut map.sources {
+        source.spread = (kind == Kind::Means).then_some(0.5);
+    }
     let policy = MaskPolicy::default();
     let mut masks = RowSelector::new(policy, map.sources);
     let mut own = OwnReads::new(OwnPolicy::default(), &policy, config.num_kv_heads);
     let mut selection = RowSelection {
         rows: masks.mixed_rows().collect(),
+        round: Round {
+            context_len: context,
+            ..Round::default()
+        },
     };
     if kind == Kind::MasksAndOwn {
         let rows = own.mixed_rows(config.num_layers, config.num_heads);
@@ -57,7 +66,7 @@ fn time(
             logits: LogitRows::Last,
             argmax: true,
             capture: if kind == Kind::Plain { &[] } else { &layers },
-            select: matches!(kind, Kind::Masks | Kind::MasksAndOwn).then_some(&selection),
+            select: (!matches!(kind, Kind::Plain | Kind::Rows)).then_some(&selection),
             ..Step::new(sequence, &[17])
         };
         let output = model.forward(&mut [step])?.pop().context("an output")?;
@@ -125,6 +134,7 @@ pub fn table(config: &Path, device: DeviceChoice, contexts: &[usize]) -> Result<
         for (kind, name) in [
             (Kind::Rows, "rows to the host"),
             (Kind::Masks, "selections for masks"),
+            (Kind::Means, "the same, from means"),
             (Kind::MasksAndOwn, "those and the draft's own"),
         ] {
             let (forward, host) = time(&mut model, &mut sequence, context, kind)?;

@@ -50,6 +50,8 @@ kernels! {
     ENTRY_MASSES = "elementwise.cu" "entry_masses";
     ROW_ARGMAX = "elementwise.cu" "row_argmax";
     MIX_ROWS = "selection.cu" "mix_rows";
+    ADD_TO_MEANS = "selection.cu" "add_to_means";
+    SPREAD_MEANS = "selection.cu" "spread_means";
     TOP_P = "selection.cu" "top_p";
     UNITE_STEPS = "selection.cu" "unite_steps";
     BUILD_LISTS = "selection.cu" "build_lists";

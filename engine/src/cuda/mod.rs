@@ -18,6 +18,7 @@ mod kv_store;
 mod linear;
 mod memory;
 mod pinned;
+mod round_sums;
 mod row_mixer;
 pub mod selection;
 

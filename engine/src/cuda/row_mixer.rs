@@ -2,7 +2,7 @@
 //!
 //! Rows are mixed layer by layer, while a layer's scores are still in the L2 cache; so scores of one layer are all that is
 //! ever stored, and a row that mixes heads of several layers grows from one to the next. After the last layer all rows of all
-//! spans are selected from by one launch.
+//! spans are selected from by one launch; rows of means are gathered first ([`RoundSums`]).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use super::error::CudaError;
 use super::kernel_cache::Kernel;
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
+use super::round_sums::RoundSums;
 use super::selection::{RowSpec, Selector};
 use crate::backend::Pass;
 use crate::row_selection::SelectedRows;
@@ -23,14 +24,16 @@ const JOB_WORDS: usize = 8;
 /// The rows that one pass selects from.
 pub(super) struct RowMixer {
     device: Arc<Device>,
-    /// Jobs, layer by layer, then their terms.
+    /// Jobs, layer by layer, then rows of means, then the jobs' terms.
     plan: DeviceMemory,
     /// What carries it there; left alone until the pass has ended.
     upload: PinnedMemory,
     /// `[rows, stride]`.
     rows: DeviceMemory,
     selector: Selector,
+    sums: RoundSums,
     jobs_of_layer: Vec<Range<usize>>,
+    first_mean: usize,
     first_term: usize,
     specs: Vec<RowSpec>,
     stride: usize,
@@ -45,7 +48,9 @@ impl RowMixer {
             upload: device.pinned(),
             rows: DeviceMemory::new(device),
             selector: Selector::new(device),
+            sums: RoundSums::new(device),
             jobs_of_layer: Vec::new(),
+            first_mean: 0,
             first_term: 0,
             specs: Vec::new(),
             stride: 0,
@@ -61,7 +66,9 @@ impl RowMixer {
         num_heads: usize,
     ) -> Result<(), CudaError> {
         self.specs.clear();
+        self.sums.begin();
         let (mut jobs, mut terms): (Vec<Vec<u32>>, Vec<u32>) = (Vec::new(), Vec::new());
+        let mut means = Vec::new();
         let mut longest = 0;
         for &(span, selection) in &pass.selections {
             let number = pass.captures.iter().position(|&c| c == span);
@@ -71,6 +78,13 @@ impl RowMixer {
             let captured = (number * captured_tokens + last) * num_heads;
             let length = span.past + span.rows.len();
             longest = longest.max(length);
+            let first = self.specs.len();
+            let spread = selection.rows.iter().zip(first..);
+            let spread: Vec<_> = spread
+                .filter_map(|(row, number)| Some((number, row.spread?)))
+                .collect();
+            self.sums
+                .describe(selection.round, &spread, length, &mut means)?;
             for row in &selection.rows {
                 let mut of_row = row.terms.clone();
                 of_row.sort_by_key(|term| term.layer);
@@ -99,6 +113,8 @@ impl RowMixer {
             words.extend_from_slice(of_layer);
             self.jobs_of_layer.push(first..words.len() / JOB_WORDS);
         }
+        self.first_mean = words.len();
+        words.extend_from_slice(&means);
         self.first_term = words.len();
         words.extend_from_slice(&terms);
         self.stride = longest.next_multiple_of(4);
@@ -148,6 +164,8 @@ impl RowMixer {
         out: &mut [&mut SelectedRows],
         host: &mut PinnedMemory,
     ) -> Result<(), CudaError> {
+        let means = self.plan.address() + (self.first_mean * 4) as u64;
+        self.sums.gather(means, self.rows.address(), self.stride)?;
         self.selector.top_p(&self.rows, self.stride, &self.specs)?;
         let words = self.selector.words() / 2;
         let selected = self.selector.selected();

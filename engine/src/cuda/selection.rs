@@ -21,15 +21,16 @@ fn options(threads: u32, values: u32) -> [(&'static str, u32); 2] {
 
 /// What selecting in a forward may launch.
 pub(super) fn variants() -> impl Iterator<Item = Variant> {
-    let mix = Variant {
-        kernel: Kernel::MIX_ROWS,
+    let plain = [Kernel::MIX_ROWS, Kernel::ADD_TO_MEANS, Kernel::SPREAD_MEANS];
+    let plain = plain.into_iter().map(|kernel| Variant {
+        kernel,
         options: Vec::new(),
-    };
+    });
     let top_p = TILINGS.into_iter().map(|(threads, values)| Variant {
         kernel: Kernel::TOP_P,
         options: options(threads, values).to_vec(),
     });
-    std::iter::once(mix).chain(top_p)
+    plain.chain(top_p)
 }
 
 /// Mirrors `TopPArgs` in selection.cu.

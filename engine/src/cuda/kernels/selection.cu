@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
     }
 }
 
-// A row that is mixed from captured heads of one layer. Mirrors `JOB_WORDS` in row_selector.rs.
+// A row that is mixed from captured heads of one layer. Mirrors `JOB_WORDS` in row_mixer.rs.
 struct MixJob {
     u32 row;      // of the output
     u32 captured; // first head's row of the captured ones
@@ -208,6 +208,52 @@ extern "C" __global__ void __launch_bounds__(256) mix_rows(const float* scores, 
         sum.w = fmaf(exp2_fast(score.w - s.x), scale, sum.w);
     }
     *out = sum;
+}
+
+// A row of means: a round's rows, summed step by step, and selected from after each. Mirrors `MEAN_WORDS` in round_sums.rs.
+struct MeanRow {
+    float* sum;  // [context, rounded up to 4]
+    u32 row;     // of the mixed rows: this step's, and then what is selected from
+    u32 context; // positions that count
+    u32 length;  // of the row
+    u32 steps;   // of the round before this one
+    float share; // what a neighbour counts
+    u32 reach;   // neighbours to either side
+};
+
+// sum (+)= row. Blocks are [pieces of 1,024 positions, means].
+extern "C" __global__ void __launch_bounds__(256) add_to_means(const MeanRow* means, const float* rows, u32 row_stride) {
+    begin_kernel();
+    const MeanRow mean = means[blockIdx.y];
+    const u32 at = (blockIdx.x * 256 + threadIdx.x) * 4;
+    if (at >= mean.context) return;
+    float4 sum = *(const float4*)(rows + u64(mean.row) * row_stride + at);
+    if (mean.steps > 0) {
+        const float4 before = *(const float4*)(mean.sum + at);
+        sum.x += before.x, sum.y += before.y, sum.z += before.z, sum.w += before.w;
+    }
+    *(float4*)(mean.sum + at) = sum;
+}
+
+// row = the sum, spread, scaled so that its mass is at most 1; zeros past the context. Blocks are [pieces of 256 positions, means].
+extern "C" __global__ void __launch_bounds__(256) spread_means(const MeanRow* means, float* rows, u32 row_stride) {
+    begin_kernel();
+    const MeanRow mean = means[blockIdx.y];
+    const u32 at = blockIdx.x * 256 + threadIdx.x;
+    if (at >= mean.length) return;
+    float total = 0.0f;
+    if (at < mean.context) {
+        float weight = 1.0f, gain = 1.0f;
+        total = mean.sum[at];
+        for (u32 d = 1; d <= mean.reach; ++d) {
+            weight *= mean.share;
+            gain += 2.0f * weight;
+            if (at + d < mean.context) total = fmaf(weight, mean.sum[at + d], total);
+            if (at >= d) total = fmaf(weight, mean.sum[at - d], total);
+        }
+        total /= gain * float(mean.steps + 1);
+    }
+    rows[u64(mean.row) * row_stride + at] = total;
 }
 
 // Union over steps, then granularity: a group of `granularity` positions is kept when any member is. The result is the packed
