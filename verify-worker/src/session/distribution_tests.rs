@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use safetensors::tensor::{Dtype, TensorView};
-use specattn_engine::sampling::draft_token;
-use specattn_engine::{LoadOptions, Model, Step};
+use specattn_engine::sampling::{History, draft_token};
+use specattn_engine::{LoadOptions, Model, Step, StepOutput};
 use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
 use tokio::sync::{Semaphore, mpsc};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use specattn_engine::KvReads;
+use specattn_engine::{KvReads, StepOutput};
 use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
