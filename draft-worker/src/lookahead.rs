@@ -1,13 +1,17 @@
 //! [`Lookahead`]: whether drafting ahead of verdicts pays, measured.
 //!
 //! Far from its verify worker, or before a slow target, a draft that waits for each verdict wastes the wait. Where draft and
-//! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed as
-//! tokens per second from verdict to verdict; the faster one goes on, and the other is tried again now and then. What a
+//! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed from
+//! verdict to verdict; the faster one goes on, and the other is tried again now and then. They are timed at different places of
+//! the text, some easier to draft than others, so what counts is not the tokens that were settled but those that rounds of
+//! their lengths settle at one acceptance, the same for both (the formula of [`RoundLength`](crate::round_length)). What a
 //! session finds is where the worker's next one begins; that tries the other way later, unless its verdicts come at another
 //! pace: then it is behind another way, or another target, and knows nothing.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use crate::round_length::{acceptance, expected_tokens};
 
 /// Verdicts of a trial.
 const TRIAL: u32 = 12;
@@ -48,26 +52,46 @@ impl Findings {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+/// What is left of the acceptance after another round.
+const FADE: f64 = 0.97;
+
+/// Rounds, and the time they took.
+#[derive(Debug, Clone, Default)]
 struct Pace {
-    verdicts: f64,
-    tokens: f64,
+    /// How many there were of each length.
+    rounds: Vec<f64>,
     seconds: f64,
 }
 
 impl Pace {
-    fn rate(self) -> Option<f64> {
-        (self.seconds > 0.0).then(|| self.tokens / self.seconds)
+    fn add(&mut self, length: usize, time: Duration) {
+        if self.rounds.len() <= length {
+            self.rounds.resize(length + 1, 0.0);
+        }
+        self.rounds[length] += 1.0;
+        self.seconds += time.as_secs_f64();
     }
 
-    fn seconds_per_verdict(self) -> f64 {
-        self.seconds / self.verdicts.max(1.0)
+    fn verdicts(&self) -> f64 {
+        self.rounds.iter().sum()
+    }
+
+    /// Tokens per second that such rounds come to when a draft token is accepted with probability `acceptance`.
+    fn rate(&self, acceptance: f64) -> Option<f64> {
+        let of_length = self.rounds.iter().enumerate();
+        let tokens: f64 = of_length
+            .map(|(length, count)| count * expected_tokens(acceptance, length))
+            .sum();
+        (self.seconds > 0.0).then(|| tokens / self.seconds)
+    }
+
+    fn seconds_per_verdict(&self) -> f64 {
+        self.seconds / self.verdicts().max(1.0)
     }
 
     /// Lets what comes next count more than what was.
     fn fade(&mut self, kept: f64) {
-        self.verdicts *= kept;
-        self.tokens *= kept;
+        self.rounds.iter_mut().for_each(|count| *count *= kept);
         self.seconds *= kept;
     }
 }
@@ -86,6 +110,9 @@ struct Trials {
     unsettled: u32,
     /// Of waiting and of running ahead.
     paces: [Pace; 2],
+    /// Draft tokens judged, and accepted.
+    judged: f64,
+    accepted: f64,
     last: Option<Instant>,
 }
 
@@ -110,7 +137,9 @@ impl Lookahead {
                 left: inherited.map_or(TRIAL, |_| STRETCH_FIRST),
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
-                paces: [Pace::default(); 2],
+                paces: [Pace::default(), Pace::default()],
+                judged: 0.0,
+                accepted: 0.0,
                 last: None,
             }),
         }
@@ -129,10 +158,10 @@ impl Lookahead {
         self.ahead
     }
 
-    /// A verdict came that settled `tokens` tokens.
-    pub(crate) fn judged(&mut self, tokens: usize, now: Instant) {
+    /// A verdict came on a round of `proposed` tokens.
+    pub(crate) fn judged(&mut self, proposed: usize, accepted: usize, now: Instant) {
         if let Some(trials) = &mut self.trials
-            && trials.judged(self.ahead, tokens, now)
+            && trials.judged(self.ahead, (proposed, accepted), now)
         {
             self.ahead = trials.next(self.ahead);
         }
@@ -148,17 +177,18 @@ impl Lookahead {
 
 impl Trials {
     /// Times a verdict on the present way; whether it was the last of its stretch.
-    fn judged(&mut self, ahead: bool, tokens: usize, now: Instant) -> bool {
+    fn judged(&mut self, ahead: bool, round: (usize, usize), now: Instant) -> bool {
+        let (proposed, accepted) = round;
+        self.judged = FADE * self.judged + (accepted + usize::from(accepted < proposed)) as f64;
+        self.accepted = FADE * self.accepted + accepted as f64;
         let last = self.last.replace(now);
         if self.unsettled > 0 {
             self.unsettled -= 1;
             return false;
         }
         if let Some(last) = last {
-            let pace = &mut self.paces[usize::from(ahead)];
-            pace.verdicts += 1.0;
-            pace.tokens += tokens as f64;
-            pace.seconds += now.saturating_duration_since(last).as_secs_f64();
+            let time = now.saturating_duration_since(last);
+            self.paces[usize::from(ahead)].add(proposed, time);
         }
         self.left = self.left.saturating_sub(1);
         self.left == 0 || !self.still_holds(ahead)
@@ -166,8 +196,8 @@ impl Trials {
 
     /// Whether what was inherited holds here, as far as is known; asked once, after as many verdicts as a trial has.
     fn still_holds(&mut self, ahead: bool) -> bool {
-        let pace = self.paces[usize::from(ahead)];
-        if pace.verdicts < f64::from(TRIAL) {
+        let pace = &self.paces[usize::from(ahead)];
+        if pace.verdicts() < f64::from(TRIAL) {
             return true;
         }
         let Some(found) = self.inherited.take() else {
@@ -179,14 +209,15 @@ impl Trials {
 
     /// The way to go on after a stretch of the present one.
     fn next(&mut self, ahead: bool) -> bool {
-        let [waiting, running] = self.paces.map(Pace::rate);
+        let acceptance = acceptance(self.judged, self.accepted);
+        let [waiting, running] = [0, 1].map(|way: usize| self.paces[way].rate(acceptance));
         let Some((waiting, running)) = waiting.zip(running) else {
             return self.turn(ahead, true);
         };
         let best = running > MARGIN * waiting;
         self.findings.set(Found {
             ahead: best,
-            seconds: self.paces.map(Pace::seconds_per_verdict),
+            seconds: [0, 1].map(|way: usize| self.paces[way].seconds_per_verdict()),
         });
         if !self.on_trial {
             self.paces[usize::from(!ahead)].fade(OLD_TRIAL);
@@ -224,11 +255,9 @@ impl Trials {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
-    /// Runs `verdicts` verdicts of 3 tokens that take `waiting` or `ahead` ms; the share of them that ran ahead.
+    /// Runs `verdicts` verdicts that take `waiting` or `ahead` ms; the share of them that ran ahead.
     fn run(lookahead: &mut Lookahead, verdicts: u32, [waiting, ahead]: [u64; 2]) -> f64 {
         let mut now = Instant::now();
         let mut ran_ahead = 0;
@@ -236,7 +265,7 @@ mod tests {
             let ms = if lookahead.is_on() { ahead } else { waiting };
             ran_ahead += u32::from(lookahead.is_on());
             now += Duration::from_millis(ms);
-            lookahead.judged(3, now);
+            lookahead.judged(4, 2, now);
         }
         f64::from(ran_ahead) / f64::from(verdicts)
     }
@@ -250,6 +279,19 @@ mod tests {
         // What makes no difference is left, but tried again.
         let mut lookahead = Lookahead::measured(Arc::default());
         assert!((0.15..0.3).contains(&run(&mut lookahead, 1_000, [50, 50])));
+    }
+
+    #[test]
+    fn an_easy_passage_does_not_decide() {
+        // Waiting is timed where nothing is accepted, running ahead, which is slower, where all is.
+        let mut lookahead = Lookahead::measured(Arc::default());
+        let mut now = Instant::now();
+        for _ in 0..40 {
+            let ahead = lookahead.is_on();
+            now += Duration::from_millis(if ahead { 80 } else { 50 });
+            lookahead.judged(4, if ahead { 4 } else { 0 }, now);
+        }
+        assert!(!lookahead.is_on());
     }
 
     #[test]

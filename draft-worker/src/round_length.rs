@@ -14,6 +14,16 @@ const ODD_EVERY: u32 = 8;
 /// Rounds before anything is chosen.
 const WARM_UP: u32 = 6;
 
+/// The probability that a draft token is accepted, from how many of those judged were; below 1.
+pub(crate) fn acceptance(judged: f64, accepted: f64) -> f64 {
+    ((accepted + 0.5) / (judged + 1.0)).min(0.999)
+}
+
+/// Tokens that a round of `length` settles on average: see above.
+pub(crate) fn expected_tokens(acceptance: f64, length: usize) -> f64 {
+    (1.0 - acceptance.powi(length as i32 + 1)) / (1.0 - acceptance)
+}
+
 /// The state of one session.
 #[derive(Debug)]
 pub(crate) struct RoundLength {
@@ -78,11 +88,8 @@ impl RoundLength {
             0.0
         };
         let fixed = ((s - slope * k) / n).max(1e-6);
-        let a = ((self.accepted + 0.5) / (self.judged + 1.0)).min(0.999);
-        let rate = |k: usize| {
-            let tokens = (1.0 - a.powi(k as i32 + 1)) / (1.0 - a);
-            tokens / (fixed + slope * k as f64)
-        };
+        let a = acceptance(self.judged, self.accepted);
+        let rate = |k: usize| expected_tokens(a, k) / (fixed + slope * k as f64);
         (1..=self.most)
             .max_by(|&x, &y| rate(x).total_cmp(&rate(y)))
             .unwrap_or(self.most)

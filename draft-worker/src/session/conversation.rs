@@ -86,7 +86,7 @@ impl Session {
         new.extend(verdict.next_tokens);
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
         let now = clock::now();
-        joined.lookahead.judged(new.len(), now);
+        joined.lookahead.judged(proposed, verdict.accepted, now);
         if let Some(length) = &mut joined.length {
             let last = joined.last_verdict.replace(now);
             let took = last.map(|last| now.saturating_duration_since(last));
