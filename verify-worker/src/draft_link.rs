@@ -278,7 +278,7 @@ impl DraftLink {
             mask_p: self.mask_p.take(),
         };
         self.told += accepted + 1;
-        self.trust.judged();
+        self.trust.judged(accepted);
         self.send(LinkEvent::Verdict(verdict))
     }
 

@@ -272,7 +272,8 @@ impl Session {
         }
         // The last token needs no draft: a round could add no more than a dense pass does. Behind a stop token nothing
         // is worth a round before it stands.
-        let worth = self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
+        let rests = self.link.as_ref().is_some_and(|link| link.trust.rests());
+        let worth = !rests && self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
         if worth && self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped() {
             if let Some((draft, masked)) = self.next_round() {
                 self.begin(draft, masked);

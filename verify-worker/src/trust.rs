@@ -1,14 +1,21 @@
-//! [`Trust`]: how long a session waits for its draft.
+//! [`Trust`]: how long a session waits for its draft, and when it leaves its rounds alone.
 //!
 //! A draft earns waiting by proposing. While it is live the session waits up to a timeout for the next proposal; when
 //! that passes in vain the session goes on alone, waits again only after another proposal, and after k timeouts in a row
 //! lets 2^k tokens (at most 64) pass first. So a slow draft, or one that only sends stale proposals, costs a bounded
 //! share of the time.
+//!
+//! Rounds of which nothing is accepted cost the target, and the sessions beside, more than steps alone. After a dozen of them in
+//! a row each further one is followed by steps alone, 2^k of them again.
 
 use std::time::{Duration, Instant};
 
 /// Most solo steps between two waits, as a power of two.
 const BACKOFF_BITS_MAX: u32 = 6;
+
+/// Rounds in a row without an accepted token that are borne: where a third of the first tokens is accepted, that many come one time
+/// in a hundred.
+const FRUITLESS: u32 = 12;
 
 /// What a session does about its draft.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +36,8 @@ pub(crate) struct Trust {
     proposed: bool,
     /// Timeouts since a proposal was last judged.
     timeouts: u32,
+    /// Rounds judged since a token was last accepted.
+    fruitless: u32,
     /// Solo steps to take before waiting again.
     solo_first: u32,
     /// When the current wait began.
@@ -42,6 +51,7 @@ impl Trust {
             timeout,
             proposed: false,
             timeouts: 0,
+            fruitless: 0,
             solo_first: 0,
             waiting_since: None,
         }
@@ -52,11 +62,25 @@ impl Trust {
         self.proposed = true;
     }
 
-    /// A proposal was judged: the draft keeps up.
-    pub(crate) fn judged(&mut self) {
+    /// A proposal was judged and so many of its tokens accepted: the draft keeps up.
+    pub(crate) fn judged(&mut self, accepted: usize) {
+        self.answered();
+        self.fruitless = if accepted > 0 { 0 } else { self.fruitless + 1 };
+        if let Some(beyond) = self.fruitless.checked_sub(FRUITLESS) {
+            self.solo_first = 1 << beyond.min(BACKOFF_BITS_MAX);
+        }
+    }
+
+    /// A proposal was answered without a look at its tokens: the draft keeps up.
+    pub(crate) fn answered(&mut self) {
         self.timeouts = 0;
         self.solo_first = 0;
         self.waiting_since = None;
+    }
+
+    /// Whether rounds are left alone now, since nothing came of those before.
+    pub(crate) fn rests(&self) -> bool {
+        self.fruitless >= FRUITLESS && self.solo_first > 0
     }
 
     /// The session took a step alone.
@@ -101,7 +125,7 @@ mod tests {
         let later = now + TIMEOUT / 2;
         assert_eq!(trust.patience(later, None), Patience::Until(now + TIMEOUT));
         // A judged proposal begins a new one.
-        trust.judged();
+        trust.judged(0);
         assert_eq!(
             trust.patience(later, None),
             Patience::Until(later + TIMEOUT)
@@ -128,7 +152,7 @@ mod tests {
             trust.stepped_alone();
         }
         assert_eq!(steps, [2, 4, 8, 16, 32, 64, 64, 64]);
-        trust.judged();
+        trust.judged(1);
         trust.patience(now, None);
         assert_eq!(trust.patience(now + TIMEOUT, None), Patience::Over);
         assert_eq!(trust.solo_first, 2);
@@ -149,6 +173,28 @@ mod tests {
     }
 
     #[test]
+    fn rounds_without_fruit_become_rare() {
+        let mut trust = Trust::new(TIMEOUT);
+        let (mut rounds, mut steps) = (0, 0);
+        while rounds + steps < 2_000 {
+            if trust.rests() {
+                steps += 1;
+                trust.stepped_alone();
+            } else {
+                rounds += 1;
+                trust.judged(0);
+            }
+        }
+        assert!(rounds < 60, "{rounds}");
+        trust.judged(1);
+        assert!(!trust.rests());
+        for _ in 1..FRUITLESS {
+            trust.judged(0);
+            assert!(!trust.rests());
+        }
+    }
+
+    #[test]
     fn no_wait_is_longer_than_is_worth_it() {
         let mut trust = Trust::new(TIMEOUT);
         let (now, most) = (Instant::now(), TIMEOUT / 5);
@@ -156,7 +202,7 @@ mod tests {
         let patience = trust.patience(now, Some(most));
         assert_eq!(patience, Patience::Until(now + most));
         assert_eq!(trust.patience(now + most, Some(most)), Patience::Over);
-        trust.judged();
+        trust.judged(0);
         trust.proposal_arrived();
         let patience = trust.patience(now, Some(2 * TIMEOUT));
         assert_eq!(patience, Patience::Until(now + TIMEOUT));

@@ -219,7 +219,7 @@ impl Session {
         let Some(link) = &mut self.link else { return };
         link.withdraw(to);
         if proposed {
-            link.trust.judged();
+            link.trust.answered();
         } else {
             link.trust.stepped_alone();
         }
