@@ -385,6 +385,8 @@ impl Session {
 }
 
 #[cfg(test)]
+mod counter_tests;
+#[cfg(test)]
 mod distribution_tests;
 #[cfg(test)]
 mod tests;
