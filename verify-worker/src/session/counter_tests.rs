@@ -42,7 +42,7 @@ fn propose(session: &Session, text: &[u32], turn: usize, map: &LayerMap) -> Prop
         _ => (at * 31 % 1_000) as u32,
     });
     let set = |source: usize| {
-        let kept = (0..n - 1).filter(|position| (position + source + turn) % SPARSE == 0);
+        let kept = (0..n - 1).filter(|position| (position + source + turn).is_multiple_of(SPARSE));
         PositionSet::from_positions(n - 1, kept)
     };
     let mask = RoundMask {
