@@ -140,8 +140,8 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
     let Some(draft_folder) = &folders.draft else {
         return Err(CliError::Usage("--target needs its --draft".to_owned()));
     };
-    let mut target = load(&folders.target, &args.models)?;
-    let mut draft = load(draft_folder, &args.models)?;
+    let mut target = load_target(&folders.target, &args.models)?;
+    let mut draft = load_draft(draft_folder, &args.models)?;
     let longest = target.config().max_context.min(draft.config().max_context);
     let context = args.context.unwrap_or(AlignOptions::default().context);
     let options = AlignOptions {
@@ -193,14 +193,31 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Loads a checkpoint as `args` say.
-pub(crate) fn load(folder: &Path, args: &ModelArgs) -> Result<Model, CliError> {
+/// Loads a target as `args` say.
+pub(crate) fn load_target(folder: &Path, args: &ModelArgs) -> Result<Model, CliError> {
+    let options = LoadOptions {
+        device: args.device.clone().unwrap_or(DeviceChoice::Auto),
+        tensor_parallel: args.tensor_parallel,
+        ..LoadOptions::default()
+    };
+    load(folder, args, options)
+}
+
+/// Loads a draft as `args` say.
+pub(crate) fn load_draft(folder: &Path, args: &ModelArgs) -> Result<Model, CliError> {
+    let options = LoadOptions {
+        device: args.draft_device().unwrap_or(DeviceChoice::Auto),
+        ..LoadOptions::default()
+    };
+    load(folder, args, options)
+}
+
+fn load(folder: &Path, args: &ModelArgs, on: LoadOptions) -> Result<Model, CliError> {
     let options = LoadOptions {
         kv_cache_bytes: args.kv_cache_mib << 20,
         threads: args.threads,
         kv_dtype: args.kv_type.map(Into::into),
-        device: args.device.unwrap_or(DeviceChoice::Auto),
-        ..LoadOptions::default()
+        ..on
     };
     let model = Model::load(folder, &options, &mut |_, _| {});
     Ok(model.map_err(specattn_quality::QualityError::from)?)

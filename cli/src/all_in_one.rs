@@ -95,8 +95,20 @@ impl Plan {
         if let Some(name) = self.models.kv_type.and_then(|t| t.to_possible_value()) {
             flag("--kv-type", name.get_name().to_owned());
         }
-        if let Some(device) = self.models.device {
-            flag("--device", device.to_string());
+        match service {
+            Service::Draft => {
+                if let Some(device) = self.models.draft_device() {
+                    flag("--device", device.to_string());
+                }
+            }
+            _ => {
+                if let Some(device) = &self.models.device {
+                    flag("--device", device.to_string());
+                }
+                if let Some(ranks) = self.models.tensor_parallel {
+                    flag("--tensor-parallel", ranks.to_string());
+                }
+            }
         }
         flag("--gateway", gateway.to_owned());
         flag("--listen", "127.0.0.1:0".to_owned());
@@ -255,9 +267,11 @@ impl AllInOne {
         let model = ("--model", folder);
         let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
-        let on_cpu =
-            plan.models.device.unwrap_or(DeviceChoice::Auto).decided() == DeviceChoice::Cpu;
-        if on_cpu && config.drafting.lookahead == LookaheadMode::Auto {
+        let on_cpu = |device: Option<DeviceChoice>| {
+            device.unwrap_or(DeviceChoice::Auto).decided() == DeviceChoice::Cpu
+        };
+        let (target, draft) = (plan.models.device.clone(), plan.models.draft_device());
+        if on_cpu(target) && on_cpu(draft) && config.drafting.lookahead == LookaheadMode::Auto {
             // Both models have the same cores: whatever the draft does ahead, the target waits for.
             config.drafting.lookahead = LookaheadMode::Off;
         }

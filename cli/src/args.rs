@@ -335,9 +335,26 @@ pub struct ModelArgs {
     #[arg(long, value_enum, value_name = "TYPE", env = "SPECATTN_KV_TYPE")]
     pub kv_type: Option<KvType>,
 
-    /// Where the models run: auto (a GPU if there is one), cpu, or cuda:N [default: auto]
+    /// Where the models run: auto (a GPU if there is one), cpu, cuda:N, or cuda:N,M,... for a target split over several GPUs, whose
+    /// first is then the draft's [default: auto]
     #[arg(long, value_name = "DEVICE", env = "SPECATTN_DEVICE")]
     pub device: Option<DeviceChoice>,
+
+    /// Where the draft runs [default: --device's first]
+    #[arg(long, value_name = "DEVICE", env = "SPECATTN_DRAFT_DEVICE")]
+    pub draft_device: Option<DeviceChoice>,
+
+    /// Split the target over K GPUs, from --device's on [default: as many as --device lists]
+    #[arg(long, value_name = "K", env = "SPECATTN_TENSOR_PARALLEL")]
+    pub tensor_parallel: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Where the draft runs; `None` leaves it to the draft worker.
+    pub fn draft_device(&self) -> Option<DeviceChoice> {
+        let first = || self.device.as_ref().map(DeviceChoice::first);
+        self.draft_device.clone().or_else(first)
+    }
 }
 
 /// `specattn serve`.

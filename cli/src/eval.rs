@@ -15,7 +15,7 @@ use specattn_quality::eval::{
 use specattn_quality::recording::pair_shape;
 use specattn_quality::{Book, QualityError};
 
-use crate::align::{load, time_bar};
+use crate::align::{load_draft, load_target, time_bar};
 use crate::args::ModelArgs;
 use crate::error::CliError;
 use crate::models::ModelFolders;
@@ -326,8 +326,8 @@ fn evaluate(
     let Some(draft_folder) = &folders.draft else {
         return Err(CliError::Usage("--target needs its --draft".to_owned()));
     };
-    let mut target = load(&folders.target, &args.models)?;
-    let mut draft = load(draft_folder, &args.models)?;
+    let mut target = load_target(&folders.target, &args.models)?;
+    let mut draft = load_draft(draft_folder, &args.models)?;
     let pair = pair_shape(&target, &draft);
     let plan = Plan {
         settings: settings.to_vec(),

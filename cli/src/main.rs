@@ -9,6 +9,8 @@ use specattn_cli::{CliError, align, bench, eval, generate, health, key, resume, 
 use specattn_service::{ServiceError, telemetry};
 
 fn main() -> ExitCode {
+    #[cfg(feature = "cuda")]
+    specattn_engine::cuda::keep_multicast_off();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

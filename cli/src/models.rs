@@ -79,6 +79,8 @@ mod tests {
             kv_cache_mib: 1,
             kv_type: None,
             device: None,
+            draft_device: None,
+            tensor_parallel: None,
         }
     }
 

@@ -44,6 +44,7 @@ struct Worker {
     role: &'static str,
     endpoint: String,
     model: String,
+    devices: Vec<Device>,
     sessions_assigned: u32,
     sessions_active: u32,
     sessions_max: u32,
@@ -52,6 +53,16 @@ struct Worker {
     tokens_total: u64,
     draining: bool,
     heartbeat_age_ms: u64,
+}
+
+/// What a worker runs its model on; several devices are the ranks of a split model.
+#[derive(Debug, Serialize)]
+struct Device {
+    id: String,
+    name: String,
+    memory_bytes: u64,
+    /// The slowest way to the worker's other devices; `null` where there are none.
+    link: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -83,11 +94,13 @@ impl From<v1::WorkerStatus> for Worker {
             v1::WorkerRole::Unspecified => "unknown",
         };
         let load = worker.load.unwrap_or_default();
+        let model = worker.model.unwrap_or_default();
         Self {
             worker_id: worker.worker_id,
             role,
             endpoint: worker.endpoint,
-            model: worker.model.unwrap_or_default().name,
+            model: model.name,
+            devices: model.devices.into_iter().map(Device::from).collect(),
             sessions_assigned: worker.sessions_assigned,
             sessions_active: load.sessions_active,
             sessions_max: load.sessions_max,
@@ -97,6 +110,49 @@ impl From<v1::WorkerStatus> for Worker {
             draining: load.draining,
             heartbeat_age_ms: worker.heartbeat_age_ms,
         }
+    }
+}
+
+impl From<v1::Device> for Device {
+    fn from(device: v1::Device) -> Self {
+        Self {
+            id: device.id,
+            name: device.name,
+            memory_bytes: device.memory_bytes,
+            link: Some(device.link).filter(|link| !link.is_empty()),
+        }
+    }
+}
+
+impl Worker {
+    /// `cuda:0,1 NVIDIA H100, 80 GB each, NVLink`.
+    fn device(&self) -> String {
+        let Some(first) = self.devices.first() else {
+            return "-".to_owned();
+        };
+        let count = self.devices.len();
+        let mut text = first.id.clone();
+        for other in &self.devices[1..] {
+            // Ranks on one CPU have nothing to tell them apart.
+            if let Some((_, number)) = other.id.split_once(':') {
+                text.extend([",", number]);
+            }
+        }
+        if count > 1 && !first.id.contains(':') {
+            text.push_str(&format!(" × {count}"));
+        }
+        if !first.name.is_empty() {
+            text.extend([" ", &first.name]);
+        }
+        if first.memory_bytes > 0 {
+            let gb = (first.memory_bytes as f64 / 1e9).round();
+            let each = if count > 1 { " each" } else { "" };
+            text.push_str(&format!(", {gb} GB{each}"));
+        }
+        if let Some(link) = &first.link {
+            text.extend([", ", link]);
+        }
+        text
     }
 }
 
@@ -126,6 +182,7 @@ impl Status {
             "WORKER",
             "ROLE",
             "MODEL",
+            "DEVICE",
             "ENDPOINT",
             "STATE",
             "SESSIONS",
@@ -138,6 +195,7 @@ impl Status {
                 worker.worker_id.clone(),
                 worker.role.to_owned(),
                 worker.model.clone(),
+                worker.device(),
                 worker.endpoint.clone(),
                 if worker.draining { "draining" } else { "up" }.to_owned(),
                 format!("{}/{}", worker.sessions_active, worker.sessions_max),
@@ -262,6 +320,33 @@ mod tests {
         assert!(lines[5].contains("sparse  verify-1  -"), "{text}");
         let nothing = Status::from(v1::StatusResponse::default()).tables();
         assert_eq!(nothing, "no workers\n\nno sessions\n");
+    }
+
+    #[test]
+    fn devices_are_told_in_a_line() {
+        let device = |id: &str, name: &str, memory_bytes, link: &str| v1::Device {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            memory_bytes,
+            link: link.to_owned(),
+        };
+        let line = |devices: Vec<v1::Device>| {
+            let mut answer = answer();
+            if let Some(model) = &mut answer.workers[0].model {
+                model.devices = devices;
+            }
+            Status::from(answer).workers[0].device()
+        };
+        let gpu = |id: &str, link: &str| device(id, "NVIDIA H100", 85_100_000_000, link);
+        assert_eq!(line(vec![gpu("cuda:1", "")]), "cuda:1 NVIDIA H100, 85 GB");
+        assert_eq!(
+            line(vec![gpu("cuda:0", "NVLink"), gpu("cuda:3", "NVLink")]),
+            "cuda:0,3 NVIDIA H100, 85 GB each, NVLink"
+        );
+        assert_eq!(line(vec![device("cpu", "", 0, "")]), "cpu");
+        let rank = device("cpu", "", 0, "shared memory");
+        assert_eq!(line(vec![rank; 2]), "cpu × 2, shared memory");
+        assert_eq!(line(Vec::new()), "-");
     }
 
     #[test]

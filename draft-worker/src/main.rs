@@ -6,6 +6,8 @@ use specattn_service::args::{self, Service};
 use specattn_service::{shutdown, telemetry};
 
 fn main() -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    specattn_engine::cuda::keep_multicast_off();
     let args: Args = args::parse(Service::Draft);
     let config = args.config()?;
     telemetry::init(&args.telemetry)?;

@@ -13,6 +13,50 @@ pub struct HeadLists {
     pub of_head: Vec<u32>,
 }
 
+/// The lists of one span as a pass reads them: those of the KV heads of the rank that runs it.
+#[derive(Debug, Clone)]
+pub struct SpanLists<'a> {
+    /// Distinct lists.
+    pub lists: Vec<&'a [u32]>,
+    /// `[num_layers * num_kv_heads]`, layer-major: which of `lists` a KV head reads.
+    pub of_head: Vec<u32>,
+}
+
+impl<'a> From<&'a HeadLists> for SpanLists<'a> {
+    fn from(lists: &'a HeadLists) -> Self {
+        Self {
+            lists: lists.lists.iter().map(Vec::as_slice).collect(),
+            of_head: lists.of_head.clone(),
+        }
+    }
+}
+
+impl<'a> SpanLists<'a> {
+    /// The lists that `heads` name, numbered anew.
+    pub(crate) fn of_heads<'b>(lists: &'a HeadLists, heads: impl Iterator<Item = &'b u32>) -> Self {
+        const UNSEEN: u32 = u32::MAX;
+        let mut numbers = vec![UNSEEN; lists.lists.len()];
+        let mut own = Self {
+            lists: Vec::new(),
+            of_head: Vec::new(),
+        };
+        for &list in heads {
+            let number = &mut numbers[list as usize];
+            if *number == UNSEEN {
+                *number = own.lists.len() as u32;
+                own.lists.push(&lists.lists[list as usize]);
+            }
+            own.of_head.push(*number);
+        }
+        own
+    }
+
+    /// What KV head `head` reads, counted through all layers: layer · num_kv_heads + KV head.
+    pub fn of(&self, head: usize) -> &'a [u32] {
+        self.lists[self.of_head[head] as usize]
+    }
+}
+
 /// KV entries of one step, summed over layers and KV heads. An entry is one position's K and V of one KV head.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KvReads {

@@ -5,10 +5,11 @@
 
 use std::ops::Range;
 
-use crate::attention::{AttentionRows, HeadLists};
+use crate::attention::{AttentionRows, SpanLists};
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
 use crate::row_selection::{RowSelection, SelectedRows};
+pub use crate::share::Cut;
 
 /// Number types of stored weights and KV entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +57,7 @@ pub struct Span<'a> {
     /// Its block table.
     pub blocks: &'a [u32],
     /// Which cached positions to read; `None` for all.
-    pub lists: Option<&'a HeadLists>,
+    pub lists: Option<SpanLists<'a>>,
 }
 
 /// The tokens of one forward, laid out as consecutive rows.
@@ -80,7 +81,7 @@ pub struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     /// The same pass of one span, reading `lists`.
-    pub(crate) fn reading<'b>(&self, lists: &'b HeadLists) -> Pass<'b>
+    pub(crate) fn reading<'b>(&self, lists: &SpanLists<'b>) -> Pass<'b>
     where
         'a: 'b,
     {
@@ -88,7 +89,7 @@ impl<'a> Pass<'a> {
             rows: span.rows.clone(),
             past: span.past,
             blocks: span.blocks,
-            lists: Some(lists),
+            lists: Some(lists.clone()),
         });
         Pass {
             tokens: self.tokens.clone(),
@@ -165,11 +166,17 @@ pub trait Backend: Send {
     /// # Errors
     /// When the device has no room for it.
     fn weight(&self, tensor: Tensor) -> Result<Self::Weight, EngineError>;
-    /// A weight of that shape made up on the device, for benchmarks: vectors of ones, small pseudo-random matrices.
+    /// The part that `cut` takes of a weight of that shape, made up on the device, for benchmarks: vectors of ones, small
+    /// pseudo-random matrices.
     ///
     /// # Errors
     /// When the device has no room for it, or cannot make any.
-    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<Self::Weight, EngineError>;
+    fn random_weight(
+        &self,
+        shape: &[usize],
+        cut: &Cut,
+        seed: u32,
+    ) -> Result<Self::Weight, EngineError>;
     /// (free, total) bytes of the device's own memory; `None` where it is the host's.
     ///
     /// # Errors
@@ -265,7 +272,7 @@ pub trait Backend: Send {
         &self,
         x: &Self::Buffer,
         width: usize,
-        out: &mut Vec<Option<u32>>,
+        out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError>;
     /// Copies a buffer to the host, as f32.
     ///
@@ -282,6 +289,15 @@ pub trait Backend: Send {
         elements: Range<usize>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError>;
+}
+
+/// A row's largest entry.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Peak {
+    /// Its column.
+    pub column: u32,
+    /// Its value.
+    pub value: f32,
 }
 
 /// What [`Backend::rotate_and_store`] needs besides the rows.

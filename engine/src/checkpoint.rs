@@ -17,25 +17,63 @@ use sha2::{Digest, Sha256};
 use crate::backend::DType;
 use crate::config::ModelConfig;
 use crate::error::EngineError;
+use crate::share::Cut;
 
 /// Largest JSON file read: indexes of the largest public models are under 2 MiB, tokenizers under 40 MiB.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Longest shard name taken, in bytes: what file systems allow.
 const MAX_FILE_NAME: usize = 255;
 
-/// A tensor in a mapped file. Cloning shares the mapping.
+/// A tensor in a mapped file, or a part of one. Cloning shares the bytes.
 #[derive(Debug, Clone)]
 pub struct Tensor {
-    map: Arc<Mmap>,
+    stored: Stored,
     range: Range<usize>,
     shape: Vec<usize>,
     dtype: DType,
 }
 
+/// What holds a tensor's bytes.
+#[derive(Debug, Clone)]
+enum Stored {
+    File(Arc<Mmap>),
+    /// A matrix's columns lie apart in the file.
+    Copy(Arc<[u8]>),
+}
+
 impl Tensor {
     /// The stored bytes, row-major, little-endian.
     pub fn bytes(&self) -> &[u8] {
-        &self.map[self.range.clone()]
+        match &self.stored {
+            Stored::File(map) => &map[self.range.clone()],
+            Stored::Copy(bytes) => &bytes[self.range.clone()],
+        }
+    }
+
+    /// The part that `cut` takes, which lies inside.
+    pub(crate) fn part(&self, cut: &Cut) -> Self {
+        let mut part = self.clone();
+        match cut {
+            Cut::Whole => {}
+            Cut::Rows(own) => {
+                let row = self.shape[1..].iter().product::<usize>() * self.dtype.bytes();
+                let start = self.range.start;
+                part.range = start + own.start * row..start + own.end * row;
+                part.shape[0] = own.len();
+            }
+            Cut::Columns(own) => {
+                let width = self.dtype.bytes();
+                let columns = own.start * width..own.end * width;
+                let mut bytes = Vec::with_capacity(self.shape[0] * columns.len());
+                for row in self.bytes().chunks_exact(self.shape[1] * width) {
+                    bytes.extend_from_slice(&row[columns.clone()]);
+                }
+                part.range = 0..bytes.len();
+                part.stored = Stored::Copy(bytes.into());
+                part.shape[1] = own.len();
+            }
+        }
+        part
     }
 
     /// Dimensions.
@@ -268,7 +306,7 @@ fn map_shard(
             )));
         }
         let tensor = Tensor {
-            map: Arc::clone(&map),
+            stored: Stored::File(Arc::clone(&map)),
             range: data + start..data + end,
             shape: info.shape.clone(),
             dtype,

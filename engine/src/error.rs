@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+/// The label of the failure of a rank that others of its model have left.
+pub(crate) const RANK_LEFT: &str = "rank_left";
+
 /// An engine failure. [`EngineError::label`] gives a short name for metrics.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {

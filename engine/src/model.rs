@@ -1,55 +1,21 @@
 //! [`Model`]: a loaded checkpoint on a device, as the services see it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
-use crate::backend::{Backend, DType, KvShape};
+use crate::backend::{Backend, DType};
 use crate::checkpoint::Checkpoint;
 use crate::chooser::KeyChooser;
 use crate::config::ModelConfig;
-use crate::cpu::{CpuBackend, Isa as CpuIsa};
-use crate::device::DeviceChoice;
+use crate::device::{DeviceInfo, cpu_devices};
 use crate::error::EngineError;
-use crate::kv_cache::{BLOCK_TOKENS, BlockPool, Sequence};
+use crate::kv_cache::{BlockPool, Sequence};
+use crate::loading::{self, LoadOptions};
 use crate::row_selection::{MAX_REACH, MixedHead, RowSelection, SelectedRows};
 use crate::scripted::{Script, Scripted, ScriptedShape};
-use crate::transformer::{Transformer, WeightSource};
-
-/// How to load a model.
-#[derive(Debug, Clone)]
-pub struct LoadOptions {
-    /// KV cache budget in bytes; memory is touched as it is used.
-    pub kv_cache_bytes: usize,
-    /// Worker threads; 0 takes all cores. Models of one process share one pool.
-    pub threads: usize,
-    /// What KV entries are stored as. `None` takes f32 on the CPU, which keeps greedy output equal to an f32 reference, and the
-    /// weights' type on a GPU, which knows no other.
-    pub kv_dtype: Option<DType>,
-    /// Which of [`CpuIsa::available`] to run; `None` takes the best.
-    pub cpu_isa: Option<CpuIsa>,
-    /// Where the model runs.
-    pub device: DeviceChoice,
-    /// On a GPU, the share of its memory that everything in use may come to once the KV cache is made; it then takes the place of
-    /// `kv_cache_bytes`.
-    pub gpu_memory_utilization: Option<f32>,
-    /// Folder for compiled GPU kernels.
-    pub kernel_cache: Option<PathBuf>,
-}
-
-impl Default for LoadOptions {
-    fn default() -> Self {
-        Self {
-            kv_cache_bytes: 1 << 30,
-            threads: 0,
-            kv_dtype: None,
-            cpu_isa: None,
-            device: DeviceChoice::Cpu,
-            gpu_memory_utilization: None,
-            kernel_cache: None,
-        }
-    }
-}
+use crate::transformer::Transformer;
+use crate::weights::WeightSource;
 
 /// Which of a step's tokens get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,16 +93,16 @@ pub struct Model {
     transformer: Box<dyn Forwards>,
     blocks: Arc<BlockPool>,
     kv_dtype: DType,
-    device: DeviceChoice,
+    devices: Vec<DeviceInfo>,
 }
 
-/// A [`Transformer`] on whichever backend, or a script.
+/// A [`Transformer`] on whichever backend, several as ranks, or a script. Lengths of sequences are the caller's to change.
 pub(crate) trait Forwards: Send {
     fn config(&self) -> &ModelConfig;
-    fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
+    fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
     fn forward_choosing(
         &mut self,
-        step: &mut Step<'_>,
+        step: &Step<'_>,
         chooser: &mut dyn KeyChooser,
     ) -> Result<Option<StepOutput>, EngineError>;
 }
@@ -150,13 +116,14 @@ where
         self.config()
     }
 
-    fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
-        self.forward(steps)
+    fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
+        let outputs = self.forward(steps)?;
+        Ok(outputs.into_iter().map(|output| output.step).collect())
     }
 
     fn forward_choosing(
         &mut self,
-        step: &mut Step<'_>,
+        step: &Step<'_>,
         chooser: &mut dyn KeyChooser,
     ) -> Result<Option<StepOutput>, EngineError> {
         self.forward_choosing(step, chooser)
@@ -206,7 +173,7 @@ impl Model {
             transformer: Box::new(Scripted { config, script }),
             blocks: BlockPool::new(shape.kv_blocks),
             kv_dtype: DType::F32,
-            device: DeviceChoice::Cpu,
+            devices: cpu_devices(1),
         }
     }
 
@@ -215,74 +182,18 @@ impl Model {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
-        let device = options.device.decided();
-        match device {
-            DeviceChoice::Cpu | DeviceChoice::Auto => {
-                let backend = CpuBackend::new(options.threads, options.cpu_isa)?;
-                let kv_dtype = options.kv_dtype.unwrap_or(DType::F32);
-                Self::on(device, backend, source, (options, kv_dtype), progress)
-            }
-            #[cfg(feature = "cuda")]
-            DeviceChoice::Cuda(number) => {
-                let opened = crate::cuda::Device::shared(number, options.kernel_cache.clone())?;
-                let half = source.half_type()?;
-                let backend = crate::cuda::CudaBackend::new(opened, half)?;
-                let kv_dtype = options.kv_dtype.unwrap_or(half);
-                Self::on(device, backend, source, (options, kv_dtype), progress)
-            }
-            #[cfg(not(feature = "cuda"))]
-            DeviceChoice::Cuda(_) => Err(EngineError::Unsupported(
-                "a GPU: this build has no GPU support".to_owned(),
-            )),
-        }
-    }
-
-    fn on<B>(
-        device: DeviceChoice,
-        backend: B,
-        source: &WeightSource<'_>,
-        (options, kv_dtype): (&LoadOptions, DType),
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self, EngineError>
-    where
-        B: Backend,
-        Transformer<B>: Send + 'static,
-    {
-        let config = source.config();
-        let mut shape = KvShape {
-            num_layers: config.num_layers,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            num_blocks: 0,
-            dtype: kv_dtype,
-        };
-        // KV memory comes last: what weights leave of a GPU is known then.
-        let make_kv = |backend: &B| {
-            let budget = kv_budget(backend, options)?;
-            shape.num_blocks = budget / block_bytes(&shape);
-            if shape.num_blocks == 0 {
-                return Err(EngineError::InvalidArgument {
-                    what: "KV cache budget",
-                    reason: format!(
-                        "{budget} bytes hold no block of {} bytes",
-                        block_bytes(&shape)
-                    ),
-                });
-            }
-            backend.kv(shape)
-        };
-        let transformer = Transformer::load(backend, source, make_kv, progress)?;
+        let loaded = loading::load(source, options, progress)?;
         Ok(Self {
-            transformer: Box::new(transformer),
-            blocks: BlockPool::new(shape.num_blocks),
-            kv_dtype,
-            device,
+            transformer: loaded.forwards,
+            blocks: BlockPool::new(loaded.num_blocks),
+            kv_dtype: loaded.kv_dtype,
+            devices: loaded.devices,
         })
     }
 
-    /// Where the model runs.
-    pub fn device(&self) -> DeviceChoice {
-        self.device
+    /// What the model runs on: a device per rank, so more than one where it is split.
+    pub fn devices(&self) -> &[DeviceInfo] {
+        &self.devices
     }
 
     /// The model's shape and identity.
@@ -338,13 +249,17 @@ impl Model {
         for step in steps.iter() {
             self.check(step)?;
         }
-        self.transformer.forward(steps)
+        let outputs = self.transformer.forward(steps)?;
+        for step in steps {
+            step.sequence.extend(step.tokens.len());
+        }
+        Ok(outputs)
     }
 
     /// Runs one step whose reads `chooser` chooses layer by layer; the step's own lists are not looked at.
     ///
     /// # Errors
-    /// As [`Model::forward`], and [`EngineError::InvalidArgument`] on a device that offers no keys.
+    /// As [`Model::forward`], and [`EngineError::InvalidArgument`] where no keys are offered.
     ///
     /// # Panics
     /// When the chooser lists positions that are not cached, or not in order.
@@ -356,10 +271,12 @@ impl Model {
         step.lists = None;
         self.check(step)?;
         let output = self.transformer.forward_choosing(step, chooser)?;
-        output.ok_or_else(|| EngineError::InvalidArgument {
+        let output = output.ok_or_else(|| EngineError::InvalidArgument {
             what: "chooser",
-            reason: "this device offers no keys".to_owned(),
-        })
+            reason: "neither a GPU nor a split model offers keys".to_owned(),
+        })?;
+        step.sequence.extend(step.tokens.len());
+        Ok(output)
     }
 
     /// Everything the kernels rely on.
@@ -442,27 +359,4 @@ impl Model {
         }
         Ok(())
     }
-}
-
-/// Bytes for the KV cache.
-fn kv_budget<B: Backend>(backend: &B, options: &LoadOptions) -> Result<usize, EngineError> {
-    let (Some(share), Some((free, total))) =
-        (options.gpu_memory_utilization, backend.device_memory()?)
-    else {
-        return Ok(options.kv_cache_bytes);
-    };
-    if !(share > 0.0 && share <= 1.0) {
-        return Err(EngineError::InvalidArgument {
-            what: "GPU memory utilization",
-            reason: format!("{share} is not in (0, 1]"),
-        });
-    }
-    let allowed = (total as f64 * f64::from(share)) as usize;
-    Ok(allowed.saturating_sub(total - free))
-}
-
-/// Bytes of one KV block over all layers; every backend pads heads to a multiple of 16.
-fn block_bytes(shape: &KvShape) -> usize {
-    let entry = 2 * shape.head_dim.next_multiple_of(16) * shape.dtype.bytes();
-    shape.num_layers * shape.num_kv_heads * BLOCK_TOKENS * entry
 }

@@ -1,8 +1,10 @@
 //! From steps to the rows of a pass, and from what a pass yields back to the steps.
 
+use crate::attention::{HeadLists, SpanLists};
 use crate::backend::{Backend, Capture, HandOut, Masses, Pass, Span};
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
+use crate::transformer::RankOutput;
 
 /// Rows of logits that a step gets.
 fn logit_rows(step: &Step<'_>) -> usize {
@@ -13,13 +15,13 @@ fn logit_rows(step: &Step<'_>) -> usize {
     }
 }
 
-/// Gives every step its rows of `logits`, or their most probable tokens.
+/// Gives every step its rows of `logits`, `[rows, vocab_size]`, or their most probable tokens.
 pub(crate) fn hand_out_logits<B: Backend>(
     backend: &B,
     logits: &B::Buffer,
     vocab_size: usize,
-    steps: &[&mut Step<'_>],
-    outputs: &mut [&mut StepOutput],
+    steps: &[&Step<'_>],
+    outputs: &mut [&mut RankOutput],
 ) -> Result<(), EngineError> {
     let mut most_probable = Vec::new();
     if steps.iter().any(|step| step.argmax && logit_rows(step) > 0) {
@@ -33,20 +35,27 @@ pub(crate) fn hand_out_logits<B: Backend>(
             continue;
         }
         if step.argmax {
-            output.argmax = most_probable[rows].to_vec();
+            let peaks = &most_probable[rows];
+            let tokens = peaks.iter().map(|peak| peak.map(|peak| peak.column));
+            output.step.argmax = tokens.collect();
+            let values = peaks
+                .iter()
+                .map(|peak| peak.map_or(f32::NAN, |peak| peak.value));
+            output.peaks = values.collect();
         } else {
             let elements = rows.start * vocab_size..rows.end * vocab_size;
-            backend.read_range(logits, elements, &mut output.logits)?;
+            backend.read_range(logits, elements, &mut output.step.logits)?;
         }
     }
     Ok(())
 }
 
-/// Lays the steps' tokens out as rows.
+/// Lays the steps' tokens out as rows; `own` gives the rank's part of a step's lists.
 pub(crate) fn layout<'a>(
-    steps: &'a [&mut Step<'_>],
-    outputs: &[&mut StepOutput],
+    steps: &[&'a Step<'_>],
+    outputs: &[&mut RankOutput],
     bulk: bool,
+    own: &dyn Fn(&'a HeadLists) -> SpanLists<'a>,
 ) -> Pass<'a> {
     let mut pass = Pass {
         tokens: Vec::new(),
@@ -65,7 +74,7 @@ pub(crate) fn layout<'a>(
         let rows = start..pass.tokens.len();
         pass.logit_rows
             .extend(rows.end - logit_rows(step)..rows.end);
-        let selects = output.selected.is_some();
+        let selects = output.step.selected.is_some();
         if selects || !step.capture.is_empty() || step.masses {
             pass.captures.push(pass.spans.len());
         }
@@ -76,7 +85,7 @@ pub(crate) fn layout<'a>(
             rows,
             past,
             blocks: step.sequence.blocks(),
-            lists: step.lists,
+            lists: step.lists.map(own),
         });
     }
     pass
@@ -84,7 +93,7 @@ pub(crate) fn layout<'a>(
 
 /// Where this layer's captured rows and masses go.
 pub(crate) fn hand_out<'a>(
-    outputs: &'a mut [&mut StepOutput],
+    outputs: &'a mut [&mut RankOutput],
     layer: usize,
     kv_heads: usize,
 ) -> HandOut<'a> {
@@ -92,7 +101,7 @@ pub(crate) fn hand_out<'a>(
     for (span, output) in outputs.iter_mut().enumerate() {
         let StepOutput {
             attention, masses, ..
-        } = &mut **output;
+        } = &mut output.step;
         if let Some(rows) = attention
             && let Some(slot) = rows.layers.iter().position(|&l| l == layer)
         {
@@ -107,10 +116,10 @@ pub(crate) fn hand_out<'a>(
 }
 
 /// Where the masses of all layers go.
-pub(crate) fn all_masses<'a>(outputs: &'a mut [&mut StepOutput]) -> Vec<Masses<'a>> {
+pub(crate) fn all_masses<'a>(outputs: &'a mut [&mut RankOutput]) -> Vec<Masses<'a>> {
     let spans = outputs.iter_mut().enumerate();
     let wanted = spans.filter_map(|(span, output)| {
-        let of_head = &mut output.masses.as_mut()?.of_head;
+        let of_head = &mut output.step.masses.as_mut()?.of_head;
         Some(Masses { span, of_head })
     });
     wanted.collect()

@@ -64,22 +64,21 @@ impl Forwards for Scripted {
         &self.config
     }
 
-    fn forward(&mut self, steps: &mut [Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
+    fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
         let mut outputs = self.script.answer(steps);
-        for (step, output) in steps.iter_mut().zip(&mut outputs) {
+        for (step, output) in steps.iter().zip(&mut outputs) {
             if step.argmax {
                 let logits = std::mem::take(&mut output.logits);
                 let rows = logits.chunks_exact(self.config.vocab_size);
                 output.argmax = rows.map(most_probable).collect();
             }
-            step.sequence.extend(step.tokens.len());
         }
         Ok(outputs)
     }
 
     fn forward_choosing(
         &mut self,
-        _step: &mut Step<'_>,
+        _step: &Step<'_>,
         _chooser: &mut dyn KeyChooser,
     ) -> Result<Option<StepOutput>, EngineError> {
         Ok(None)

@@ -3,33 +3,20 @@
 //! Pre-norm blocks: x += Attention(norm(x)); x += MLP(norm(x)) with a gated SiLU MLP, rotary positions, grouped-query
 //! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
 
-use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads};
-#[cfg(feature = "cuda")]
-use crate::backend::DType;
+use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads, SpanLists};
 use crate::backend::{AttentionArgs, AttentionShape, Backend, Epilogue, Linear, Pass, RotateArgs};
-use crate::checkpoint::Checkpoint;
 use crate::chooser::{KeyChooser, LayerKeys};
+use crate::communicator::Communicator;
 use crate::config::ModelConfig;
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
 use crate::pass_layout::{all_masses, hand_out, hand_out_logits, layout};
 use crate::row_selection::SelectedRows;
+use crate::share::Share;
+use crate::weights::Weights;
 
 /// A dense step of at least this many tokens runs alone, on the kernels for many rows.
 const BULK_TOKENS: usize = 32;
-
-struct Layer<W> {
-    input_norm: W,
-    /// q, k, v.
-    qkv: [Linear<W>; 3],
-    /// Norms of q and k heads.
-    qk_norm: Option<(W, W)>,
-    output: Linear<W>,
-    mlp_norm: W,
-    gate: Linear<W>,
-    up: Linear<W>,
-    down: Linear<W>,
-}
 
 /// Activations, kept from one pass to the next.
 struct Activations<T> {
@@ -44,183 +31,60 @@ struct Activations<T> {
     logits: T,
 }
 
-/// A model's weights, KV memory and activations on a backend.
+/// Where a transformer stands among those that run one model together.
+pub(crate) struct Place<Buffer> {
+    /// What it holds of the model.
+    pub(crate) share: Share,
+    /// How it meets the others; `None` where there are none.
+    pub(crate) group: Option<Box<dyn Communicator<Buffer>>>,
+}
+
+/// What [`Transformer::new`] puts together.
+pub(crate) struct Parts<B: Backend> {
+    pub(crate) backend: B,
+    pub(crate) weights: Weights<B::Weight>,
+    pub(crate) kv: B::Kv,
+    /// Of the whole model.
+    pub(crate) config: ModelConfig,
+    pub(crate) place: Place<B::Buffer>,
+}
+
+/// A model's weights, KV memory and activations on a backend, or one rank's share of them.
 pub(crate) struct Transformer<B: Backend> {
     backend: B,
     config: ModelConfig,
     inverse_frequencies: Vec<f32>,
-    embedding: Linear<B::Weight>,
-    layers: Vec<Layer<B::Weight>>,
-    final_norm: B::Weight,
-    /// The output projection; `None`: the embedding table.
-    head: Option<Linear<B::Weight>>,
+    weights: Weights<B::Weight>,
     kv: B::Kv,
     activations: Activations<B::Buffer>,
+    /// Of this rank's heads.
+    shape: AttentionShape,
+    place: Place<B::Buffer>,
 }
 
-/// Where weights come from.
-pub(crate) enum WeightSource<'a> {
-    /// A checkpoint folder.
-    Checkpoint(&'a Checkpoint),
-    /// Nowhere: a model of this shape with random ones.
-    Random(&'a ModelConfig),
-}
-
-impl WeightSource<'_> {
-    /// The model's configuration.
-    pub(crate) fn config(&self) -> &ModelConfig {
-        match self {
-            Self::Checkpoint(checkpoint) => checkpoint.config(),
-            Self::Random(config) => config,
-        }
-    }
-
-    /// The 16-bit type for a device that has no other: the embedding table's, bf16 where that is f32.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn half_type(&self) -> Result<DType, EngineError> {
-        let Self::Checkpoint(checkpoint) = self else {
-            return Ok(DType::Bf16);
-        };
-        let c = checkpoint.config();
-        let table = checkpoint.tensor(EMBEDDING, &[c.vocab_size, c.hidden_size])?;
-        Ok(match table.dtype() {
-            DType::F32 => DType::Bf16,
-            half => half,
-        })
-    }
-}
-
-/// The embedding table's name in checkpoints.
-const EMBEDDING: &str = "model.embed_tokens.weight";
-
-/// Brings tensors to the backend, counting bytes.
-struct Loader<'a, B: Backend> {
-    backend: &'a B,
-    source: &'a WeightSource<'a>,
-    done: u64,
-    total: u64,
-    progress: &'a mut dyn FnMut(u64, u64),
-}
-
-impl<B: Backend> Loader<'_, B> {
-    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<B::Weight, EngineError> {
-        let WeightSource::Checkpoint(checkpoint) = self.source else {
-            self.done += 1;
-            return self.backend.random_weight(shape, self.done as u32);
-        };
-        let tensor = checkpoint.tensor(name, shape)?;
-        let bytes = tensor.bytes().len() as u64;
-        let weight = self.backend.weight(tensor)?;
-        self.done += bytes;
-        (self.progress)(self.done, self.total);
-        Ok(weight)
-    }
-
-    fn linear(
-        &mut self,
-        name: &str,
-        out: usize,
-        input: usize,
-        bias: bool,
-    ) -> Result<Linear<B::Weight>, EngineError> {
-        let weight = self.weight(&format!("{name}.weight"), &[out, input])?;
-        let bias = if bias {
-            Some(self.weight(&format!("{name}.bias"), &[out])?)
-        } else {
-            None
-        };
-        Ok(Linear { weight, bias })
-    }
-
-    fn layer(&mut self, index: usize) -> Result<Layer<B::Weight>, EngineError> {
-        let c = self.source.config().clone();
-        let at = |name: &str| format!("model.layers.{index}.{name}");
-        let (q_width, kv_width) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let qk_norm = if c.qk_norm {
-            Some((
-                self.weight(&at("self_attn.q_norm.weight"), &[c.head_dim])?,
-                self.weight(&at("self_attn.k_norm.weight"), &[c.head_dim])?,
-            ))
-        } else {
-            None
-        };
-        Ok(Layer {
-            input_norm: self.weight(&at("input_layernorm.weight"), &[c.hidden_size])?,
-            qkv: [
-                self.linear(&at("self_attn.q_proj"), q_width, c.hidden_size, c.qkv_bias)?,
-                self.linear(&at("self_attn.k_proj"), kv_width, c.hidden_size, c.qkv_bias)?,
-                self.linear(&at("self_attn.v_proj"), kv_width, c.hidden_size, c.qkv_bias)?,
-            ],
-            qk_norm,
-            output: self.linear(
-                &at("self_attn.o_proj"),
-                c.hidden_size,
-                q_width,
-                c.output_bias,
-            )?,
-            mlp_norm: self.weight(&at("post_attention_layernorm.weight"), &[c.hidden_size])?,
-            gate: self.linear(
-                &at("mlp.gate_proj"),
-                c.intermediate_size,
-                c.hidden_size,
-                c.mlp_bias,
-            )?,
-            up: self.linear(
-                &at("mlp.up_proj"),
-                c.intermediate_size,
-                c.hidden_size,
-                c.mlp_bias,
-            )?,
-            down: self.linear(
-                &at("mlp.down_proj"),
-                c.hidden_size,
-                c.intermediate_size,
-                c.mlp_bias,
-            )?,
-        })
-    }
+/// What a rank yields for a step: its heads' attention, its part of the vocabulary's logits, its KV heads' masses and reads.
+/// Of a model that is not split: everything.
+pub(crate) struct RankOutput {
+    pub(crate) step: StepOutput,
+    /// `[rows]`, beside [`StepOutput::argmax`], whose columns are the rank's own: their logits.
+    pub(crate) peaks: Vec<f32>,
 }
 
 impl<B: Backend> Transformer<B> {
-    /// Brings a model's weights to `backend`; `make_kv` then makes memory for its KV cache.
-    pub(crate) fn load(
-        backend: B,
-        source: &WeightSource<'_>,
-        make_kv: impl FnOnce(&B) -> Result<B::Kv, EngineError>,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self, EngineError> {
-        let config = source.config().clone();
-        let total = match source {
-            WeightSource::Checkpoint(checkpoint) => checkpoint.total_bytes(),
-            WeightSource::Random(_) => 0,
-        };
-        let mut loader = Loader {
-            backend: &backend,
-            source,
-            done: 0,
-            total,
-            progress,
-        };
-        let table = [config.vocab_size, config.hidden_size];
-        let embedding = Linear {
-            weight: loader.weight(EMBEDDING, &table)?,
-            bias: None,
-        };
-        let layers = (0..config.num_layers)
-            .map(|l| loader.layer(l))
-            .collect::<Result<_, _>>()?;
-        let final_norm = loader.weight("model.norm.weight", &[config.hidden_size])?;
-        let head = if config.tie_word_embeddings {
-            None
-        } else {
-            Some(loader.linear("lm_head", config.vocab_size, config.hidden_size, false)?)
-        };
-        let kv = make_kv(&backend)?;
-        backend.prepare(&AttentionShape {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        })?;
+    /// A model, or a rank's share of one, from its weights and its KV memory.
+    ///
+    /// # Errors
+    /// When the device cannot be made ready for it.
+    pub(crate) fn new(parts: Parts<B>) -> Result<Self, EngineError> {
+        let Parts {
+            backend,
+            weights,
+            kv,
+            config,
+            place,
+        } = parts;
+        let shape = place.share.attention(&config);
+        backend.prepare(&shape)?;
         let buffer = || backend.buffer();
         let activations = Activations {
             hidden: buffer(),
@@ -238,46 +102,47 @@ impl<B: Backend> Transformer<B> {
             backend,
             inverse_frequencies,
             config,
-            embedding,
-            layers,
-            final_norm,
-            head,
+            weights,
             kv,
             activations,
+            shape,
+            place,
         })
     }
 
-    /// The model's configuration.
+    /// Where it stands among the model's ranks.
+    pub(crate) fn place(&self) -> &Place<B::Buffer> {
+        &self.place
+    }
+
+    /// The whole model's configuration.
     pub(crate) fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Runs checked steps: long dense ones alone, all others together.
+    /// Runs checked steps: long dense ones alone, all others together. The sequences' lengths are left to the caller.
     ///
     /// # Errors
     /// When the device fails.
-    pub(crate) fn forward(
-        &mut self,
-        steps: &mut [Step<'_>],
-    ) -> Result<Vec<StepOutput>, EngineError> {
+    pub(crate) fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<RankOutput>, EngineError> {
         let is_bulk = |s: &Step<'_>| {
             let exact = matches!(s.logits, LogitRows::Verify | LogitRows::Replay);
             let plain =
                 s.lists.is_none() && s.capture.is_empty() && s.select.is_none() && !s.masses;
             plain && !exact && s.tokens.len() >= BULK_TOKENS
         };
-        let mut outputs: Vec<StepOutput> = steps.iter().map(|s| self.output_of(s)).collect();
+        let mut outputs: Vec<RankOutput> = steps.iter().map(|s| self.output_of(s)).collect();
         let (mut small, mut small_outputs) = (Vec::new(), Vec::new());
-        for (step, output) in steps.iter_mut().zip(&mut outputs) {
+        for (step, output) in steps.iter().zip(&mut outputs) {
             if is_bulk(step) {
-                self.pass(&mut [step], &mut [output], true, None)?;
+                self.pass(&[step], &mut [output], true, None)?;
             } else {
                 small.push(step);
                 small_outputs.push(output);
             }
         }
         if !small.is_empty() {
-            self.pass(&mut small, &mut small_outputs, false, None)?;
+            self.pass(&small, &mut small_outputs, false, None)?;
         }
         Ok(outputs)
     }
@@ -285,7 +150,7 @@ impl<B: Backend> Transformer<B> {
     /// Runs one checked step without lists, whose reads `chooser` chooses; `None` where the device cannot.
     pub(crate) fn forward_choosing(
         &mut self,
-        step: &mut Step<'_>,
+        step: &Step<'_>,
         chooser: &mut dyn KeyChooser,
     ) -> Result<Option<StepOutput>, EngineError> {
         let keys = self.backend.keys(&self.kv, 0, step.sequence.blocks(), 0);
@@ -293,39 +158,38 @@ impl<B: Backend> Transformer<B> {
             return Ok(None);
         }
         let mut output = self.output_of(step);
-        output.kv.read = 0;
-        self.pass(&mut [step], &mut [&mut output], false, Some(chooser))?;
-        Ok(Some(output))
+        output.step.kv.read = 0;
+        self.pass(&[step], &mut [&mut output], false, Some(chooser))?;
+        Ok(Some(output.step))
     }
 
     /// An output with room for captured rows, and the step's KV reads.
-    fn output_of(&self, step: &Step<'_>) -> StepOutput {
-        let c = &self.config;
+    fn output_of(&self, step: &Step<'_>) -> RankOutput {
+        let (c, shape) = (&self.config, &self.shape);
         let kv_len = step.sequence.len() + step.tokens.len();
         let selects = step.select.is_some()
             && step.lists.is_none()
             && !step.masses
+            // A row mixes heads of all ranks.
+            && self.place.share.is_whole()
             && self.backend.selects(kv_len);
         let attention = (!selects && !step.capture.is_empty()).then(|| AttentionRows {
             layers: step.capture.to_vec(),
-            num_heads: c.num_heads,
+            num_heads: shape.num_heads,
             kv_len,
-            probs: vec![0.0; step.capture.len() * c.num_heads * kv_len],
+            probs: vec![0.0; step.capture.len() * shape.num_heads * kv_len],
         });
-        let heads = (c.num_layers * c.num_kv_heads) as u64;
-        let dense = heads * kv_len as u64;
+        let heads = c.num_layers * shape.num_kv_heads;
+        let dense = (heads * kv_len) as u64;
         let read = match step.lists {
             None => dense,
-            Some(l) => {
-                let listed: u64 = l
-                    .of_head
-                    .iter()
-                    .map(|&i| l.lists[i as usize].len() as u64)
-                    .sum();
-                listed + heads * step.tokens.len() as u64
+            Some(lists) => {
+                let own = self.place.share.lists(lists, c);
+                let listed: usize = (0..heads).map(|head| own.of(head).len()).sum();
+                (listed + heads * step.tokens.len()) as u64
             }
         };
-        StepOutput {
+        let step = StepOutput {
             logits: Vec::new(),
             argmax: Vec::new(),
             attention,
@@ -334,33 +198,35 @@ impl<B: Backend> Transformer<B> {
                 words: Vec::new(),
             }),
             masses: step.masses.then(|| EntryMasses {
-                of_head: vec![Vec::new(); c.num_layers * c.num_kv_heads],
+                of_head: vec![Vec::new(); heads],
             }),
             kv: KvReads { read, dense },
+        };
+        RankOutput {
+            step,
+            peaks: Vec::new(),
         }
     }
 
     /// One forward over the rows of `steps`.
     fn pass(
         &mut self,
-        steps: &mut [&mut Step<'_>],
-        outputs: &mut [&mut StepOutput],
+        steps: &[&Step<'_>],
+        outputs: &mut [&mut RankOutput],
         bulk: bool,
         mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
-        let pass = layout(steps, outputs, bulk);
-        let shape = AttentionShape {
-            num_heads: self.config.num_heads,
-            num_kv_heads: self.config.num_kv_heads,
-            head_dim: self.config.head_dim,
-        };
+        let lists = |lists| self.place.share.lists(lists, &self.config);
+        let pass = layout(steps, outputs, bulk, &lists);
+        let shape = self.shape;
         let eps = self.config.rms_norm_eps;
         let mut reads = 0;
-        let (backend, kv, a) = (&self.backend, &self.kv, &mut self.activations);
+        let (backend, kv, weights) = (&self.backend, &self.kv, &self.weights);
+        let (place, a) = (&self.place, &mut self.activations);
         let _turn = backend.begin(&pass, &shape);
-        backend.embed(&self.embedding.weight, &pass, &mut a.hidden);
+        backend.embed(&weights.embedding.weight, &pass, &mut a.hidden);
         backend.angles(&pass, &self.inverse_frequencies, &mut a.angles);
-        for (index, layer) in self.layers.iter().enumerate() {
+        for (index, layer) in weights.layers.iter().enumerate() {
             backend.rms_norm(&a.hidden, &layer.input_norm, eps, &mut a.normed);
             let [q, k, v] = &layer.qkv;
             backend.linear(&a.normed, &[q, k, v], Epilogue::Store, bulk, &mut a.qkv);
@@ -387,18 +253,12 @@ impl<B: Backend> Transformer<B> {
                     .iter()
                     .map(|l| l.len() as u64 + tokens)
                     .sum::<u64>();
-                let narrowed = pass.reading(&lists);
+                let narrowed = pass.reading(&SpanLists::from(&lists));
                 backend.attention(&a.q, &narrowed, &attend, &mut wanted, &mut a.attended);
             } else {
                 backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
             }
-            backend.linear(
-                &a.attended,
-                &[&layer.output],
-                Epilogue::Add,
-                bulk,
-                &mut a.hidden,
-            );
+            place.add(backend, (&a.attended, &layer.output), bulk, &mut a.hidden);
             backend.rms_norm(&a.hidden, &layer.mlp_norm, eps, &mut a.normed);
             backend.linear(
                 &a.normed,
@@ -407,13 +267,13 @@ impl<B: Backend> Transformer<B> {
                 bulk,
                 &mut a.mlp,
             );
-            backend.linear(&a.mlp, &[&layer.down], Epilogue::Add, bulk, &mut a.hidden);
+            place.add(backend, (&a.mlp, &layer.down), bulk, &mut a.hidden);
         }
         if !pass.logit_rows.is_empty() {
             let hidden = self.config.hidden_size;
             backend.gather_rows(&a.hidden, hidden, &pass, &mut a.selected);
-            backend.rms_norm(&a.selected, &self.final_norm, eps, &mut a.normed);
-            let head = self.head.as_ref().unwrap_or(&self.embedding);
+            backend.rms_norm(&a.selected, &weights.final_norm, eps, &mut a.normed);
+            let head = weights.head.as_ref().unwrap_or(&weights.embedding);
             backend.linear(
                 &a.normed,
                 &[head],
@@ -425,7 +285,7 @@ impl<B: Backend> Transformer<B> {
         if !pass.selections.is_empty() {
             let selected = outputs
                 .iter_mut()
-                .filter_map(|output| output.selected.as_mut());
+                .filter_map(|output| output.step.selected.as_mut());
             backend.select(&pass, &mut selected.collect::<Vec<_>>())?;
         }
         let mut masses = all_masses(outputs);
@@ -433,17 +293,43 @@ impl<B: Backend> Transformer<B> {
             backend.masses(&pass, &mut masses)?;
         }
         if !pass.logit_rows.is_empty() {
-            let vocab = self.config.vocab_size;
+            let vocab = place.share.range(self.config.vocab_size).len();
             hand_out_logits(backend, &a.logits, vocab, steps, outputs)?;
         }
         backend.finish()?;
-        drop(pass);
-        for (step, output) in steps.iter_mut().zip(outputs) {
-            let tokens = step.tokens.len();
-            step.sequence.extend(tokens);
-            output.kv.read += reads;
+        for output in outputs {
+            output.step.kv.read += reads;
         }
         Ok(())
+    }
+}
+
+impl<Buffer> Place<Buffer> {
+    /// Adds a projection to the residual stream, which all ranks have. Of a sum over ranks the first brings the stream and its own
+    /// part, the others theirs alone: so the stream is never rounded apart from the sum.
+    fn add<B: Backend<Buffer = Buffer>>(
+        &self,
+        backend: &B,
+        (x, projection): (&Buffer, &Linear<B::Weight>),
+        bulk: bool,
+        stream: &mut Buffer,
+    ) {
+        let epilogue = if self.share.is_first() {
+            Epilogue::Add
+        } else {
+            Epilogue::Store
+        };
+        backend.linear(x, &[projection], epilogue, bulk, stream);
+        if let Some(group) = &self.group {
+            group.sum(stream, bulk);
+        }
+    }
+
+    /// Lets the other ranks go.
+    pub(crate) fn leave(&self) {
+        if let Some(group) = &self.group {
+            group.leave();
+        }
     }
 }
 

@@ -11,7 +11,7 @@ fn a_missing_gpu_is_an_ordinary_error() {
     let folder =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/checkpoints/llama2");
     let options = LoadOptions {
-        device: DeviceChoice::Cuda(device_count()),
+        device: DeviceChoice::gpu(device_count()),
         kv_cache_bytes: 1 << 20,
         ..LoadOptions::default()
     };

@@ -20,6 +20,9 @@ pub const MAX_SMALL_MESSAGE_BYTES: usize = 1 << 20;
 /// Most encoded mask bytes of a round.
 pub const MAX_MASK_BYTES: usize = 1 << 20;
 
+/// Most devices that a worker names.
+pub const MAX_DEVICES: usize = 64;
+
 /// Most draft tokens in a round.
 pub const MAX_DRAFT_LENGTH: u32 = 16;
 

@@ -473,6 +473,17 @@ pub fn model_info(raw: Option<v1::ModelInfo>) -> Result<v1::ModelInfo, Invalid> 
         })?;
     }
     check(
+        model.devices.len() <= limits::MAX_DEVICES,
+        "devices",
+        || format!("names more than {} devices", limits::MAX_DEVICES),
+    )?;
+    let texts = model.devices.iter().flat_map(|d| [&d.id, &d.name, &d.link]);
+    for text in texts {
+        check(text.len() <= limits::MAX_NAME_BYTES, "devices", || {
+            format!("hold a text longer than {} bytes", limits::MAX_NAME_BYTES)
+        })?;
+    }
+    check(
         model.eos_token_ids.len() <= limits::MAX_EOS_TOKENS,
         "eos_token_ids",
         || format!("holds more than {} tokens", limits::MAX_EOS_TOKENS),

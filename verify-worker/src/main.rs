@@ -6,6 +6,8 @@ use specattn_service::{shutdown, telemetry};
 use specattn_verify::{Args, Worker};
 
 fn main() -> anyhow::Result<()> {
+    #[cfg(feature = "cuda")]
+    specattn_engine::cuda::keep_multicast_off();
     let args: Args = args::parse(Service::Verify);
     let config = args.config()?;
     telemetry::init(&args.telemetry)?;

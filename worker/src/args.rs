@@ -12,6 +12,8 @@ use crate::scheduler::Limits;
 
 /// Most sessions a worker may be told to take.
 const MAX_SESSIONS: u32 = 65_536;
+/// Most GPUs that a model may be split over.
+const MAX_RANKS: usize = 64;
 
 /// Number type of stored KV entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -51,7 +53,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub random_weights: Option<PathBuf>,
 
-    /// Memory for the KV cache, in MiB
+    /// Memory for the KV cache, in MiB; a split model's parts share it evenly
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub kv_cache_mib: usize,
 
@@ -60,9 +62,14 @@ pub struct ModelArgs {
     #[arg(long, value_enum)]
     pub kv_type: Option<KvType>,
 
-    /// Where the model runs: auto (a GPU if there is one), cpu, or cuda:N
+    /// Where the model runs: auto (a GPU if there is one), cpu, cuda:N, or cuda:N,M,... for a model split over several GPUs
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
+
+    /// Split the model over K GPUs, from --device's on: heads, MLP, vocabulary and KV cache in K equal parts [default: as many as
+    /// --device lists]
+    #[arg(long, value_name = "K")]
+    pub tensor_parallel: Option<usize>,
 
     /// Share of a GPU's memory that weights and KV cache may take; the cache then gets what is left of it, whatever
     /// --kv-cache-mib says
@@ -203,6 +210,12 @@ impl ModelArgs {
         {
             return refuse("--gpu-memory-utilization", "must be in (0, 1]");
         }
+        if self
+            .tensor_parallel
+            .is_some_and(|k| !(1..=MAX_RANKS).contains(&k))
+        {
+            return refuse("--tensor-parallel", "must be from 1 to 64");
+        }
         if self.batch_tokens == 0 {
             return refuse("--batch-tokens", "must be at least 1");
         }
@@ -226,7 +239,8 @@ impl ModelArgs {
                 kv_cache_bytes,
                 threads: self.threads,
                 kv_dtype: self.kv_type.map(Into::into),
-                device: self.device,
+                device: self.device.clone(),
+                tensor_parallel: self.tensor_parallel,
                 gpu_memory_utilization: self.gpu_memory_utilization,
                 kernel_cache: self.kernel_cache.clone().or_else(default_kernel_cache),
                 ..LoadOptions::default()
@@ -258,6 +272,7 @@ mod tests {
             kv_cache_mib: 64,
             kv_type: Some(KvType::Bf16),
             device: DeviceChoice::Cpu,
+            tensor_parallel: None,
             gpu_memory_utilization: None,
             kernel_cache: None,
             threads: 1,
@@ -293,6 +308,10 @@ mod tests {
             },
             ModelArgs {
                 gpu_memory_utilization: Some(1.5),
+                ..args()
+            },
+            ModelArgs {
+                tensor_parallel: Some(0),
                 ..args()
             },
             ModelArgs {

@@ -1,7 +1,7 @@
 //! [`ServedModel`]: what a worker's edge knows of the model that its engine thread owns.
 
-use specattn_engine::{Model, ModelConfig};
-use specattn_proto::v1::ModelInfo;
+use specattn_engine::{DeviceInfo, Model, ModelConfig};
+use specattn_proto::v1::{Device, ModelInfo};
 
 /// The shape of a loaded model, for checks, and what other services are told of it.
 #[derive(Debug, Clone)]
@@ -37,5 +37,15 @@ pub fn model_info(model: &Model) -> ModelInfo {
         checkpoint_hash: config.checkpoint_hash.clone(),
         eos_token_ids: config.eos_token_ids.clone(),
         kv_entry_bytes: size(model.kv_entry_bytes()),
+        devices: model.devices().iter().map(device).collect(),
+    }
+}
+
+fn device(info: &DeviceInfo) -> Device {
+    Device {
+        id: info.id.clone(),
+        name: info.name.clone(),
+        memory_bytes: info.memory_bytes,
+        link: info.link.map(|link| link.to_string()).unwrap_or_default(),
     }
 }

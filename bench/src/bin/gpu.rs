@@ -9,9 +9,9 @@ use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::{
     check_attention, check_company, check_hand_outs, check_linear, check_selection, draft_steps,
-    pair, time_kernels, timer,
+    pair, tensor_parallel, time_kernels, timer,
 };
-use specattn_engine::cuda::{CudaBackend, Device, device_count};
+use specattn_engine::cuda::{CudaBackend, Device, device_count, keep_multicast_off};
 use specattn_engine::{DType, DeviceChoice};
 
 /// What to do.
@@ -29,6 +29,8 @@ enum Part {
     Forwards,
     /// Draft steps with and without capture.
     DraftSteps,
+    /// A model split over the GPUs that `--split` lists against the same model on the first of them.
+    TensorParallel,
 }
 
 /// Checks and times the GPU kernels.
@@ -40,6 +42,9 @@ struct Args {
     /// Which GPU.
     #[arg(long, default_value_t = 0)]
     gpu: usize,
+    /// The GPUs that a model is split over.
+    #[arg(long, default_value = "cuda:0,1")]
+    split: DeviceChoice,
     /// Folder for compiled kernels.
     #[arg(long)]
     kernel_cache: Option<PathBuf>,
@@ -52,19 +57,20 @@ struct Args {
 }
 
 fn main() -> Result<()> {
+    keep_multicast_off();
     let args = Args::parse();
     if device_count() == 0 {
         println!("SKIPPED: no GPU here");
         return Ok(());
     }
-    let device = Device::shared(args.gpu, args.kernel_cache)?;
+    let device = Device::shared(args.gpu, args.kernel_cache.clone())?;
     println!("{}\n", device.name());
     let mut bf16 = CudaBackend::new(device.clone(), DType::Bf16)?;
     let f16 = CudaBackend::new(device.clone(), DType::F16)?;
     if let Some(keys) = args.chunk {
         bf16.set_decode_chunk(keys);
     }
-    let choice = DeviceChoice::Cuda(args.gpu);
+    let choice = &DeviceChoice::gpu(args.gpu);
     let mut fine = true;
     for part in args.parts {
         match part {
@@ -124,6 +130,9 @@ fn main() -> Result<()> {
             Part::DraftSteps => {
                 let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
                 draft_steps::table(&config, choice, &[4096, 16_384, 32_000])?;
+            }
+            Part::TensorParallel => {
+                fine &= tensor_parallel::report(&args.root, &args.split)?;
             }
             Part::Time => {
                 let bandwidth = timer::copy_bandwidth(&device)?;

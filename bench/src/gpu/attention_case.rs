@@ -1,12 +1,12 @@
 //! One attention problem: sequences of given lengths in a paged cache, queries, lists.
 
 use anyhow::Result;
-use specattn_engine::HeadLists;
 use specattn_engine::backend::{
     AttentionArgs, AttentionShape, Backend, DType, HandOut, KvShape, Pass, RotateArgs, Span,
 };
 use specattn_engine::cuda::{Buffer, CudaBackend, KvStore};
 use specattn_engine::kv_cache::BLOCK_TOKENS;
+use specattn_engine::{HeadLists, SpanLists};
 
 use super::numbers::Numbers;
 
@@ -126,7 +126,7 @@ impl AttentionCase {
                 rows: start..start + tokens,
                 past,
                 blocks: &span.blocks,
-                lists: span.lists.as_ref(),
+                lists: span.lists.as_ref().map(SpanLists::from),
             });
         }
         pass

@@ -19,9 +19,9 @@ const TOGETHER: [usize; 3] = [2, 5, 9];
 ///
 /// # Errors
 /// When the model cannot be loaded or the device fails.
-pub fn check(root: &Path, device: DeviceChoice) -> Result<bool> {
+pub fn check(root: &Path, device: &DeviceChoice) -> Result<bool> {
     let options = LoadOptions {
-        device,
+        device: device.clone(),
         ..LoadOptions::default()
     };
     let mut fine = true;

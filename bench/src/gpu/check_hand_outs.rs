@@ -23,9 +23,9 @@ const UNIT: f64 = 1.0 / 2_147_483_648.0;
 ///
 /// # Errors
 /// When a model cannot be made or the device fails.
-pub fn check(root: &Path, device: DeviceChoice) -> Result<bool> {
+pub fn check(root: &Path, device: &DeviceChoice) -> Result<bool> {
     let options = LoadOptions {
-        device,
+        device: device.clone(),
         ..LoadOptions::default()
     };
     let draft = Model::load(&root.join("models/draft"), &options, &mut |_, _| {})?;

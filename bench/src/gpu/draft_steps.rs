@@ -110,9 +110,9 @@ fn use_rows(
 ///
 /// # Errors
 /// When the device fails or has no room.
-pub fn table(config: &Path, device: DeviceChoice, contexts: &[usize]) -> Result<()> {
+pub fn table(config: &Path, device: &DeviceChoice, contexts: &[usize]) -> Result<()> {
     let options = LoadOptions {
-        device,
+        device: device.clone(),
         gpu_memory_utilization: Some(0.9),
         ..LoadOptions::default()
     };

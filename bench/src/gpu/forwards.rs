@@ -26,11 +26,20 @@ pub struct ForwardCase {
     pub tokens: usize,
 }
 
-/// What a forward is asked for besides logits.
+/// What a forward reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Dense,
     Sparse,
+}
+
+/// What a timed forward is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) kind: Kind,
+    pub(super) logits: LogitRows,
+    /// Tokens in place of logits.
+    pub(super) argmax: bool,
 }
 
 /// Fills a sequence to `context` tokens.
@@ -47,12 +56,21 @@ pub(super) fn prefill(model: &mut Model, sequence: &mut Sequence, context: usize
     Ok(())
 }
 
+/// One list for all heads that keeps [`KEPT`] of the positions.
+pub(super) fn one_list(context: usize, heads: usize, numbers: &mut Numbers) -> HeadLists {
+    let kept = (0..context as u32).filter(|_| numbers.uniform() < KEPT);
+    HeadLists {
+        lists: vec![kept.collect()],
+        of_head: vec![0; heads],
+    }
+}
+
 /// The median time of a forward, in milliseconds.
-fn time(
+pub(super) fn time(
     model: &mut Model,
     sequences: &mut [Sequence],
     case: ForwardCase,
-    (kind, logits): (Kind, LogitRows),
+    asked: Asked,
     lists: &[HeadLists],
 ) -> Result<f64> {
     let tokens: Vec<u32> = (0..case.tokens as u32).map(|i| i * 31 + 5).collect();
@@ -64,8 +82,9 @@ fn time(
             .map(|(sequence, lists)| {
                 sequence.truncate(case.context);
                 Step {
-                    lists: (kind == Kind::Sparse).then_some(lists),
-                    logits,
+                    lists: (asked.kind == Kind::Sparse).then_some(lists),
+                    logits: asked.logits,
+                    argmax: asked.argmax,
                     ..Step::new(sequence, &tokens)
                 }
             })
@@ -86,12 +105,12 @@ fn time(
 /// When the device fails or has no room.
 pub fn table(
     config: &Path,
-    device: DeviceChoice,
+    device: &DeviceChoice,
     cases: &[ForwardCase],
     bandwidth: f64,
 ) -> Result<()> {
     let options = LoadOptions {
-        device,
+        device: device.clone(),
         gpu_memory_utilization: Some(0.9),
         ..LoadOptions::default()
     };
@@ -133,14 +152,7 @@ pub fn table(
             prefill(&mut model, sequence, case.context)?;
         }
         let lists: Vec<HeadLists> = (0..case.batch)
-            .map(|_| HeadLists {
-                lists: vec![
-                    (0..case.context as u32)
-                        .filter(|_| numbers.uniform() < KEPT)
-                        .collect(),
-                ],
-                of_head: vec![0; heads],
-            })
+            .map(|_| one_list(case.context, heads, &mut numbers))
             .collect();
         for kind in [Kind::Dense, Kind::Sparse] {
             let entries: usize = match kind {
@@ -149,7 +161,12 @@ pub fn table(
             };
             let mut cells = Vec::new();
             for (logits, weights) in [(LogitRows::None, layers), (LogitRows::All, layers + head)] {
-                let ms = time(&mut model, &mut sequences, case, (kind, logits), &lists)?;
+                let asked = Asked {
+                    kind,
+                    logits,
+                    argmax: false,
+                };
+                let ms = time(&mut model, &mut sequences, case, asked, &lists)?;
                 let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
                 cells.push(format!("{ms:.2} | {floor:.2} | {:.2}", ms / floor));
             }

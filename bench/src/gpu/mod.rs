@@ -10,5 +10,6 @@ pub mod draft_steps;
 pub mod forwards;
 pub mod numbers;
 pub mod pair;
+pub mod tensor_parallel;
 pub mod time_kernels;
 pub mod timer;

@@ -7,16 +7,25 @@ use serde::Deserialize;
 use specattn_engine::{DeviceChoice, EngineError, LoadOptions, LogitRows, Model, Sequence, Step};
 
 #[derive(Deserialize)]
-struct Reference {
-    prompts: Vec<Continuation>,
+pub(super) struct Reference {
+    pub(super) prompts: Vec<Continuation>,
 }
 
 /// See `tests/python/greedy_reference.py`: what transformers in float32 continues with, and the gaps between the two largest logits.
 #[derive(Deserialize)]
-struct Continuation {
-    prompt: Vec<u32>,
-    greedy: Vec<u32>,
-    gaps: Vec<f32>,
+pub(super) struct Continuation {
+    pub(super) prompt: Vec<u32>,
+    pub(super) greedy: Vec<u32>,
+    pub(super) gaps: Vec<f32>,
+}
+
+impl Reference {
+    /// Reads the fixture.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path);
+        let text = text.with_context(|| format!("reading {}", path.display()))?;
+        Ok(serde_json::from_str(&text)?)
+    }
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -41,7 +50,7 @@ fn run(
 }
 
 /// Greedy tokens; with `verified`, each forward is given the next tokens of `verified` as a draft would, several at a time.
-fn decode(
+pub(super) fn decode(
     model: &mut Model,
     prompt: &[u32],
     count: usize,
@@ -81,17 +90,15 @@ fn decode(
 ///
 /// # Errors
 /// When a model cannot be loaded or the device fails.
-pub fn compare(folder: &Path, reference: &Path, device: DeviceChoice) -> Result<bool> {
-    let text = std::fs::read_to_string(reference)
-        .with_context(|| format!("reading {}", reference.display()))?;
-    let reference: Reference = serde_json::from_str(&text)?;
-    let options = |device| LoadOptions {
-        device,
+pub fn compare(folder: &Path, reference: &Path, device: &DeviceChoice) -> Result<bool> {
+    let reference = Reference::read(reference)?;
+    let options = |device: &DeviceChoice| LoadOptions {
+        device: device.clone(),
         kv_cache_bytes: 512 << 20,
         ..LoadOptions::default()
     };
     let mut model = Model::load(folder, &options(device), &mut |_, _| {})?;
-    let mut cpu = Model::load(folder, &options(DeviceChoice::Cpu), &mut |_, _| {})?;
+    let mut cpu = Model::load(folder, &options(&DeviceChoice::Cpu), &mut |_, _| {})?;
     let (mut equal, mut drafted_equal, mut worst_gap) = (0, 0, 0.0f32);
     let (mut tokens, mut matched) = (0, 0);
     for entry in &reference.prompts {
@@ -118,7 +125,7 @@ pub fn compare(folder: &Path, reference: &Path, device: DeviceChoice) -> Result<
     let prompts = reference.prompts.len();
     println!(
         "\ngreedy, dense, {}: {equal} of {prompts} prompts equal the CPU's tokens to the end; {matched} of {tokens} tokens before a first difference; largest logit gap at one {worst_gap}; with drafts {drafted_equal} of {prompts} equal without\n",
-        model.device()
+        device
     );
     Ok(drafted_equal == prompts && worst_gap < 0.1)
 }

@@ -77,7 +77,7 @@ pub fn verification(
             let read: usize = pass
                 .spans
                 .iter()
-                .map(|s| s.lists.map_or(s.past, |l| l.lists[0].len()) + tokens)
+                .map(|s| s.lists.as_ref().map_or(s.past, |l| l.lists[0].len()) + tokens)
                 .sum();
             let floor = (read * num_kv_heads * entry) as f64 / bandwidth * 1e6;
             let rows = batch * tokens;

@@ -8,6 +8,7 @@ mod matrix;
 mod memory;
 mod pool;
 mod simd;
+mod thread_group;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,15 +17,16 @@ use self::attention::decode::{DecodeAttention, DecodeScratch, DecodeSpan, Keys};
 use self::attention::prefill::PrefillAttention;
 use self::kv_store::KvStore;
 use self::matrix::Matrix;
-use self::memory::Buffer;
+pub(crate) use self::memory::Buffer;
 use self::pool::{Pool, SharedSlice, Turn};
 use self::simd::Element;
 pub use self::simd::Isa;
+pub(crate) use self::thread_group::ThreadGroup;
 use half::bf16;
 
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Pass,
-    RotateArgs, Span, random_spread,
+    AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Pass,
+    Peak, RotateArgs, Span, random_spread,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -61,6 +63,25 @@ impl CpuBackend {
     /// # Errors
     /// [`EngineError::InvalidArgument`] for an instruction set that this machine lacks.
     pub(crate) fn new(threads: usize, isa: Option<Isa>) -> Result<Self, EngineError> {
+        Self::on(|| Pool::shared(threads), isa)
+    }
+
+    /// Backends for the ranks of one model, which share `threads` threads (0: all cores). Each has a pool of its own: ranks wait
+    /// for each other within a forward, so they cannot take turns.
+    ///
+    /// # Errors
+    /// As [`CpuBackend::new`].
+    pub(crate) fn ranks(
+        of: usize,
+        threads: usize,
+        isa: Option<Isa>,
+    ) -> Result<Vec<Self>, EngineError> {
+        let all = Pool::threads_for(threads);
+        let pool = || Arc::new(Pool::new((all / of).max(1)));
+        (0..of).map(|_| Self::on(pool, isa)).collect()
+    }
+
+    fn on(pool: impl FnOnce() -> Arc<Pool>, isa: Option<Isa>) -> Result<Self, EngineError> {
         let isa = isa.unwrap_or_else(Isa::detect);
         if !Isa::available().contains(&isa) {
             let reason = format!("this machine has no {isa:?}");
@@ -71,7 +92,7 @@ impl CpuBackend {
         }
         Ok(Self {
             isa,
-            pool: Pool::shared(threads),
+            pool: pool(),
             scratch: Mutex::new(DecodeScratch::new()),
         })
     }
@@ -111,7 +132,7 @@ impl CpuBackend {
             let first_head = args.layer * shape.num_kv_heads;
             let heads = first_head..first_head + shape.num_kv_heads;
             let keys: Vec<Keys<'_>> = heads
-                .map(|head| Keys::of(span.lists, head, span.past, tokens))
+                .map(|head| Keys::of(span.lists.as_ref(), head, span.past, tokens))
                 .collect();
             let masses = wanted.masses.iter_mut().find(|m| m.span == index);
             let masses = masses.map(|masses| {
@@ -188,17 +209,29 @@ impl Backend for CpuBackend {
         Ok(CpuWeight::from(Matrix::new(tensor)))
     }
 
-    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<CpuWeight, EngineError> {
+    fn random_weight(
+        &self,
+        shape: &[usize],
+        cut: &Cut,
+        seed: u32,
+    ) -> Result<CpuWeight, EngineError> {
         let matrix = match *shape {
             [rows, cols] => {
                 let spread = random_spread(cols);
-                let bytes: Vec<u8> = (0..(rows * cols) as u64)
+                let (own_rows, own_cols) = cut.of((rows, cols));
+                let size = (own_rows.len(), own_cols.len());
+                let indices = own_rows.flat_map(|row| {
+                    let first = row * cols;
+                    own_cols.clone().map(move |col| (first + col) as u64)
+                });
+                let bytes: Vec<u8> = indices
                     .flat_map(|index| random_number(index, seed, spread).to_le_bytes())
                     .collect();
-                Matrix::from_bytes(&bytes, (rows, cols), DType::Bf16)
+                Matrix::from_bytes(&bytes, size, DType::Bf16)
             }
             _ => {
-                let len = shape.iter().product();
+                let (own, _) = cut.of((shape.iter().product(), 1));
+                let len = own.len();
                 let ones = 1.0f32.to_le_bytes().repeat(len);
                 Matrix::from_bytes(&ones, (1, len), DType::F32)
             }
@@ -335,10 +368,15 @@ impl Backend for CpuBackend {
         &self,
         x: &Buffer,
         width: usize,
-        out: &mut Vec<Option<u32>>,
+        out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError> {
+        let peak = |row: &[f32]| {
+            let column = most_probable(row)?;
+            let value = row[column as usize];
+            Some(Peak { column, value })
+        };
         out.clear();
-        out.extend(x.chunks_exact(width).map(most_probable));
+        out.extend(x.chunks_exact(width).map(peak));
         Ok(())
     }
 

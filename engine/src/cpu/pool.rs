@@ -168,12 +168,7 @@ impl Drop for Turn {
 impl Pool {
     /// A pool of `threads` threads, the caller counted; 0 takes all cores.
     pub(crate) fn new(threads: usize) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = if threads == 0 {
-            cores
-        } else {
-            threads.min(cores)
-        };
+        let threads = Self::threads_for(threads);
         let shared = Arc::new(Shared {
             ticket: AtomicU64::new(0),
             pending: AtomicUsize::new(0),
@@ -196,6 +191,16 @@ impl Pool {
             queue: Mutex::new(Queue::default()),
             next: Condvar::new(),
             threads,
+        }
+    }
+
+    /// How many threads a pool told to have `threads` gets.
+    pub(crate) fn threads_for(threads: usize) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if threads == 0 {
+            cores
+        } else {
+            threads.min(cores)
         }
     }
 

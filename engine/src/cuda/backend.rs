@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::attention::{self, AttentionCall, DecodeScratch};
 use super::batch::{DeviceBatch, NONE};
 use super::device::{Device, Turn};
-use super::elementwise::{self, RotateArgs as KernelRotateArgs, RowKernels};
+use super::elementwise::{self, RandomGrid, RotateArgs as KernelRotateArgs, RowKernels};
 use super::error::CudaError;
 use super::hand_out::{HandOuts, Layer};
 use super::kv_store::KvStore;
@@ -18,8 +18,8 @@ use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, DType, Epilogue, HandOut, KvShape, Linear, Masses,
-    Pass, RotateArgs, random_spread,
+    AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Masses,
+    Pass, Peak, RotateArgs, random_spread,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -106,10 +106,28 @@ impl CudaBackend {
         spread: f32,
         seed: u32,
     ) -> Result<Weight, EngineError> {
+        self.random_part((rows, cols), &Cut::Whole, spread, seed)
+    }
+
+    /// A part of such a weight, with the numbers that the whole one has there.
+    fn random_part(
+        &self,
+        (rows, cols): (usize, usize),
+        cut: &Cut,
+        spread: f32,
+        seed: u32,
+    ) -> Result<Weight, EngineError> {
+        let (own_rows, own_cols) = cut.of((rows, cols));
+        let grid = RandomGrid {
+            columns: own_cols.len(),
+            stride: cols,
+            first: own_rows.start * cols + own_cols.start,
+        };
+        let (rows, cols) = (own_rows.len(), own_cols.len());
         let mut memory = DeviceMemory::new(&self.device);
         memory.reserve(rows * cols * 2)?;
         self.rows()
-            .fill_random(memory.address(), rows * cols, (spread, seed))?;
+            .fill_random(memory.address(), rows * cols, grid, (spread, seed))?;
         Ok(Weight::new(memory, rows, cols))
     }
 
@@ -161,6 +179,7 @@ impl CudaBackend {
             self.rows().fill_random(
                 kv.layer(layer),
                 kv.layer_elements(),
+                RandomGrid::row(kv.layer_elements()),
                 (1.0, seed + layer as u32),
             )?;
         }
@@ -350,13 +369,16 @@ impl Backend for CudaBackend {
         self.weight_of(&values, rows)
     }
 
-    fn random_weight(&self, shape: &[usize], seed: u32) -> Result<Weight, EngineError> {
+    fn random_weight(&self, shape: &[usize], cut: &Cut, seed: u32) -> Result<Weight, EngineError> {
         match *shape {
             [rows, cols] => {
-                check_width(cols)?;
-                self.random_matrix((rows, cols), random_spread(cols), seed)
+                check_width(cut.of((rows, cols)).1.len())?;
+                self.random_part((rows, cols), cut, random_spread(cols), seed)
             }
-            _ => self.weight_of(&vec![1.0; shape.iter().product()], 1),
+            _ => {
+                let (own, _) = cut.of((shape.iter().product(), 1));
+                self.weight_of(&vec![1.0; own.len()], 1)
+            }
         }
     }
 
@@ -508,19 +530,22 @@ impl Backend for CudaBackend {
         &self,
         x: &Buffer,
         width: usize,
-        out: &mut Vec<Option<u32>>,
+        out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError> {
         let rows = x.len() / width;
         let mut state = self.state.borrow_mut();
         let State { argmax, host, .. } = &mut *state;
-        let launched = argmax.grow(rows * 4).and_then(|_| {
+        let launched = argmax.grow(rows * 8).and_then(|_| {
             self.rows()
                 .argmax((x.address(), rows), width, argmax.address())
         });
-        let result = launched.and_then(|()| argmax.read_pinned::<u32>(0, rows, host));
-        let tokens = self.device.note(result).unwrap_or_default();
+        let result = launched.and_then(|()| argmax.read_pinned::<u64>(0, rows, host));
+        let peaks = self.device.note(result).unwrap_or_default();
         out.clear();
-        out.extend(tokens.iter().map(|&t| (t != NONE).then_some(t)));
+        out.extend(peaks.iter().map(|&peak| {
+            let (column, value) = (peak as u32, f32::from_bits((peak >> 32) as u32));
+            (column != NONE).then_some(Peak { column, value })
+        }));
         Ok(self.device.take_failure()?)
     }
 

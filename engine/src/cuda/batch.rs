@@ -106,7 +106,7 @@ impl DeviceBatch {
         }
         self.at.list_ranges = section(words);
         let mut first = 0;
-        for lists in pass.spans.iter().filter_map(|s| s.lists) {
+        for lists in pass.spans.iter().filter_map(|s| s.lists.as_ref()) {
             let starts: Vec<usize> = lists
                 .lists
                 .iter()
@@ -120,11 +120,11 @@ impl DeviceBatch {
                 let number = number as usize;
                 words.extend([starts[number] as u32, lists.lists[number].len() as u32]);
             }
-            first += lists.lists.iter().map(Vec::len).sum::<usize>();
+            first += lists.lists.iter().map(|list| list.len()).sum::<usize>();
         }
         self.at.list_slots = section(words);
         for span in &pass.spans {
-            for list in span.lists.iter().flat_map(|l| &l.lists) {
+            for list in span.lists.iter().flat_map(|lists| &lists.lists) {
                 words.extend(list.iter().map(|&position| {
                     let position = position as usize;
                     let offset = position % BLOCK_TOKENS;
@@ -138,10 +138,10 @@ impl DeviceBatch {
         let (mut blocks, mut ranges) = (0, 0);
         for (index, span) in pass.spans.iter().enumerate() {
             // The longest list in use: heads with shorter ones leave their last units unused.
-            let (lists, cached) = match span.lists {
+            let (lists, cached) = match &span.lists {
                 None => (NONE, span.past),
-                Some(l) => {
-                    let lengths = l.of_head.iter().map(|&n| l.lists[n as usize].len());
+                Some(lists) => {
+                    let lengths = (0..lists.of_head.len()).map(|head| lists.of(head).len());
                     (ranges as u32, lengths.max().unwrap_or(0))
                 }
             };
@@ -160,7 +160,7 @@ impl DeviceBatch {
                 ]);
             }
             blocks += span.blocks.len();
-            ranges += span.lists.map_or(0, |l| l.of_head.len());
+            ranges += span.lists.as_ref().map_or(0, |l| l.of_head.len());
             self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
         self.num_units = (words.len() - self.at.units) / UNIT_WORDS;

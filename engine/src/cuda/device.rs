@@ -236,6 +236,17 @@ impl Device {
         }
     }
 
+    /// Whether a failure waits to be taken.
+    pub(super) fn has_failed(&self) -> bool {
+        let failure = self.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Its number.
+    pub(super) fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
     /// The first failure since the last call.
     pub(super) fn take_failure(&self) -> Result<(), CudaError> {
         match self

@@ -48,7 +48,7 @@ unsafe impl DeviceRepr for RotateArgs {}
 
 /// Everything that [`RowKernels`] may launch in a forward.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    const KERNELS: [Kernel; 8] = [
+    const KERNELS: [Kernel; 9] = [
         Kernel::EMBED,
         Kernel::RMS_NORM,
         Kernel::GATHER_ROWS,
@@ -57,11 +57,31 @@ pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
         Kernel::GATED_SILU,
         Kernel::ENTRY_MASSES,
         Kernel::ROW_ARGMAX,
+        Kernel::SUM_RANKS,
     ];
     KERNELS.into_iter().map(move |kernel| Variant {
         kernel,
         options: vec![("HALF_IS_F16", u32::from(half_is_f16))],
     })
+}
+
+/// Which of a matrix's pseudo-random numbers a fill takes, in elements: rows of `columns`, `stride` apart, from `first` on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RandomGrid {
+    pub(super) columns: usize,
+    pub(super) stride: usize,
+    pub(super) first: usize,
+}
+
+impl RandomGrid {
+    /// One row.
+    pub(super) fn row(elements: usize) -> Self {
+        Self {
+            columns: elements.max(1),
+            stride: elements,
+            first: 0,
+        }
+    }
 }
 
 // Every launch below trusts its caller for the sizes that its comment names; all callers are in this module's parent.
@@ -193,10 +213,13 @@ impl RowKernels<'_> {
         &self,
         x: u64,
         elements: usize,
+        grid: RandomGrid,
         (spread, seed): (f32, u32),
     ) -> Result<(), CudaError> {
         let kernel = self.kernel(Kernel::FILL_RANDOM)?;
         let elements = elements as u64;
+        let (columns, stride) = (grid.columns as u64, grid.stride as u64);
+        let first = grid.first as u64;
         // SAFETY: x holds the elements.
         unsafe {
             self.device.launch(
@@ -204,12 +227,35 @@ impl RowKernels<'_> {
                 blocks((self.device.multiprocessors() * 8, 1, 1)),
                 |l| {
                     l.arg(&x).arg(&spread).arg(&seed).arg(&elements);
+                    l.arg(&columns).arg(&stride).arg(&first);
                 },
             )
         }
     }
 
-    /// The first of the largest of each f32 row; [`super::batch::NONE`] for a row that is not finite.
+    /// `x = Σ parts`, rank after rank; parts are `[ranks, elements]`.
+    pub(super) fn sum_ranks(
+        &self,
+        parts: u64,
+        ranks: usize,
+        (x, elements): (u64, usize),
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::SUM_RANKS)?;
+        let (ranks, elements) = (ranks as u32, elements as u64);
+        // SAFETY: x holds the elements, parts as many for each rank.
+        unsafe {
+            self.device.launch(
+                &kernel,
+                blocks((elements.div_ceil(256) as u32, 1, 1)),
+                |l| {
+                    l.arg(&parts).arg(&x).arg(&ranks).arg(&elements);
+                },
+            )
+        }
+    }
+
+    /// The first of the largest of each f32 row, its value's bits above its column; [`super::batch::NONE`] for the column of a
+    /// row that is not finite.
     pub(super) fn argmax(
         &self,
         (x, rows): (u64, usize),
@@ -223,7 +269,7 @@ impl RowKernels<'_> {
             threads: 1024,
             shared_bytes: 0,
         };
-        // SAFETY: x holds `rows` rows of `width`, out `rows` numbers.
+        // SAFETY: x holds `rows` rows of `width`, out `rows` 64-bit numbers.
         unsafe {
             self.device.launch(&kernel, launch, |l| {
                 l.arg(&x).arg(&out).arg(&width);

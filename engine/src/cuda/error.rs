@@ -60,6 +60,20 @@ pub enum CudaError {
         /// The driver's word.
         source: DriverError,
     },
+    /// NCCL failed.
+    #[error("NCCL failed while {what}: {why}")]
+    Nccl {
+        /// What was tried.
+        what: &'static str,
+        /// NCCL's word.
+        why: String,
+    },
+    /// NVLink multicast must be decided on before the process has threads.
+    #[error("NCCL_NVLS_ENABLE is not set; set it to 0, which keeps NVLink multicast off")]
+    MulticastUndecided,
+    /// A rank of the split model failed, now or earlier, and the others cannot go on without it.
+    #[error("a rank of the split model has failed; the worker must be started again")]
+    RankLeft,
     /// cuBLAS refused a product.
     #[error("cuBLAS failed: {0:?}")]
     Cublas(CublasError),
@@ -75,6 +89,9 @@ impl CudaError {
             Self::Compile { .. } => "cuda_compile",
             Self::OutOfMemory { .. } => "cuda_out_of_memory",
             Self::Driver { .. } => "cuda_driver",
+            Self::Nccl { .. } => "nccl",
+            Self::MulticastUndecided => "nccl_multicast_undecided",
+            Self::RankLeft => crate::error::RANK_LEFT,
             Self::Cublas(_) => "cublas",
         }
     }

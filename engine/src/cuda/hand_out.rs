@@ -13,6 +13,7 @@ use super::error::CudaError;
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
 use super::row_mixer::RowMixer;
+use crate::attention::SpanLists;
 use crate::backend::{AttentionShape, Capture, HandOut, Masses, Pass};
 use crate::row_selection::SelectedRows;
 
@@ -144,10 +145,10 @@ impl HandOuts {
         for ((head, row), to) in heads.zip(to.chunks_exact_mut(kv_len)) {
             let kv_head = head * shape.num_kv_heads / shape.num_heads;
             let number = layer.index * shape.num_kv_heads + kv_head;
-            match span.lists {
+            match &span.lists {
                 None => to.copy_from_slice(&row[..kv_len]),
                 Some(lists) => {
-                    let list = &lists.lists[lists.of_head[number] as usize];
+                    let list = lists.of(number);
                     for (&position, &p) in list.iter().zip(row) {
                         to[position as usize] = p;
                     }
@@ -181,9 +182,8 @@ impl HandOuts {
             let span = &pass.spans[wanted.span];
             let own = wanted.of_head.iter_mut().enumerate();
             for ((number, masses), row) in own.zip(&mut rows) {
-                let cached = span.lists.map_or(span.past, |lists| {
-                    lists.lists[lists.of_head[number] as usize].len()
-                });
+                let lists = span.lists.as_ref();
+                let cached = lists.map_or(span.past, |lists| lists.of(number).len());
                 masses.clear();
                 masses.extend_from_slice(&row[..cached]);
             }
@@ -210,11 +210,11 @@ fn number_of(pass: &Pass<'_>, span: usize) -> usize {
 fn stride(pass: &Pass<'_>) -> usize {
     let keys = pass.captures.iter().map(|&span| {
         let span = &pass.spans[span];
-        let longest = |lists: &crate::attention::HeadLists| {
-            let lengths = lists.of_head.iter().map(|&n| lists.lists[n as usize].len());
+        let longest = |lists: &SpanLists<'_>| {
+            let lengths = (0..lists.of_head.len()).map(|head| lists.of(head).len());
             lengths.max().unwrap_or(0)
         };
-        span.lists.map_or(span.past, longest) + span.rows.len()
+        span.lists.as_ref().map_or(span.past, longest) + span.rows.len()
     });
     keys.max().unwrap_or(0).next_multiple_of(4)
 }

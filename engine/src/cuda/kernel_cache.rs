@@ -45,6 +45,7 @@ kernels! {
     ROTATE_AND_STORE = "elementwise.cu" "rotate_and_store";
     GATED_SILU = "elementwise.cu" "gated_silu";
     ADD_BIAS = "elementwise.cu" "add_bias";
+    SUM_RANKS = "elementwise.cu" "sum_ranks";
     FILL_RANDOM = "elementwise.cu" "fill_random";
     SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
     ENTRY_MASSES = "elementwise.cu" "entry_masses";

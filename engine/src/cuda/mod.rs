@@ -4,7 +4,9 @@
 //! and logits are f32. Small passes run on kernels whose row results do not depend on the other rows, so that greedy
 //! speculative text equals plain text here as on the CPU; long prompt chunks use cuBLAS and their own attention kernel.
 //!
-//! The driver, NVRTC and cuBLAS are loaded when a device is opened, so a binary with this backend runs on hosts without them.
+//! A model may be split over GPUs, whose sums go through NCCL.
+//!
+//! The driver, NVRTC and cuBLAS are loaded when a device is opened, NCCL when a model is split, so a binary with this backend runs on hosts without them.
 
 mod attention;
 mod backend;
@@ -17,13 +19,18 @@ mod kernel_cache;
 mod kv_store;
 mod linear;
 mod memory;
+mod nccl;
 mod pinned;
 mod round_sums;
 mod row_mixer;
 pub mod selection;
+mod topology;
 
 pub use backend::CudaBackend;
 pub use device::{Device, Turn, device_count};
 pub use error::CudaError;
 pub use kv_store::KvStore;
 pub use memory::{Buffer, DeviceMemory, Weight};
+pub(crate) use nccl::ranks;
+pub use nccl::{NcclGroup, keep_multicast_off};
+pub(crate) use topology::describe;

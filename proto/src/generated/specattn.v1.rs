@@ -191,7 +191,7 @@ pub struct SessionStats {
     pub confirm_length: u32,
 }
 /// What a model is, as far as its partner must know.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ModelInfo {
     /// Name for people: the checkpoint folder's name.
     #[prost(string, tag = "1")]
@@ -222,6 +222,25 @@ pub struct ModelInfo {
     /// Bytes of one KV entry, K and V of one position and one KV head, as this worker stores it.
     #[prost(uint32, tag = "11")]
     pub kv_entry_bytes: u32,
+    /// What this worker runs it on, a device per rank of a model that is split; at most 64. For people.
+    #[prost(message, repeated, tag = "12")]
+    pub devices: ::prost::alloc::vec::Vec<Device>,
+}
+/// A device of a worker.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Device {
+    /// cpu, or cuda:N as the worker numbers its GPUs.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// What its maker calls it; empty for a CPU.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Its own memory; 0 for a CPU.
+    #[prost(uint64, tag = "3")]
+    pub memory_bytes: u64,
+    /// The slowest way from here to the worker's other devices (NVLink, PCIe, host memory, shared memory); empty where there are none.
+    #[prost(string, tag = "4")]
+    pub link: ::prost::alloc::string::String,
 }
 /// What a worker is doing now.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -391,7 +410,7 @@ pub struct Detached {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DraftStatusRequest {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DraftStatusResponse {
     #[prost(message, optional, tag = "1")]
     pub model: ::core::option::Option<ModelInfo>,
@@ -1532,7 +1551,7 @@ pub mod speculate_request {
     }
 }
 /// A draft worker takes up a session.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Join {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
@@ -1733,7 +1752,7 @@ pub struct InspectResponse {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VerifyStatusRequest {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct VerifyStatusResponse {
     #[prost(message, optional, tag = "1")]
     pub model: ::core::option::Option<ModelInfo>,
@@ -2492,14 +2511,14 @@ pub struct LoggedEnd {
     #[prost(uint64, tag = "5")]
     pub ended_unix_ms: u64,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RegisterRequest {
     #[prost(oneof = "register_request::Message", tags = "1, 2")]
     pub message: ::core::option::Option<register_request::Message>,
 }
 /// Nested message and enum types in `RegisterRequest`.
 pub mod register_request {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Message {
         #[prost(message, tag = "1")]
         Registration(super::Registration),
@@ -2507,7 +2526,7 @@ pub mod register_request {
         Heartbeat(super::Heartbeat),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Registration {
     #[prost(enumeration = "WorkerRole", tag = "1")]
     pub role: i32,
@@ -2566,7 +2585,7 @@ pub struct GatewayStatus {
     #[prost(uint32, tag = "3")]
     pub log_sessions: u32,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerStatus {
     #[prost(string, tag = "1")]
     pub worker_id: ::prost::alloc::string::String,

@@ -160,6 +160,17 @@ fn models_say_what_they_are() {
         ..model.clone()
     };
     assert!(model_info(Some(long)).is_err());
+    let device = |name: &str| v1::Device {
+        name: name.to_owned(),
+        ..Default::default()
+    };
+    for devices in [vec![device(&"x".repeat(2_000))], vec![device(""); 65]] {
+        let odd = v1::ModelInfo {
+            devices,
+            ..model.clone()
+        };
+        assert!(model_info(Some(odd)).is_err());
+    }
     let empty = v1::ModelInfo {
         vocab_size: 0,
         ..model

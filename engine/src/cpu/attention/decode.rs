@@ -13,7 +13,7 @@ mod unit;
 use self::probabilities::{CaptureKernel, MassKernel, Weights};
 use self::unit::{Entries, UnitKernel};
 use super::NO_SCORE;
-use crate::attention::HeadLists;
+use crate::attention::SpanLists;
 use crate::backend::AttentionShape;
 use crate::cpu::kv_store::LayerKv;
 use crate::cpu::memory::{Buffer, Scratch};
@@ -37,12 +37,12 @@ pub(crate) struct Keys<'a> {
 impl<'a> Keys<'a> {
     /// The keys of KV head `head`, counted through all layers: layer · num_kv_heads + KV head.
     pub(crate) fn of(
-        lists: Option<&'a HeadLists>,
+        lists: Option<&SpanLists<'a>>,
         head: usize,
         past: usize,
         tokens: usize,
     ) -> Self {
-        let list = lists.map(|l| l.lists[l.of_head[head] as usize].as_slice());
+        let list = lists.map(|lists| lists.of(head));
         Self { list, past, tokens }
     }
 

@@ -134,11 +134,23 @@ extern "C" __global__ void add_bias(float* x, const float* bias, u32 width, u32 
     if (i < elements) x[i / width * stride + i % width] += bias[i % width];
 }
 
-// Pseudo-random weights of the given spread, for benchmarks: uniform in ±spread, a hash of index and seed.
-extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64 elements) {
+// x = the sum of parts, [ranks, elements], rank after rank.
+extern "C" __global__ void sum_ranks(const float* parts, float* x, u32 ranks, u64 elements) {
+    begin_kernel();
+    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= elements) return;
+    float sum = parts[i];
+    for (u32 rank = 1; rank < ranks; ++rank) sum += parts[rank * elements + i];
+    x[i] = sum;
+}
+
+// Pseudo-random weights of the given spread, for benchmarks: uniform in ±spread, a hash of index and seed. An element's index is its
+// place in a matrix of which x holds rows of `columns` elements, `stride` apart, from `first` on.
+extern "C" __global__ void fill_random(half_bits* x, float spread, u32 seed, u64 elements, u64 columns, u64 stride, u64 first) {
     begin_kernel();
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += u64(gridDim.x) * blockDim.x) {
-        u32 h = u32(i) * 2654435761u ^ u32(i >> 32) * 40503u ^ seed;
+        const u64 index = first + i / columns * stride + i % columns;
+        u32 h = u32(index) * 2654435761u ^ u32(index >> 32) * 40503u ^ seed;
         h ^= h >> 16; h *= 2246822519u; h ^= h >> 13; h *= 3266489917u; h ^= h >> 16;
         x[i] = to_half((float(h) * 4.656612873e-10f - 1.0f) * spread);
     }
@@ -171,8 +183,9 @@ extern "C" __global__ void entry_masses(const float* scores, const float2* stati
     }
 }
 
-// The first of the largest of each f32 row; ~0 for a row that holds a NaN or an infinity. One block of 1,024 threads per row.
-extern "C" __global__ void __launch_bounds__(1024) row_argmax(const float* x, u32* out, u32 width) {
+// The first of the largest of each f32 row: its column, ~0 for a row that holds a NaN or an infinity, and its value's bits above
+// that. One block of 1,024 threads per row.
+extern "C" __global__ void __launch_bounds__(1024) row_argmax(const float* x, u64* out, u32 width) {
     begin_kernel();
     __shared__ u64 best_of_warp[32];
     const float* const row = x + u64(blockIdx.x) * width;
@@ -194,5 +207,7 @@ extern "C" __global__ void __launch_bounds__(1024) row_argmax(const float* x, u3
     best = best_of_warp[threadIdx.x];
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) best = max(best, __shfl_xor_sync(FULL_WARP, best, step));
-    if (threadIdx.x == 0) out[blockIdx.x] = all_sound ? ~u32(best) : NONE;
+    if (threadIdx.x > 0) return;
+    const u32 column = all_sound ? ~u32(best) : NONE;
+    out[blockIdx.x] = u64(all_sound ? __float_as_uint(row[column]) : 0u) << 32 | column;
 }
