@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The three services as processes on a GPU, in every mode, against the target alone on the CPU: token ids and rates.
 
-    python3 bench/gpu/services.py --bin target/release --device cuda:0
+    python3 bench/gpu/services.py --bin target/release --device cuda:0 --draft-device cuda:1
 
 Greedy, the bundled pair. Text on a GPU may leave the CPU's at a near tie (ARCHITECTURE.md); what must be equal on the
 GPU is dense, exact and the target alone. Prints Markdown.
@@ -26,10 +26,10 @@ def main():
     bin_ = Path(args.bin)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    prompts = write_prompts(work)
+    prompts = write_prompts(work, args.lengths)
     alone = ["--device", "cpu", "--mode", "dense", "--no-draft"]
     on_cpu = {name: generate(bin_, file, alone) for name, file in prompts}
-    services = start(bin_, args.device, work)
+    services = start(bin_, args.device, args.draft_device or args.device, work)
     try:
         report(bin_, services[0], prompts, on_cpu)
     finally:
@@ -42,16 +42,18 @@ def main():
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--bin", default=str(ROOT / "target/release"), help="folder of the programs")
-    p.add_argument("--device", default="cuda:0", help="where both workers run")
+    p.add_argument("--device", default="cuda:0", help="where the verify worker runs")
+    p.add_argument("--draft-device", help="where the draft worker runs [default: where the verify worker does]")
+    p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="characters of the prompts")
     p.add_argument("--work", default="/tmp/specattn-services", help="folder for logs and prompts")
     return p
 
 
-def write_prompts(work):
+def write_prompts(work, lengths):
     prompts = []
     for text in TEXTS:
         whole = (ROOT / text).read_text() if (ROOT / text).exists() else ""
-        for length in LENGTHS:
+        for length in lengths:
             if len(whole) >= length:
                 file = work / f"{Path(text).stem}-{length}.txt"
                 file.write_text(whole[:length])
@@ -68,7 +70,7 @@ def generate(bin_, file, extra):
     return json.loads(done.stdout)
 
 
-def start(bin_, device, work):
+def start(bin_, device, draft_device, work):
     """Starts the services and waits until both workers have registered; the gateway's URL and the processes."""
     target, draft = ROOT / "models/target", ROOT / "models/draft"
     processes = []
@@ -79,8 +81,8 @@ def start(bin_, device, work):
 
     url = "http://127.0.0.1:7461"
     spawn("specattn-gateway", "--tokenizer", target, "--listen", "127.0.0.1:7461")
-    for name, model, port in [("specattn-verify", target, 7462), ("specattn-draft", draft, 7463)]:
-        spawn(name, "--model", model, "--device", device, "--gateway", url, "--listen", f"127.0.0.1:{port}")
+    for name, model, port, on in [("specattn-verify", target, 7462, device), ("specattn-draft", draft, 7463, draft_device)]:
+        spawn(name, "--model", model, "--device", on, "--gateway", url, "--listen", f"127.0.0.1:{port}")
     for _ in range(240):
         time.sleep(0.5)
         status = subprocess.run([bin_ / "specattn", "status", "--gateway", url, "--json"], capture_output=True, text=True)
