@@ -32,8 +32,12 @@ impl Worker {
     /// Loads the draft model. `progress` hears (bytes done, bytes in all).
     ///
     /// # Errors
-    /// [`WorkerError::Model`].
-    pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
+    /// [`WorkerError::Hub`], [`WorkerError::Model`].
+    pub fn load(
+        mut config: Config,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, WorkerError> {
+        config.model.source = config.model.source.fetched()?;
         let model = config.model.source.load(&config.model.options, progress)?;
         Ok(Self { config, model })
     }

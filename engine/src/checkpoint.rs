@@ -111,7 +111,7 @@ impl Checkpoint {
         config.name = dir
             .canonicalize()
             .ok()
-            .and_then(|d| d.file_name().map(|n| n.to_string_lossy().into_owned()))
+            .and_then(|folder| name_of(&folder))
             .unwrap_or_else(|| "model".to_owned());
         let tokenizer = dir.join("tokenizer.json");
         if tokenizer.exists() {
@@ -167,6 +167,26 @@ impl Checkpoint {
         }
         Ok(tensor.clone())
     }
+}
+
+/// What a checkpoint folder is called: its own name, or its repository's where it is a snapshot in the Hugging Face cache,
+/// whose folders are called `models--ORG--NAME/snapshots/COMMIT`.
+fn name_of(folder: &Path) -> Option<String> {
+    let own = folder.file_name()?.to_string_lossy();
+    let snapshots = folder.parent();
+    let repository = snapshots
+        .filter(|parent| parent.ends_with("snapshots"))
+        .and_then(|parent| {
+            parent
+                .parent()?
+                .file_name()?
+                .to_str()?
+                .strip_prefix("models--")
+        });
+    Some(match repository {
+        Some(repository) => repository.replacen("--", "/", 1),
+        None => own.into_owned(),
+    })
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -316,4 +336,20 @@ fn map_shard(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshots_are_called_like_their_repository() {
+        let name = |path: &str| name_of(Path::new(path)).unwrap();
+        assert_eq!(name("/models/target"), "target");
+        assert_eq!(
+            name("/cache/hub/models--Qwen--Qwen2.5-3B/snapshots/0123"),
+            "Qwen/Qwen2.5-3B"
+        );
+        assert_eq!(name("/mine/snapshots/0123"), "0123");
+    }
 }

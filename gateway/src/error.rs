@@ -2,11 +2,15 @@
 
 use std::path::PathBuf;
 
+use specattn_hub::HubError;
 use specattn_service::ServiceError;
 
 /// A failure to start or run the gateway. [`GatewayError::label`] gives a short name for metrics.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
+    /// The tokenizer's files are not to be had.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// The tokenizer cannot be loaded.
     #[error("cannot load the tokenizer {path}: {reason}")]
     Tokenizer {
@@ -51,6 +55,7 @@ impl GatewayError {
     /// A short stable name for metrics.
     pub fn label(&self) -> &'static str {
         match self {
+            Self::Hub(error) => error.label(),
             Self::Tokenizer { .. } => "tokenizer",
             Self::ChatTemplate { .. } => "chat_template",
             Self::Argument { .. } => "argument",

@@ -45,6 +45,7 @@ mod verify_link;
 use std::sync::Arc;
 use std::time::Duration;
 
+use specattn_hub::Wanted;
 use specattn_proto::limits;
 use specattn_proto::v1::generation_service_server::GenerationServiceServer;
 use specattn_proto::v1::registry_service_server::RegistryServiceServer;
@@ -93,16 +94,22 @@ struct Gateway {
 /// Serves the gateway on `listeners` until `shutdown` is cancelled and the drain is over.
 ///
 /// # Errors
-/// [`GatewayError::Tokenizer`] when the tokenizer cannot be loaded, [`GatewayError::Service`] when serving fails.
+/// [`GatewayError::Hub`] and [`GatewayError::Tokenizer`] when the tokenizer cannot be had, [`GatewayError::Service`] when serving fails.
 pub async fn serve(
-    config: Config,
+    mut config: Config,
     listeners: impl Into<Listeners>,
     shutdown: CancellationToken,
 ) -> Result<(), GatewayError> {
-    let folder = config.tokenizer_dir.clone();
-    let tokenizer = tokio::task::spawn_blocking(move || Tokenizer::load(&folder))
+    let given = config.tokenizer_dir.clone();
+    let loading = tokio::task::spawn_blocking(move || {
+        let folder = specattn_hub::folder(&given, Wanted::Tokenizer)?;
+        Ok::<_, GatewayError>((Tokenizer::load(&folder)?, folder))
+    });
+    let loaded = loading
         .await
-        .map_err(|error| GatewayError::Task(error.to_string()))??;
+        .map_err(|error| GatewayError::Task(error.to_string()))?;
+    let tokenizer;
+    (tokenizer, config.tokenizer_dir) = loaded?;
     let listeners = listeners.into();
     let server_config = config.server.clone();
     let clients = Arc::new(Directory::new(&config.access));

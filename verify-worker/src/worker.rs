@@ -36,8 +36,12 @@ impl Worker {
     /// Loads the target model and its layer map. `progress` hears (bytes done, bytes in all).
     ///
     /// # Errors
-    /// [`WorkerError::Model`], [`WorkerError::LayerMap`].
-    pub fn load(config: Config, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, WorkerError> {
+    /// [`WorkerError::Hub`], [`WorkerError::Model`], [`WorkerError::LayerMap`].
+    pub fn load(
+        mut config: Config,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, WorkerError> {
+        config.model.source = config.model.source.fetched()?;
         let model = config.model.source.load(&config.model.options, progress)?;
         let alignment = config.alignment.as_deref();
         let maps = LayerMaps::load(model.config(), alignment, config.model.source.folder())?;

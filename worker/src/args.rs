@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use specattn_engine::{DType, DeviceChoice, EngineError, LoadOptions, Model};
+use specattn_hub::{HubError, Wanted};
 use specattn_service::ServiceError;
 use tokio::runtime::{Builder, Runtime};
 
@@ -40,10 +41,10 @@ impl From<KvType> for DType {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Checkpoint folder in the Hugging Face layout
+    /// Checkpoint folder in the Hugging Face layout, or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub
     #[arg(
         long,
-        value_name = "DIR",
+        value_name = "DIR|NAME",
         required_unless_present = "random_weights",
         conflicts_with = "random_weights"
     )]
@@ -139,13 +140,26 @@ impl IoArgs {
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
-    /// A checkpoint folder.
+    /// A checkpoint folder, or the name of one at the hub.
     Checkpoint(PathBuf),
     /// Nowhere: random weights in the shape that this config.json tells.
     Random(PathBuf),
 }
 
 impl ModelSource {
+    /// The same with a folder in place of a name, whose files are fetched where they are not in the cache.
+    ///
+    /// # Errors
+    /// [`HubError`] when they are not to be had.
+    pub fn fetched(self) -> Result<Self, HubError> {
+        match self {
+            Self::Checkpoint(given) => {
+                specattn_hub::folder(&given, Wanted::Checkpoint).map(Self::Checkpoint)
+            }
+            Self::Random(config) => Ok(Self::Random(config)),
+        }
+    }
+
     /// Loads or makes the model. `progress` hears (bytes done, bytes in all) of a checkpoint.
     ///
     /// # Errors

@@ -1,12 +1,16 @@
 //! Everything that can go wrong with a worker as a whole; failures of one session are [`specattn_proto::Fault`]s.
 
 use specattn_engine::EngineError;
+use specattn_hub::HubError;
 use specattn_mask::MaskError;
 use specattn_service::ServiceError;
 
 /// A worker that cannot start or go on. [`WorkerError::label`] gives a short name for metrics.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
+    /// The model's files are not to be had.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// The model cannot be loaded.
     #[error("cannot load the model: {0}")]
     Model(#[from] EngineError),
@@ -28,6 +32,7 @@ impl WorkerError {
     /// A short stable name for metrics.
     pub fn label(&self) -> &'static str {
         match self {
+            Self::Hub(error) => error.label(),
             Self::Model(error) => error.label(),
             Self::LayerMap(error) => error.label(),
             Self::Service(error) => error.label(),
