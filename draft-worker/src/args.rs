@@ -3,7 +3,7 @@
 use clap::{Args as ClapArgs, Parser, ValueEnum};
 use specattn_engine::sampling::MAX_DRAFT_ENTRIES;
 use specattn_service::ServiceError;
-use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
+use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs, TraceArgs};
 use specattn_service::server::ServerConfig;
 use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
@@ -31,6 +31,9 @@ pub struct Args {
     /// What to log.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+    /// Where traces go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// How proposals are made.

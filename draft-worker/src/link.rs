@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
-use specattn_proto::{Fault, SessionId, limits};
-use specattn_service::channel;
+use specattn_proto::{Fault, limits};
+use specattn_service::{channel, trace};
 use specattn_worker::ServedModel;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{Stream, StreamExt};
@@ -37,7 +37,6 @@ impl Drop for EngineSession {
 
 /// A draft that its verify worker has welcomed.
 pub(crate) struct Link {
-    session: SessionId,
     engine: EngineSession,
     answers: Streaming<SpeculateResponse>,
     failed: oneshot::Receiver<Fault>,
@@ -71,10 +70,8 @@ impl Link {
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await
             .map_err(|_| Fault::Unavailable("the verify worker does not answer".to_owned()))??;
-        let session = joining.session;
-        tracing::info!(session_id = %session, "attached");
+        tracing::info!("attached");
         let link = Self {
-            session,
             engine,
             answers,
             failed,
@@ -105,7 +102,7 @@ impl Link {
             reason = self.carry() => reason,
             () = events.closed() => return,
         };
-        tracing::info!(session_id = %self.session, %reason, "detached");
+        tracing::info!(%reason, "detached");
         // The session is freed before the gateway hears of the end.
         drop(self);
         // A gateway that left meanwhile needs no reason.
@@ -149,7 +146,7 @@ async fn speculate(
     let mut client = VerifyServiceClient::new(channel)
         .max_decoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_SESSION_MESSAGE_BYTES);
-    let response = client.speculate(requests).await;
+    let response = client.speculate(trace::request(requests)).await;
     match response {
         Ok(response) => Ok(response.into_inner()),
         Err(status) => Err(Fault::from_status(&status)),

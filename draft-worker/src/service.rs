@@ -7,12 +7,15 @@ use specattn_proto::Fault;
 use specattn_proto::v1::draft_service_server::DraftService;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftStatusRequest, DraftStatusResponse};
 use specattn_proto::version::PROTOCOL_VERSION;
+use specattn_service::trace::Parent;
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
+use tracing::field::{Empty, display};
 
 use crate::args::Drafting;
 use crate::channels::Channels;
@@ -86,13 +89,16 @@ impl DraftService for Service {
         if self.draining.is_cancelled() {
             return Err(Fault::Unavailable("the worker is draining".to_owned()).into());
         }
+        let span = tracing::info_span!("draft", session_id = Empty, trace_id = Empty);
+        Parent::of(request.metadata().as_ref()).adopt(&span);
         let attach = wire::attach(request.into_inner(), &self.model.config, self.drafting)?;
-        let link = self.take_up(attach).await?;
+        span.record("session_id", display(attach.joining.session));
+        let link = self.take_up(attach).instrument(span.clone()).await?;
         let (events, stream) = mpsc::channel(ATTACH_EVENTS);
         events
             .try_send(Ok(wire::attached(link.round_trip())))
             .map_err(|_| Fault::Internal("a fresh channel has no room".to_owned()))?;
-        tokio::spawn(link.run(events));
+        tokio::spawn(link.run(events).instrument(span));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

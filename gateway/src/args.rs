@@ -6,7 +6,7 @@ use std::time::Duration;
 use specattn_proto::limits::MAX_DRAFT_LENGTH;
 use specattn_proto::v1;
 use specattn_proto::validate::{self, CheckedMaskPolicy};
-use specattn_service::args::{ServerArgs, TelemetryArgs};
+use specattn_service::args::{ServerArgs, TelemetryArgs, TraceArgs};
 use specattn_service::server::ServerConfig;
 
 use crate::admission::AdmissionLimits;
@@ -23,7 +23,7 @@ const LINGER: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "specattn-gateway", version = specattn_proto::version::build())]
 pub struct Args {
-    /// Folder with the target model's tokenizer.json
+    /// Folder with the target model's tokenizer.json, or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     pub tokenizer: PathBuf,
 
@@ -111,6 +111,10 @@ pub struct Args {
     /// What to log and how.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+
+    /// Where traces go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// What the HTTP API says and takes.

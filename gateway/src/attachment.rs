@@ -14,7 +14,7 @@ use specattn_proto::v1::draft_service_client::DraftServiceClient;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy};
 use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
-use specattn_service::Backoff;
+use specattn_service::{Backoff, trace};
 use tokio::time::Instant;
 use tonic::Streaming;
 
@@ -168,7 +168,11 @@ impl Attachment {
             capability: self.capability.to_wire(),
             protocol_version: PROTOCOL_VERSION,
         };
-        let mut events = client.attach(request).await.map_err(status)?.into_inner();
+        let mut events = client
+            .attach(trace::request(request))
+            .await
+            .map_err(status)?
+            .into_inner();
         match events.message().await.map_err(status)? {
             Some(AttachResponse {
                 event: Some(Event::Attached(attached)),

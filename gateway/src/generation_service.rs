@@ -7,8 +7,10 @@ use std::time::{Duration, Instant, SystemTime};
 use specattn_proto::v1::generation_service_server::GenerationService;
 use specattn_proto::v1::{CancelRequest, CancelResponse, GenerateRequest, ResumeRequest};
 use specattn_proto::{Fault, SessionId};
+use specattn_service::trace::Parent;
 use tonic::{Request, Response, Status};
-use tracing::Instrument;
+use tracing::field::{Empty, display};
+use tracing::{Instrument, Span};
 
 use crate::Gateway;
 use crate::admission::ClientKey;
@@ -32,6 +34,13 @@ pub(crate) struct Caller {
     pub(crate) line: ClientKey,
     /// How long the session goes on without it.
     pub(crate) linger: Duration,
+    /// What it traces.
+    pub(crate) trace: Parent,
+}
+
+/// What a session's log lines and spans belong to.
+fn session_span() -> Span {
+    tracing::info_span!("session", session_id = Empty, trace_id = Empty)
 }
 
 /// What those hear who ask for a session that is not there, or not theirs.
@@ -63,7 +72,9 @@ impl GenerationService for Generation {
         let id: SessionId = request.get_ref().session_id.parse()?;
         let from = request.get_ref().from_index;
         let caller = self.0.caller(&request)?;
-        let span = tracing::info_span!("session", session_id = %id);
+        let span = session_span();
+        span.record("session_id", display(id));
+        caller.trace.adopt(&span);
         let stream = async {
             match self.0.sessions.get(id) {
                 Some(entry) => {
@@ -102,6 +113,7 @@ impl Gateway {
             line: ClientKey::of(&client, request.metadata().as_ref(), address),
             client,
             linger: self.config.linger(),
+            trace: Parent::of(request.metadata().as_ref()),
         })
     }
 
@@ -112,7 +124,8 @@ impl Gateway {
         }
         let key = caller.client.begin()?;
         let arrival = Instant::now();
-        let ticket = self.admission.admit(caller.line.clone()).await?;
+        let waiting = self.admission.admit(caller.line.clone());
+        let ticket = waiting.instrument(tracing::info_span!("queue")).await?;
         self.metrics.admitted(arrival.elapsed());
         Ok(Pass::new(ticket, key))
     }
@@ -133,16 +146,18 @@ impl Gateway {
         caller: Caller,
     ) -> Result<ClientStream, Fault> {
         let arrival = SystemTime::now();
-        let pass = self.admit(&caller).await?;
-        let slot = self.sessions.reserve(caller.linger);
-        let span = tracing::info_span!("session", session_id = %slot.entry.id);
-        let owner = caller.client.owner();
-        self.start((request, owner), arrival, slot, pass)
-            .instrument(span.clone())
-            .await
-            .inspect_err(|fault| {
-                span.in_scope(|| tracing::info!(code = fault.label(), %fault, "request refused"));
-            })
+        let span = session_span();
+        caller.trace.adopt(&span);
+        let begun = async {
+            let pass = self.admit(&caller).await?;
+            let slot = self.sessions.reserve(caller.linger);
+            Span::current().record("session_id", display(slot.entry.id));
+            let owner = caller.client.owner();
+            self.start((request, owner), arrival, slot, pass).await
+        };
+        begun.instrument(span.clone()).await.inspect_err(|fault| {
+            span.in_scope(|| tracing::info!(code = fault.label(), %fault, "request refused"));
+        })
     }
 
     /// Checks a request, opens its session and starts the tasks that carry it.

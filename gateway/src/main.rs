@@ -7,7 +7,7 @@ use specattn_service::{shutdown, telemetry};
 
 fn main() -> anyhow::Result<()> {
     let args: Args = parse(Service::Gateway);
-    telemetry::init(&args.telemetry)?;
+    let _telemetry = telemetry::init(&args.telemetry, &args.traces, "specattn-gateway")?;
     let config = Config::try_from(&args)?;
     tokio::runtime::Runtime::new()
         .context("starting the runtime")?

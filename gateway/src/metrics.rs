@@ -242,3 +242,27 @@ impl Collector for Present {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// The fastest pair measured so far commits a token in 500 µs: a hundredth of that is 5 µs.
+    #[test]
+    fn counting_a_token_costs_far_less_than_a_hundredth_of_making_it() {
+        let metrics = Metrics::default();
+        let batch = || {
+            let start = Instant::now();
+            for _ in 0..250 {
+                metrics.later_tokens(4, Duration::from_millis(2));
+            }
+            start.elapsed() / 1_000
+        };
+        // The fastest of many: others use the machine too.
+        let each = (0..100).map(|_| batch()).min().unwrap_or_default();
+        eprintln!("{} ns a token", each.as_nanos());
+        assert!(each < Duration::from_micros(1), "{each:?} a token");
+    }
+}

@@ -9,10 +9,11 @@ use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{CloseRequest, FinishReason, ModelInfo, OpenRequest, OpenResponse};
 use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
-use specattn_service::Backoff;
 use specattn_service::channel::Link;
+use specattn_service::{Backoff, trace};
 use tokio::time::Instant;
 use tonic::Streaming;
+use tracing::Instrument;
 
 use crate::registry::{Assignment, Prefix, Registry, Worker, WorkerId};
 
@@ -57,6 +58,10 @@ impl Opening<'_> {
     /// [`Fault::Unavailable`] when no verify worker is there or none answers, [`Fault::InvalidArgument`] when the prompt
     /// fits no model, otherwise what the last worker said.
     pub(crate) async fn open(&self) -> Result<OpenSession, Fault> {
+        self.search().instrument(tracing::info_span!("open")).await
+    }
+
+    async fn search(&self) -> Result<OpenSession, Fault> {
         let mut changes = self.registry.changes();
         let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
         loop {
@@ -150,7 +155,11 @@ async fn open_at(
     let status = |status: tonic::Status| Fault::from_status(&status);
     let mut client = VerifyServiceClient::new(worker.channel.clone())
         .max_decoding_message_size(limits::MAX_SMALL_MESSAGE_BYTES);
-    let mut events = match client.open(request.clone()).await.map_err(status) {
+    let mut events = match client
+        .open(trace::request(request.clone()))
+        .await
+        .map_err(status)
+    {
         // The worker has not noticed that this gateway lost it, or that another one died.
         Err(Fault::AlreadyExists(_)) => {
             let close = CloseRequest {
@@ -161,7 +170,7 @@ async fn open_at(
                 Ok(_) | Err(Fault::NotFound(_)) => {}
                 Err(fault) => return Err(fault),
             }
-            client.open(request).await.map_err(status)?
+            client.open(trace::request(request)).await.map_err(status)?
         }
         opened => opened?,
     }

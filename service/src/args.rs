@@ -164,6 +164,15 @@ pub struct TelemetryArgs {
     pub log_json: bool,
 }
 
+/// Where traces go.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Traces")]
+pub struct TraceArgs {
+    /// URI of an OpenTelemetry collector to send traces to, by OTLP over gRPC [default: none are sent]
+    #[arg(long, value_name = "URI", env = "SPECATTN_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<String>,
+}
+
 /// Where a worker makes itself known.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Registration")]

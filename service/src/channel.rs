@@ -67,12 +67,7 @@ impl Dialer {
     /// # Errors
     /// [`Fault::InvalidArgument`] when `uri` is no http or https URI.
     pub fn connect_lazy(&self, uri: &str) -> Result<Link, Fault> {
-        let channel = match self.route(uri)? {
-            Route::Plain(endpoint) => endpoint.connect_lazy(),
-            Route::Tls(endpoint, tls, uri) => {
-                endpoint.connect_with_connector_lazy(connector(tls, uri))
-            }
-        };
+        let channel = self.route(uri)?.with(tuned).lazy();
         Ok(self.showing(channel))
     }
 
@@ -82,7 +77,7 @@ impl Dialer {
     /// [`Fault::InvalidArgument`] when `uri` is no http or https URI; [`Fault::Unavailable`] when nobody answers there, or
     /// not the right one.
     pub async fn connect(&self, uri: &str) -> Result<Link, Fault> {
-        let connected = match self.route(uri)? {
+        let connected = match self.route(uri)?.with(tuned) {
             Route::Plain(endpoint) => endpoint.connect().await,
             Route::Tls(endpoint, tls, uri) => {
                 let connector = connector(tls, uri);
@@ -100,7 +95,7 @@ impl Dialer {
     fn route(&self, text: &str) -> Result<Route, Fault> {
         let uri = specattn_proto::validate::endpoint("endpoint", text)?;
         if uri.scheme_str() != Some("https") {
-            return Ok(Route::Plain(tuned(Endpoint::from(uri))));
+            return Ok(Route::Plain(Endpoint::from(uri)));
         }
         let tls = match &self.tls {
             Some(tls) => tls.clone(),
@@ -111,7 +106,7 @@ impl Dialer {
         // it would for a URI of scheme https.
         let plain = text.replacen("https", "http", 1);
         let plain = specattn_proto::validate::endpoint("endpoint", &plain)?;
-        let endpoint = tuned(Endpoint::from(plain)).origin(uri.clone());
+        let endpoint = Endpoint::from(plain).origin(uri.clone());
         Ok(Route::Tls(endpoint, tls, uri))
     }
 }
@@ -119,6 +114,24 @@ impl Dialer {
 enum Route {
     Plain(Endpoint),
     Tls(Endpoint, Tls, Uri),
+}
+
+impl Route {
+    fn with(self, tune: impl FnOnce(Endpoint) -> Endpoint) -> Self {
+        match self {
+            Self::Plain(endpoint) => Self::Plain(tune(endpoint)),
+            Self::Tls(endpoint, tls, uri) => Self::Tls(tune(endpoint), tls, uri),
+        }
+    }
+
+    fn lazy(self) -> Channel {
+        match self {
+            Self::Plain(endpoint) => endpoint.connect_lazy(),
+            Self::Tls(endpoint, tls, uri) => {
+                endpoint.connect_with_connector_lazy(connector(tls, uri))
+            }
+        }
+    }
 }
 
 /// Connects to `uri`, whatever it is asked, with the certificates of now.
@@ -181,4 +194,17 @@ pub fn endpoint(uri: &str) -> Result<Endpoint, Fault> {
 pub async fn connect(uri: &str) -> Result<Channel, Fault> {
     let connected = endpoint(uri)?.connect().await;
     connected.map_err(|error| unreachable_because(uri, &error))
+}
+
+/// A channel to a server that is none of ours, which connects when first used and waits `timeout` for each answer. It sends
+/// no pings, for which many servers cut a caller off, and trusts whom the system trusts.
+///
+/// # Errors
+/// [`Fault::InvalidArgument`] when `uri` is no http or https URI.
+pub(crate) fn outward(uri: &str, timeout: Duration) -> Result<Channel, Fault> {
+    let plainly = |endpoint: Endpoint| {
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT);
+        endpoint.timeout(timeout)
+    };
+    Ok(Dialer::default().route(uri)?.with(plainly).lazy())
 }

@@ -10,6 +10,7 @@ pub mod certificates;
 pub mod chaos;
 pub mod client;
 pub mod cluster;
+pub mod collector;
 pub mod count;
 pub mod hostile;
 pub mod http;

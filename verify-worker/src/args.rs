@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser};
 use specattn_service::ServiceError;
-use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs};
+use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs, TraceArgs};
 use specattn_service::server::ServerConfig;
 use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
@@ -34,6 +34,9 @@ pub struct Args {
     /// What to log.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+    /// Where traces go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// How drafts are waited for and where the layer map is.

@@ -18,6 +18,7 @@ use crate::events::{Ending, Outbox};
 use crate::kept_map::KeptMap;
 use crate::metrics::Totals;
 use crate::session::{Session, SessionSpec, Shared};
+use crate::trace::SessionTrace;
 
 /// Messages that may wait for the engine.
 pub(crate) const INBOX_CAPACITY: usize = 256;
@@ -33,6 +34,7 @@ pub(crate) enum Command {
     /// Opens a session.
     Open {
         spec: Box<SessionSpec>,
+        trace: SessionTrace,
         outbox: Outbox,
         reply: oneshot::Sender<Result<(), Fault>>,
     },
@@ -191,10 +193,11 @@ impl EngineLoop {
         match command {
             Command::Open {
                 spec,
+                trace,
                 outbox,
                 reply,
             } => {
-                let _ = reply.send(self.open(*spec, outbox));
+                let _ = reply.send(self.open(*spec, trace, outbox));
             }
             Command::Join {
                 session,
@@ -263,16 +266,25 @@ impl EngineLoop {
         self.scheduler.find(|open| open.id() == session)
     }
 
-    fn open(&mut self, spec: SessionSpec, outbox: Outbox) -> Result<(), Fault> {
+    fn open(
+        &mut self,
+        spec: SessionSpec,
+        trace: SessionTrace,
+        outbox: Outbox,
+    ) -> Result<(), Fault> {
         if self.find(spec.id).is_some() {
             return Err(Fault::AlreadyExists("the session id is in use".to_owned()));
         }
         let config = self.scheduler.model().config();
         let room = (spec.limit + ROUND_ROOM).min(config.max_context);
         let session = Session::new(spec, config.vocab_size, outbox, &self.shared)
-            .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
+            .map_err(|error| Fault::InvalidArgument(error.to_string()))?
+            .traced(trace);
         let (id, is_over) = (session.id(), session.is_over());
-        tracing::info!(session_id = %id, tokens = session.len(), "session opened");
+        let tokens = session.len();
+        session
+            .span()
+            .in_scope(|| tracing::info!(tokens, "session opened"));
         self.scheduler.open(session, room)?;
         if is_over && let Some(session) = self.scheduler.remove(|open| open.id() == id) {
             part((session, Exit::Ended(Ending::Length)));
@@ -288,10 +300,12 @@ fn part((session, exit): (Session, Exit<Ending>)) {
         Exit::Abandoned => (Ending::Cancelled, None),
         Exit::Failed(fault) => (Ending::Error, Some(fault)),
     };
+    let entered = session.span().clone().entered();
     if let Some(fault) = &failure {
-        tracing::error!(session_id = %session.id(), %fault, "session failed");
+        tracing::error!(%fault, "session failed");
     }
-    tracing::info!(session_id = %session.id(), ?ending, tokens = session.len(), "session ended");
+    tracing::info!(?ending, tokens = session.len(), "session ended");
+    drop(entered);
     session.finish(ending, failure);
 }
 

@@ -23,6 +23,7 @@ mod service;
 mod session;
 mod stats;
 pub mod stepwise;
+mod trace;
 mod trust;
 mod wire;
 mod worker;

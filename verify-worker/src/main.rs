@@ -9,8 +9,8 @@ fn main() -> anyhow::Result<()> {
     #[cfg(feature = "cuda")]
     specattn_engine::cuda::keep_multicast_off();
     let args: Args = args::parse(Service::Verify);
+    let _telemetry = telemetry::init(&args.telemetry, &args.traces, "specattn-verify")?;
     let config = args.config()?;
-    telemetry::init(&args.telemetry)?;
     let runtime = args.io.runtime()?;
     let worker = Worker::load(config, &mut |_, _| {}).context("verify worker")?;
     runtime.block_on(async {

@@ -16,17 +16,21 @@ use specattn_proto::v1::{
 };
 use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, SessionId, limits, validate};
+use specattn_service::trace::Parent;
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
+use tracing::field::{Empty, display};
 
 use crate::draft_link::{LinkEvent, LinkId};
 use crate::draft_reads::ClaimBound;
 use crate::engine_loop::Command;
 use crate::events::{self, Event, Events};
 use crate::masks::LayerMaps;
+use crate::trace::{SessionTrace, session_span};
 use crate::wire;
 
 /// Messages to one draft that may wait to be sent.
@@ -112,7 +116,10 @@ impl VerifyService for Service {
         if self.draining.is_cancelled() {
             return Err(Fault::Unavailable("the worker is draining".to_owned()).into());
         }
+        let span = session_span();
+        Parent::of(request.metadata().as_ref()).adopt(&span);
         let spec = wire::session_spec(request.into_inner(), &self.model.config)?;
+        span.record("session_id", display(spec.id));
         let commands = self.commands.clone();
         // A full inbox means that the engine is about to look at its sessions anyway.
         let (outbox, events) =
@@ -121,6 +128,7 @@ impl VerifyService for Service {
             });
         self.ask(|reply| Command::Open {
             spec: Box::new(spec),
+            trace: SessionTrace::begin(span),
             outbox,
             reply,
         })
@@ -135,9 +143,13 @@ impl VerifyService for Service {
         &self,
         request: Request<Streaming<SpeculateRequest>>,
     ) -> Result<Response<LinkEvents>, Status> {
+        let span = tracing::info_span!("speculate", session_id = Empty, trace_id = Empty);
+        Parent::of(request.metadata().as_ref()).adopt(&span);
         let mut inbound = request.into_inner();
-        let (link, events) = self.join(&mut inbound).await?;
-        tokio::spawn(link.read(inbound));
+        let joining = self.join(&mut inbound).instrument(span.clone());
+        let (link, events) = joining.await?;
+        span.record("session_id", display(link.session));
+        tokio::spawn(link.read(inbound).instrument(span));
         Ok(Response::new(events))
     }
 

@@ -21,6 +21,7 @@ use specattn_mask::MaskPolicy;
 use specattn_proto::validate::CheckedCheckPolicy;
 use specattn_proto::{Capability, Fault, SessionId};
 use specattn_worker::Plan;
+use tracing::Span;
 
 use crate::draft_link::{DraftLink, LinkEvent};
 use crate::events::{Ending, Outbox};
@@ -32,6 +33,7 @@ use crate::oversight::{Mode, Oversight};
 use crate::payoff::{Findings, Payoff};
 use crate::run::Run;
 use crate::stats::Stats;
+use crate::trace::SessionTrace;
 use crate::trust::Patience;
 
 mod conversation;
@@ -105,6 +107,7 @@ pub(crate) struct Session {
     /// Where the use of drafts is left to the worker.
     payoff: Option<Payoff>,
     outbox: Outbox,
+    trace: SessionTrace,
     stats: Stats,
     /// The statistics as far as they are in the totals.
     counted: Stats,
@@ -153,6 +156,7 @@ impl Session {
                 )
             }),
             outbox,
+            trace: SessionTrace::none(),
             counted: stats,
             totals: shared.totals.clone(),
             stats,
@@ -162,6 +166,16 @@ impl Session {
             tokens,
             spec,
         })
+    }
+
+    /// The same as a part of its request's trace.
+    pub(crate) fn traced(self, trace: SessionTrace) -> Self {
+        Self { trace, ..self }
+    }
+
+    /// What its log lines belong to.
+    pub(crate) fn span(&self) -> &Span {
+        self.trace.span()
     }
 
     /// The session's id.
@@ -380,6 +394,7 @@ impl Session {
         if self.spec.mode != Mode::Dense {
             self.stats.mask_p = self.spec.policy.p;
         }
+        self.trace.end(&self.stats);
         self.outbox.finish(ending, self.stats, failure);
     }
 }

@@ -25,6 +25,7 @@ use crate::events::{self, Event, Events};
 use crate::masks::LayerMaps;
 use crate::metrics::Totals;
 use crate::service::{LINK_EVENTS, LINK_MESSAGES};
+use crate::trace::SessionTrace;
 use crate::wire;
 
 /// How a simulated worker is set up.
@@ -114,6 +115,7 @@ impl Stepwise {
         let (outbox, events) = events::channel(spec.tokens.len(), Duration::ZERO, || {});
         self.ask(|reply| Command::Open {
             spec: Box::new(spec),
+            trace: SessionTrace::none(),
             outbox,
             reply,
         })?;

@@ -24,6 +24,7 @@ use axum::{Json, Router};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use specattn_proto::{Fault, limits};
+use specattn_service::trace::Parent;
 use tonic::transport::server::TcpConnectInfo;
 
 use crate::Gateway;
@@ -58,6 +59,7 @@ impl<S: Sync> FromRequestParts<S> for Peer {
             line: ClientKey::of(&client, &parts.headers, address),
             client,
             linger: Duration::ZERO,
+            trace: Parent::of(&parts.headers),
         }))
     }
 }

@@ -151,6 +151,7 @@ impl Session {
         self.stats.completion_tokens += (self.tokens.len() - from) as u64;
         let logprobs = self.logprobs(from, logits)?;
         self.count();
+        self.trace.committed();
         self.outbox.progress(self.stats);
         let origins = std::mem::take(&mut self.origins);
         self.outbox.commit(&self.tokens[from..], origins, logprobs);
