@@ -13,6 +13,7 @@ use specattn_quality::{AlignOptions, Book, MapKind, Metric, align};
 use crate::args::ModelArgs;
 use crate::error::CliError;
 use crate::models::ModelFolders;
+use crate::pair;
 
 /// `specattn align`.
 #[derive(Debug, Args)]
@@ -140,6 +141,7 @@ pub fn run(args: &AlignArgs) -> Result<(), CliError> {
     let Some(draft_folder) = &folders.draft else {
         return Err(CliError::Usage("--target needs its --draft".to_owned()));
     };
+    pair::check(&folders)?;
     let mut target = load_target(&folders.target, &args.models)?;
     let mut draft = load_draft(draft_folder, &args.models)?;
     let longest = target.config().max_context.min(draft.config().max_context);

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::args::ModelArgs;
 use crate::error::CliError;
 use crate::models::ModelFolders;
+use crate::pair;
 use crate::progress;
 
 /// How long the workers may take to register after their models have loaded.
@@ -63,14 +64,26 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Finds the models that `args` name.
+    /// Finds the models that `args` name, and fetches what is not here.
     ///
     /// # Errors
-    /// [`CliError::Usage`] when they are not there.
-    pub fn new(args: &ModelArgs, with_draft: bool, show_progress: bool) -> Result<Self, CliError> {
+    /// [`CliError::Usage`] when they are not there or do not go together, [`CliError::Hub`] when they cannot be fetched.
+    pub async fn new(
+        args: &ModelArgs,
+        with_draft: bool,
+        show_progress: bool,
+    ) -> Result<Self, CliError> {
+        let models = args.clone();
+        let finding = tokio::task::spawn_blocking(move || {
+            let folders = ModelFolders::find(&models, with_draft)?;
+            pair::check(&folders)?;
+            Ok::<_, CliError>((folders, models))
+        });
+        let found = finding.await.map_err(|error| failed("models", error))?;
+        let (folders, models) = found?;
         Ok(Self {
-            folders: ModelFolders::find(args, with_draft)?,
-            models: args.clone(),
+            folders,
+            models,
             show_progress,
             share_prefixes: true,
             server: ServerConfig::default(),

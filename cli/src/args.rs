@@ -7,11 +7,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use specattn_engine::DeviceChoice;
 use specattn_gateway::{AccessArgs, HttpArgs, LogArgs};
 use specattn_proto::v1;
-use specattn_service::args::{ServerArgs, TelemetryArgs};
+use specattn_service::args::{ServerArgs, TelemetryArgs, TraceArgs};
 use specattn_worker::args::KvType;
 
 use crate::align::AlignArgs;
 use crate::bench::BenchArgs;
+use crate::catalog::ModelsArgs;
 use crate::connect::ConnectArgs;
 use crate::eval::EvalArgs;
 use crate::key::KeyArgs;
@@ -55,6 +56,10 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show workers, load and sessions of a running gateway
     Status(StatusArgs),
+    /// Watch workers and sessions of a running gateway; prints tables where standard output is no terminal
+    Top(TopArgs),
+    /// List pairs of models that go together, and their layer maps
+    Models(ModelsArgs),
     /// Fit the layer map of a pair of models on calibration text
     #[command(
         long_about = "Fit the layer map of a pair of models on calibration text.\n\n\
@@ -296,15 +301,15 @@ pub struct SpeculationArgs {
 }
 
 /// What the services of this process run.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Models")]
 pub struct ModelArgs {
-    /// Target model: a Hugging Face checkpoint folder [default: the bundled one]
-    #[arg(long, value_name = "DIR", env = "SPECATTN_TARGET")]
+    /// Target model: a Hugging Face checkpoint folder, or ORG/NAME or ORG/NAME@REVISION of the hub [default: the bundled one]
+    #[arg(long, value_name = "DIR|NAME", env = "SPECATTN_TARGET")]
     pub target: Option<PathBuf>,
 
-    /// Draft model, with the target's tokenizer [default: the bundled one when --target is not given, else none]
-    #[arg(long, value_name = "DIR", env = "SPECATTN_DRAFT")]
+    /// Draft model, likewise, with the target's tokenizer [default: the bundled one when --target is not given, else none]
+    #[arg(long, value_name = "DIR|NAME", env = "SPECATTN_DRAFT")]
     pub draft: Option<PathBuf>,
 
     /// For benchmarks: a target of the shape that this config.json tells, with random weights made on the device, and no
@@ -395,6 +400,10 @@ pub struct ServeArgs {
     /// What to log.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+
+    /// Where traces go.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 impl ServeArgs {
@@ -471,6 +480,22 @@ pub struct StatusArgs {
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub json: bool,
+}
+
+/// `specattn top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub gateway: GatewayArgs,
+
+    /// Milliseconds between two looks
+    #[arg(long, value_name = "MS", default_value_t = 1_000)]
+    pub interval_ms: u64,
+
+    /// Where standard output is no terminal: end after so many tables [default: never]
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
 }
 
 #[cfg(test)]

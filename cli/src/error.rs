@@ -46,6 +46,9 @@ pub enum CliError {
         /// Why.
         reason: String,
     },
+    /// A model's files are not to be had.
+    #[error(transparent)]
+    Hub(#[from] specattn_hub::HubError),
     /// Calibration or evaluation failed.
     #[error(transparent)]
     Quality(#[from] specattn_quality::QualityError),
@@ -67,6 +70,7 @@ impl CliError {
             Self::Service { fault } => fault.label(),
             Self::Protocol(_) => "protocol",
             Self::Start { .. } => "start",
+            Self::Hub(error) => error.label(),
             Self::Quality(error) => error.label(),
             Self::Process(error) => error.label(),
             Self::Interrupted => "interrupted",

@@ -19,6 +19,7 @@ use crate::align::{load_draft, load_target, time_bar};
 use crate::args::ModelArgs;
 use crate::error::CliError;
 use crate::models::ModelFolders;
+use crate::pair;
 use crate::shards::{Message, Sums, in_processes};
 
 /// `specattn eval`.
@@ -326,6 +327,7 @@ fn evaluate(
     let Some(draft_folder) = &folders.draft else {
         return Err(CliError::Usage("--target needs its --draft".to_owned()));
     };
+    pair::check(&folders)?;
     let mut target = load_target(&folders.target, &args.models)?;
     let mut draft = load_draft(draft_folder, &args.models)?;
     let pair = pair_shape(&target, &draft);

@@ -70,9 +70,12 @@ async fn start_services(
     interrupt: &CancellationToken,
 ) -> Result<AllInOne, CliError> {
     let with_draft = request::wants_draft(&args.speculation);
-    let plan = Plan::new(&args.models, with_draft, !args.quiet)?;
+    let starting = async {
+        let plan = Plan::new(&args.models, with_draft, !args.quiet).await?;
+        AllInOne::start(plan).await
+    };
     tokio::select! {
-        started = AllInOne::start(plan) => started,
+        started = starting => started,
         () = interrupt.cancelled() => Err(CliError::Interrupted),
     }
 }

@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use specattn_cli::args::{Cli, Command};
 use specattn_cli::error::EXIT_USAGE;
-use specattn_cli::{CliError, align, bench, eval, generate, health, key, resume, serve, status};
+use specattn_cli::{
+    CliError, align, bench, catalog, eval, generate, health, key, resume, serve, status, top,
+};
+use specattn_service::args::TraceArgs;
 use specattn_service::{ServiceError, telemetry};
 
 fn main() -> ExitCode {
@@ -32,17 +35,23 @@ fn main() -> ExitCode {
 }
 
 fn run(command: &Command) -> Result<u8, CliError> {
-    match command {
-        Command::Generate(args) => telemetry::init(&args.telemetry)?,
-        Command::Resume(args) => telemetry::init(&args.telemetry)?,
-        Command::Serve(args) => telemetry::init(&args.telemetry)?,
+    let untraced = TraceArgs::default();
+    let recorded = match command {
+        Command::Generate(args) => Some((&args.telemetry, &untraced)),
+        Command::Resume(args) => Some((&args.telemetry, &untraced)),
+        Command::Serve(args) => Some((&args.telemetry, &args.traces)),
         Command::Status(_)
+        | Command::Top(_)
+        | Command::Models(_)
         | Command::Align(_)
         | Command::Eval(_)
         | Command::Bench(_)
         | Command::Health(_)
-        | Command::Key(_) => {}
-    }
+        | Command::Key(_) => None,
+    };
+    let _telemetry = recorded
+        .map(|(log, traces)| telemetry::init(log, traces, "specattn"))
+        .transpose()?;
     // One thread for all messages: they never change threads on their way, and the engines have the other cores.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -57,6 +66,8 @@ fn run(command: &Command) -> Result<u8, CliError> {
             Command::Resume(args) => resume::run(args).await,
             Command::Serve(args) => serve::run(args).await.map(|()| 0),
             Command::Status(args) => status::run(args).await.map(|()| 0),
+            Command::Top(args) => top::run(args).await.map(|()| 0),
+            Command::Models(args) => catalog::run(args).map(|()| 0),
             Command::Align(args) => align::run(args).map(|()| 0),
             Command::Eval(args) => eval::run(args).map(|()| 0),
             Command::Bench(args) => bench::run(args).await.map(|()| 0),

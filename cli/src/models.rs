@@ -1,6 +1,8 @@
-//! Which checkpoint folders to run: the ones given, or the bundled pair.
+//! Which checkpoint folders to run: the ones given, by path or by name, or the bundled pair.
 
 use std::path::{Path, PathBuf};
+
+use specattn_hub::Wanted;
 
 use crate::args::ModelArgs;
 use crate::error::CliError;
@@ -18,10 +20,11 @@ pub struct ModelFolders {
 }
 
 impl ModelFolders {
-    /// Finds the folders. The bundled draft goes with the bundled target only: another target has another tokenizer.
+    /// Finds the folders, and fetches what is named and not here. The bundled draft goes with the bundled target only: another target has another tokenizer.
     ///
     /// # Errors
-    /// [`CliError::Usage`] when a folder holds no checkpoint, or the bundled pair is wanted and not found.
+    /// [`CliError::Usage`] when a folder holds no checkpoint, or the bundled pair is wanted and not found; [`CliError::Hub`]
+    /// when what is named is not to be had.
     pub fn find(args: &ModelArgs, with_draft: bool) -> Result<Self, CliError> {
         Self::find_in(args, with_draft, &BUNDLE_FOLDERS)
     }
@@ -40,11 +43,12 @@ impl ModelFolders {
                 })
         };
         let given = |folder: &PathBuf, flag: &str| {
-            if is_checkpoint(folder) {
-                return Ok(folder.clone());
+            let folder = specattn_hub::folder(folder, Wanted::Checkpoint)?;
+            if is_checkpoint(&folder) {
+                return Ok(folder);
             }
             Err(CliError::Usage(format!(
-                "{flag} {}: no checkpoint folder (it holds no config.json)",
+                "{flag} {}: neither a checkpoint folder (with a config.json) nor ORG/NAME of the hub",
                 folder.display()
             )))
         };
@@ -74,13 +78,7 @@ mod tests {
         ModelArgs {
             target: target.map(Path::to_owned),
             draft: draft.map(Path::to_owned),
-            random_weights: None,
-            threads: 0,
-            kv_cache_mib: 1,
-            kv_type: None,
-            device: None,
-            draft_device: None,
-            tensor_parallel: None,
+            ..ModelArgs::default()
         }
     }
 

@@ -13,7 +13,7 @@ use crate::error::CliError;
 /// # Errors
 /// [`CliError::Start`] when a service cannot start or fails later.
 pub async fn run(args: &ServeArgs) -> Result<(), CliError> {
-    let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet)?;
+    let mut plan = Plan::new(&args.models, !args.no_draft, !args.quiet).await?;
     (plan.server, plan.access) = args.access.config(&args.server)?;
     plan.share_prefixes = !args.no_prefix_sharing;
     plan.http = args.http.clone();

@@ -5,20 +5,19 @@ use std::io::{self, Write};
 use serde::Serialize;
 use specattn_proto::v1;
 use specattn_proto::v1::registry_service_client::RegistryServiceClient;
+use specattn_service::channel::Link;
 
-use crate::args::StatusArgs;
-use crate::connect::Gateway;
+use crate::args::{GatewayArgs, StatusArgs};
+use crate::connect;
 use crate::error::CliError;
+use crate::table::Table;
 
 /// Runs the command.
 ///
 /// # Errors
 /// [`CliError::Service`] when the gateway does not answer.
 pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
-    let gateway = Gateway::new(&args.gateway.url, &args.gateway.connect)?;
-    let mut client = RegistryServiceClient::new(gateway.connect().await?);
-    let answer = client.status(v1::StatusRequest {}).await?.into_inner();
-    let status = Status::from(answer);
+    let status = Gateway::connect(&args.gateway).await?.status().await?;
     let text = if args.json {
         let json = serde_json::to_string(&status).map_err(|e| CliError::Write(e.into()))?;
         json + "\n"
@@ -31,33 +30,49 @@ pub async fn run(args: &StatusArgs) -> Result<(), CliError> {
         .map_err(CliError::Write)
 }
 
+/// A gateway that is asked how things stand.
+pub(crate) struct Gateway(RegistryServiceClient<Link>);
+
+impl Gateway {
+    pub(crate) async fn connect(args: &GatewayArgs) -> Result<Self, CliError> {
+        let gateway = connect::Gateway::new(&args.url, &args.connect)?;
+        Ok(Self(RegistryServiceClient::new(gateway.connect().await?)))
+    }
+
+    pub(crate) async fn status(&mut self) -> Result<Status, CliError> {
+        let answer = self.0.status(v1::StatusRequest {}).await?;
+        Ok(Status::from(answer.into_inner()))
+    }
+}
+
 /// What `--json` prints.
-#[derive(Debug, Serialize)]
-struct Status {
-    workers: Vec<Worker>,
-    sessions: Vec<Session>,
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Status {
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) sessions: Vec<Session>,
+    pub(crate) requests_queued: u32,
 }
 
 #[derive(Debug, Serialize)]
-struct Worker {
-    worker_id: String,
-    role: &'static str,
-    endpoint: String,
-    model: String,
-    devices: Vec<Device>,
-    sessions_assigned: u32,
-    sessions_active: u32,
-    sessions_max: u32,
-    kv_blocks_used: u64,
-    kv_blocks_total: u64,
-    tokens_total: u64,
-    draining: bool,
-    heartbeat_age_ms: u64,
+pub(crate) struct Worker {
+    pub(crate) worker_id: String,
+    pub(crate) role: &'static str,
+    pub(crate) endpoint: String,
+    pub(crate) model: String,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) sessions_assigned: u32,
+    pub(crate) sessions_active: u32,
+    pub(crate) sessions_max: u32,
+    pub(crate) kv_blocks_used: u64,
+    pub(crate) kv_blocks_total: u64,
+    pub(crate) tokens_total: u64,
+    pub(crate) draining: bool,
+    pub(crate) heartbeat_age_ms: u64,
 }
 
 /// What a worker runs its model on; several devices are the ranks of a split model.
 #[derive(Debug, Serialize)]
-struct Device {
+pub(crate) struct Device {
     id: String,
     name: String,
     memory_bytes: u64,
@@ -66,15 +81,15 @@ struct Device {
 }
 
 #[derive(Debug, Serialize)]
-struct Session {
-    session_id: String,
-    mode: &'static str,
-    verify_worker_id: String,
+pub(crate) struct Session {
+    pub(crate) session_id: String,
+    pub(crate) mode: &'static str,
+    pub(crate) verify_worker_id: String,
     /// `null` while no draft is attached.
-    draft_worker_id: Option<String>,
-    prompt_tokens: u32,
-    completion_tokens: u64,
-    age_ms: u64,
+    pub(crate) draft_worker_id: Option<String>,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) completion_tokens: u64,
+    pub(crate) age_ms: u64,
 }
 
 impl From<v1::StatusResponse> for Status {
@@ -82,6 +97,7 @@ impl From<v1::StatusResponse> for Status {
         Self {
             workers: answer.workers.into_iter().map(Worker::from).collect(),
             sessions: answer.sessions.into_iter().map(Session::from).collect(),
+            requests_queued: answer.gateway.unwrap_or_default().requests_queued,
         }
     }
 }
@@ -177,7 +193,8 @@ impl From<v1::SessionStatus> for Session {
 }
 
 impl Status {
-    fn tables(&self) -> String {
+    /// As text for people.
+    pub(crate) fn tables(&self) -> String {
         let mut workers = Table::new([
             "WORKER",
             "ROLE",
@@ -229,52 +246,6 @@ impl Status {
 
 fn seconds(millis: u64) -> String {
     format!("{:.1} s", millis as f64 / 1000.0)
-}
-
-/// Left-aligned columns, two spaces apart.
-struct Table<const COLUMNS: usize> {
-    header: [&'static str; COLUMNS],
-    rows: Vec<[String; COLUMNS]>,
-}
-
-impl<const COLUMNS: usize> Table<COLUMNS> {
-    fn new(header: [&'static str; COLUMNS]) -> Self {
-        Self {
-            header,
-            rows: Vec::new(),
-        }
-    }
-
-    /// Adds a row. Names come from other processes: control characters must not reach a terminal.
-    fn row(&mut self, cells: [String; COLUMNS]) {
-        self.rows
-            .push(cells.map(|cell| cell.replace(char::is_control, "?")));
-    }
-
-    fn render(&self, when_empty: &str) -> String {
-        if self.rows.is_empty() {
-            return format!("{when_empty}\n");
-        }
-        let header = self.header.map(str::to_owned);
-        let lines = || std::iter::once(&header).chain(&self.rows);
-        let widths: [usize; COLUMNS] = std::array::from_fn(|column| {
-            lines()
-                .map(|cells| cells[column].chars().count())
-                .max()
-                .unwrap_or(0)
-        });
-        let mut text = String::new();
-        for cells in lines() {
-            let padded: Vec<String> = cells
-                .iter()
-                .zip(widths)
-                .map(|(cell, width)| format!("{cell:width$}"))
-                .collect();
-            text.push_str(padded.join("  ").trim_end());
-            text.push('\n');
-        }
-        text
-    }
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ pub async fn run(args: &BenchArgs) -> Result<(), CliError> {
         Some(_) => None,
         None => {
             let with_draft = request::wants_draft(&args.speculation);
-            let plan = Plan::new(&args.models, with_draft, !args.quiet)?;
+            let plan = Plan::new(&args.models, with_draft, !args.quiet).await?;
             Some(AllInOne::start(plan).await?)
         }
     };
