@@ -46,3 +46,20 @@ fn build() -> PathBuf {
     assert!(status.success(), "the services do not build");
     folder.to_owned()
 }
+
+/// Brings the binary `name` of `package` up to date beside the services' and gives its path.
+pub fn program(package: &str, name: &str) -> PathBuf {
+    let binary = path(name);
+    let folder = binary.parent().and_then(|folder| folder.file_name());
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(workspace());
+    cargo.args(["build", "--quiet", "--package", package]);
+    // The folder of the dev profile is called debug.
+    match folder.and_then(|name| name.to_str()) {
+        Some("debug") | None => {}
+        Some(profile) => drop(cargo.args(["--profile", profile])),
+    }
+    let status = cargo.status().expect("cargo can be run");
+    assert!(status.success(), "{name} does not build");
+    binary
+}

@@ -46,17 +46,5 @@ fn skip(script: &str, reason: &str) {
 
 /// Brings `specattn` up to date beside the services' binaries and gives its path.
 pub fn specattn() -> PathBuf {
-    let binary = binaries::path("specattn");
-    let folder = binary.parent().and_then(|folder| folder.file_name());
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(workspace());
-    cargo.args(["build", "--quiet", "--package", "specattn-cli"]);
-    // The folder of the dev profile is called debug.
-    match folder.and_then(|name| name.to_str()) {
-        Some("debug") | None => {}
-        Some(profile) => drop(cargo.args(["--profile", profile])),
-    }
-    let status = cargo.status().expect("cargo can be run");
-    assert!(status.success(), "specattn does not build");
-    binary
+    binaries::program("specattn-cli", "specattn")
 }
