@@ -1,6 +1,6 @@
 //! Chaos: a fleet of real processes under seeded faults, clients that never stop, and an account of every session.
 //!
-//! The faults, their targets and their times follow from the seed ([`schedule`]), as do the requests and the habits of
+//! The faults, their targets and their times follow from the seed ([`mod@schedule`]), as do the requests and the habits of
 //! clients; what they meet depends on the machine. What must hold afterwards does not: see [`Verdict::check`].
 
 pub mod account;
