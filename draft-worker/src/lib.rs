@@ -5,6 +5,7 @@
 //! committed tokens: when it dies, another takes over and nothing is lost.
 #![forbid(unsafe_code)]
 
+mod acceptance;
 pub mod args;
 mod capturing;
 mod channels;

@@ -4,14 +4,14 @@
 //! target share cores, or verdicts come at once, running ahead only takes time from the target. So both ways are timed from
 //! verdict to verdict; the faster one goes on, and the other is tried again now and then. They are timed at different places of
 //! the text, some easier to draft than others, so what counts is not the tokens that were settled but those that rounds of
-//! their lengths settle at one acceptance, the same for both (the formula of [`RoundLength`](crate::round_length)). What a
+//! their lengths settle at one acceptance, the same for both ([`expected_tokens`]). What a
 //! session finds is where the worker's next one begins; that tries the other way later, unless its verdicts come at another
 //! pace: then it is behind another way, or another target, and knows nothing.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::round_length::{acceptance, expected_tokens};
+use crate::acceptance::expected_tokens;
 
 /// Verdicts of a trial.
 const TRIAL: u32 = 12;
@@ -51,9 +51,6 @@ impl Findings {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
     }
 }
-
-/// What is left of the acceptance after another round.
-const FADE: f64 = 0.97;
 
 /// Rounds, and the time they took.
 #[derive(Debug, Clone, Default)]
@@ -110,9 +107,6 @@ struct Trials {
     unsettled: u32,
     /// Of waiting and of running ahead.
     paces: [Pace; 2],
-    /// Draft tokens judged, and accepted.
-    judged: f64,
-    accepted: f64,
     last: Option<Instant>,
 }
 
@@ -138,8 +132,6 @@ impl Lookahead {
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
                 paces: [Pace::default(), Pace::default()],
-                judged: 0.0,
-                accepted: 0.0,
                 last: None,
             }),
         }
@@ -158,12 +150,12 @@ impl Lookahead {
         self.ahead
     }
 
-    /// A verdict came on a round of `proposed` tokens.
-    pub(crate) fn judged(&mut self, proposed: usize, accepted: usize, now: Instant) {
+    /// A verdict came on a round of `proposed` tokens; a draft token is accepted with this probability.
+    pub(crate) fn judged(&mut self, proposed: usize, acceptance: f64, now: Instant) {
         if let Some(trials) = &mut self.trials
-            && trials.judged(self.ahead, (proposed, accepted), now)
+            && trials.judged(self.ahead, proposed, now)
         {
-            self.ahead = trials.next(self.ahead);
+            self.ahead = trials.next(self.ahead, acceptance);
         }
     }
 
@@ -177,10 +169,7 @@ impl Lookahead {
 
 impl Trials {
     /// Times a verdict on the present way; whether it was the last of its stretch.
-    fn judged(&mut self, ahead: bool, round: (usize, usize), now: Instant) -> bool {
-        let (proposed, accepted) = round;
-        self.judged = FADE * self.judged + (accepted + usize::from(accepted < proposed)) as f64;
-        self.accepted = FADE * self.accepted + accepted as f64;
+    fn judged(&mut self, ahead: bool, proposed: usize, now: Instant) -> bool {
         let last = self.last.replace(now);
         if self.unsettled > 0 {
             self.unsettled -= 1;
@@ -208,8 +197,7 @@ impl Trials {
     }
 
     /// The way to go on after a stretch of the present one.
-    fn next(&mut self, ahead: bool) -> bool {
-        let acceptance = acceptance(self.judged, self.accepted);
+    fn next(&mut self, ahead: bool, acceptance: f64) -> bool {
         let [waiting, running] = [0, 1].map(|way: usize| self.paces[way].rate(acceptance));
         let Some((waiting, running)) = waiting.zip(running) else {
             return self.turn(ahead, true);
@@ -256,16 +244,18 @@ impl Trials {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::acceptance::Acceptance;
 
     /// Runs `verdicts` verdicts that take `waiting` or `ahead` ms; the share of them that ran ahead.
     fn run(lookahead: &mut Lookahead, verdicts: u32, [waiting, ahead]: [u64; 2]) -> f64 {
-        let mut now = Instant::now();
+        let (mut now, mut acceptance) = (Instant::now(), Acceptance::default());
         let mut ran_ahead = 0;
         for _ in 0..verdicts {
             let ms = if lookahead.is_on() { ahead } else { waiting };
             ran_ahead += u32::from(lookahead.is_on());
             now += Duration::from_millis(ms);
-            lookahead.judged(4, 2, now);
+            acceptance.count(4, 2);
+            lookahead.judged(4, acceptance.probability(), now);
         }
         f64::from(ran_ahead) / f64::from(verdicts)
     }
@@ -285,11 +275,12 @@ mod tests {
     fn an_easy_passage_does_not_decide() {
         // Waiting is timed where nothing is accepted, running ahead, which is slower, where all is.
         let mut lookahead = Lookahead::measured(Arc::default());
-        let mut now = Instant::now();
+        let (mut now, mut acceptance) = (Instant::now(), Acceptance::default());
         for _ in 0..40 {
             let ahead = lookahead.is_on();
             now += Duration::from_millis(if ahead { 80 } else { 50 });
-            lookahead.judged(4, if ahead { 4 } else { 0 }, now);
+            acceptance.count(4, if ahead { 4 } else { 0 });
+            lookahead.judged(4, acceptance.probability(), now);
         }
         assert!(!lookahead.is_on());
     }

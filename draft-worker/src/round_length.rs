@@ -1,11 +1,13 @@
 //! [`RoundLength`]: how many tokens to draft per round, from what rounds cost and come to.
 //!
-//! With a probability a that a draft token is accepted, a round of k tokens settles (1 − a^(k+1)) / (1 − a) tokens on
-//! average (Leviathan et al. 2023). What it takes, from one verdict to the next, is fitted as a line in k: draft steps, the
-//! target's forward and the way there and back, as far as they do not hide behind each other. Both are measured, and fade;
-//! the k with the most tokens per second is taken. To keep the line fitted, one round in a few is a token shorter or longer.
+//! What a round of k tokens comes to follows from the [`Acceptance`](crate::acceptance::Acceptance). What it takes, from one
+//! verdict to the next, is fitted as a line in k: draft steps, the target's forward and the way there and back, as far as they
+//! do not hide behind each other. Both are measured, and fade; the k with the most tokens per second is taken. To keep the line
+//! fitted, one round in a few is a token shorter or longer.
 
 use std::time::Duration;
+
+use crate::acceptance::expected_tokens;
 
 /// What is left of a measurement after the next.
 const FADE: f64 = 0.97;
@@ -14,25 +16,12 @@ const ODD_EVERY: u32 = 8;
 /// Rounds before anything is chosen.
 const WARM_UP: u32 = 6;
 
-/// The probability that a draft token is accepted, from how many of those judged were; below 1.
-pub(crate) fn acceptance(judged: f64, accepted: f64) -> f64 {
-    ((accepted + 0.5) / (judged + 1.0)).min(0.999)
-}
-
-/// Tokens that a round of `length` settles on average: see above.
-pub(crate) fn expected_tokens(acceptance: f64, length: usize) -> f64 {
-    (1.0 - acceptance.powi(length as i32 + 1)) / (1.0 - acceptance)
-}
-
 /// The state of one session.
 #[derive(Debug)]
 pub(crate) struct RoundLength {
     most: usize,
     chosen: usize,
     rounds: u32,
-    /// Draft tokens judged and accepted: a judged one was accepted or the first that was not.
-    judged: f64,
-    accepted: f64,
     /// Sums over timed rounds: 1, k, k², seconds, k · seconds.
     sums: [f64; 5],
 }
@@ -44,8 +33,6 @@ impl RoundLength {
             most,
             chosen: most,
             rounds: 0,
-            judged: 0.0,
-            accepted: 0.0,
             sums: [0.0; 5],
         }
     }
@@ -60,10 +47,9 @@ impl RoundLength {
         }
     }
 
-    /// A round of `proposed` tokens was judged, where rounds followed one another so long after the one before.
-    pub(crate) fn judged(&mut self, proposed: usize, accepted: usize, took: Option<Duration>) {
-        self.judged = FADE * self.judged + (accepted + usize::from(accepted < proposed)) as f64;
-        self.accepted = FADE * self.accepted + accepted as f64;
+    /// A round of `proposed` tokens was judged, where rounds followed one another so long after the one before; a draft token is
+    /// accepted with this probability.
+    pub(crate) fn judged(&mut self, proposed: usize, took: Option<Duration>, acceptance: f64) {
         if let Some(took) = took {
             let (k, seconds) = (proposed as f64, took.as_secs_f64());
             let terms = [1.0, k, k * k, seconds, k * seconds];
@@ -73,12 +59,12 @@ impl RoundLength {
         }
         self.rounds = self.rounds.wrapping_add(1);
         if self.rounds >= WARM_UP && self.sums[0] > 0.0 {
-            self.chosen = self.best();
+            self.chosen = self.best(acceptance);
         }
     }
 
     /// The length with the most tokens per second by what is known.
-    fn best(&self) -> usize {
+    fn best(&self, acceptance: f64) -> usize {
         let [n, k, kk, s, ks] = self.sums;
         let spread = kk - k * k / n;
         // Rounds of one length only tell nothing of the slope.
@@ -88,8 +74,7 @@ impl RoundLength {
             0.0
         };
         let fixed = ((s - slope * k) / n).max(1e-6);
-        let a = acceptance(self.judged, self.accepted);
-        let rate = |k: usize| expected_tokens(a, k) / (fixed + slope * k as f64);
+        let rate = |k: usize| expected_tokens(acceptance, k) / (fixed + slope * k as f64);
         (1..=self.most)
             .max_by(|&x, &y| rate(x).total_cmp(&rate(y)))
             .unwrap_or(self.most)
@@ -99,11 +84,12 @@ impl RoundLength {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::acceptance::Acceptance;
 
     /// The length after rounds of which each token is accepted with probability `a`, at these costs in ms.
     fn settled(a: f64, step: f64, fixed: f64, slope: f64) -> usize {
         let ms = |x: f64| Duration::from_secs_f64(x / 1e3);
-        let mut length = RoundLength::new(16);
+        let (mut length, mut acceptance) = (RoundLength::new(16), Acceptance::default());
         let mut state = 1u64;
         for _ in 0..400 {
             let proposed = length.next();
@@ -116,7 +102,8 @@ mod tests {
                 })
                 .count();
             let took = ms(fixed + (step + slope) * proposed as f64);
-            length.judged(proposed, accepted, Some(took));
+            acceptance.count(proposed, accepted);
+            length.judged(proposed, Some(took), acceptance.probability());
         }
         length.chosen
     }

@@ -29,6 +29,7 @@ use specattn_proto::Fault;
 use specattn_worker::Plan;
 use tokio::sync::mpsc;
 
+use crate::acceptance::Acceptance;
 use crate::args::Drafting;
 use crate::capturing::Capturing;
 use crate::lookahead::{Findings, Lookahead};
@@ -151,6 +152,7 @@ struct Joined {
     epoch: u64,
     prompt_tokens: usize,
     draft_length: usize,
+    acceptance: Acceptance,
     /// Where shorter rounds may be chosen.
     length: Option<RoundLength>,
     lookahead: Lookahead,

@@ -7,6 +7,7 @@ use specattn_proto::Fault;
 use specattn_worker::clock;
 
 use super::{Joined, Session, Verdict, Welcome};
+use crate::acceptance::Acceptance;
 use crate::args::LookaheadMode;
 use crate::capturing::Capturing;
 use crate::lookahead::Lookahead;
@@ -31,6 +32,7 @@ impl Session {
             epoch: welcome.epoch,
             prompt_tokens: welcome.prompt_tokens,
             draft_length,
+            acceptance: Acceptance::default(),
             length: welcome.may_shorten.then(|| RoundLength::new(draft_length)),
             lookahead: match self.spec.drafting.lookahead {
                 LookaheadMode::Auto => Lookahead::measured(Arc::clone(&self.findings)),
@@ -86,11 +88,13 @@ impl Session {
         new.extend(verdict.next_tokens);
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
         let now = clock::now();
-        joined.lookahead.judged(proposed, verdict.accepted, now);
+        joined.acceptance.count(proposed, verdict.accepted);
+        let acceptance = joined.acceptance.probability();
+        joined.lookahead.judged(proposed, acceptance, now);
         if let Some(length) = &mut joined.length {
             let last = joined.last_verdict.replace(now);
             let took = last.map(|last| now.saturating_duration_since(last));
-            length.judged(proposed, verdict.accepted, took);
+            length.judged(proposed, took, acceptance);
         }
         let as_guessed = !self.guesses.is_empty()
             && verdict.epoch == joined.epoch
