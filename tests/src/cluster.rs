@@ -37,15 +37,22 @@ impl Cluster {
     pub async fn start_with(drafts: usize, arguments: &[&str]) -> Self {
         let gateway = gateway_at(&process::free_address(), arguments).await;
         let verify = Process::worker(VERIFY, &["--gateway", gateway.uri()]).await;
-        let mut cluster = Self {
-            gateway,
-            verify,
-            drafts: Vec::new(),
-        };
+        let mut cluster = Self::of(gateway, verify, Vec::new()).await;
         for _ in 0..drafts {
             cluster.add_draft().await;
         }
+        cluster
+    }
+
+    /// Services that were started otherwise, once the gateway knows the workers.
+    pub async fn of(gateway: Process, verify: Process, drafts: Vec<Process>) -> Self {
+        let cluster = Self {
+            gateway,
+            verify,
+            drafts,
+        };
         cluster.knows(WorkerRole::Verify, 1).await;
+        cluster.knows(WorkerRole::Draft, cluster.drafts.len()).await;
         cluster
     }
 

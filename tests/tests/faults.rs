@@ -173,14 +173,7 @@ async fn what_is_said_twice_counts_once() {
     let uri = format!("http://{}", repeater.address());
     let gateway = gateway_at(&free_address(), &["--verify-endpoint", &uri]).await;
     let draft = Process::worker(DRAFT, &["--gateway", gateway.uri()]).await;
-    let drafts = vec![draft];
-    let cluster = Cluster {
-        gateway,
-        verify,
-        drafts,
-    };
-    cluster.knows(WorkerRole::Verify, 1).await;
-    cluster.knows(WorkerRole::Draft, 1).await;
+    let cluster = Cluster::of(gateway, verify, vec![draft]).await;
     let expected = alone(&cluster, 400).await;
     let drafted = Request::tokens(&prompt(), 400).draft_length(4);
     for request in [drafted.clone(), drafted.exact()] {

@@ -2,7 +2,7 @@
 //! away.
 #![allow(clippy::unwrap_used)]
 
-use specattn_proto::v1::{Sampling, WorkerRole};
+use specattn_proto::v1::Sampling;
 use specattn_tests::cluster::gateway_at;
 use specattn_tests::metrics::Page;
 use specattn_tests::process::{self, DRAFT, Process, VERIFY};
@@ -19,13 +19,7 @@ async fn honest_drafts_stay() {
     // Captured steps lie so far apart that most rounds have no rows of their own, and what is sent ahead verdicts void.
     let flags = ["--capture-every", "8", "--lookahead", "on"];
     let draft = Process::worker(DRAFT, &[home.as_slice(), &flags].concat()).await;
-    let cluster = Cluster {
-        gateway,
-        verify,
-        drafts: vec![draft],
-    };
-    cluster.knows(WorkerRole::Verify, 1).await;
-    cluster.knows(WorkerRole::Draft, 1).await;
+    let cluster = Cluster::of(gateway, verify, vec![draft]).await;
     let channel = cluster.channel().await;
     let prompt = texts::book(600);
     for seed in 1..=SEEDS {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use specattn_proto::v1::generation_service_client::GenerationServiceClient;
 use specattn_proto::v1::{
-    DraftPolicy, GenerateRequest, Limits, Mode, WorkerRole, generate_request, generate_response,
+    DraftPolicy, GenerateRequest, Limits, Mode, generate_request, generate_response,
 };
 use specattn_tests::cluster::gateway_at;
 use specattn_tests::collector::{Collected, Collector, hex};
@@ -97,14 +97,8 @@ async fn one_request_is_one_trace_through_all_services() {
     let mut line = vec!["--gateway", gateway.uri()];
     line.extend(traced);
     let verify = Process::worker(VERIFY, &line).await;
-    let drafts = vec![Process::worker(DRAFT, &line).await];
-    let cluster = Cluster {
-        gateway,
-        verify,
-        drafts,
-    };
-    cluster.knows(WorkerRole::Verify, 1).await;
-    cluster.knows(WorkerRole::Draft, 1).await;
+    let draft = Process::worker(DRAFT, &line).await;
+    let cluster = Cluster::of(gateway, verify, vec![draft]).await;
 
     // The client traces the first request itself, the second begins a trace.
     let mut first = request();
