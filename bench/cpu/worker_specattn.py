@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 
 import grpc
 from grpc_tools import protoc
 
 import worker
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests" / "python"))
+import local_server
 
 MODES = {"dense": "MODE_DENSE", "sparse": "MODE_SPARSE", "exact": "MODE_EXACT"}
 START_TIMEOUT_S = 60
@@ -34,17 +36,13 @@ def compile_protos(root):
 
 
 def start_server(binary, target, draft, threads, extra):
-    """(process, address), once its workers have registered: it prints its URL then."""
-    command = [str(binary), "serve", "--listen", "127.0.0.1:0", "--target", str(target), "--draft", str(draft)]
-    command += ["--threads", str(threads), "--quiet", "--log-level", "warn", "--no-prefix-sharing", *extra]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    """(process, address), once its workers have registered."""
+    flags = ["--target", target, "--draft", draft, "--threads", threads, "--no-prefix-sharing", *extra]
+    try:
+        process, url = local_server.serve(binary, *flags, timeout=START_TIMEOUT_S)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
     atexit.register(stop_server, process)
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
-    url = process.stdout.readline().strip()
-    timer.cancel()
-    if not url.startswith("http://"):
-        raise SystemExit(f"specattn serve did not start (limit {START_TIMEOUT_S} s): it printed {url!r}")
     return process, url.removeprefix("http://")
 
 
