@@ -166,14 +166,18 @@ impl Stranger {
             let propose = make(self.proposal(tokens));
             let sequence = self.sequence;
             self.send(propose).await;
-            match self.verdict().await? {
-                None => return Ok(None),
-                Some(verdict) if verdict.judged => {
-                    self.note(tokens, &verdict);
-                    return Ok(Some(verdict));
+            // Progress is told unasked: one proposal for each verdict would soon be a flood.
+            let mut next = Some(self.verdict().await);
+            while let Some(verdict) = next {
+                match verdict? {
+                    None => return Ok(None),
+                    Some(verdict) if verdict.judged => {
+                        self.note(tokens, &verdict);
+                        return Ok(Some(verdict));
+                    }
+                    // Progress, or the stale answer: the state is known again.
+                    Some(_) => next = self.verdict_now().await,
                 }
-                // Progress, or the stale answer: the state is known again.
-                Some(_) => {}
             }
             assert!(sequence < 1_000_000, "no proposal was ever judged");
         }
