@@ -4,6 +4,7 @@ mod fake_draft;
 mod fake_verify;
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use specattn_gateway::Config;
@@ -36,8 +37,12 @@ pub(crate) fn target_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/target")
 }
 
-pub(crate) fn tokenizer() -> tokenizers::Tokenizer {
-    tokenizers::Tokenizer::from_file(target_dir().join("tokenizer.json")).unwrap()
+/// Loaded once: that takes longer than a heartbeat on a busy machine.
+pub(crate) fn tokenizer() -> &'static tokenizers::Tokenizer {
+    static TOKENIZER: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| {
+        tokenizers::Tokenizer::from_file(target_dir().join("tokenizer.json")).unwrap()
+    });
+    &TOKENIZER
 }
 
 /// Token ids of a text that goes on from another: no begin mark.
@@ -133,7 +138,7 @@ pub(crate) async fn serve_worker(
 /// A gateway's configuration with short times.
 pub(crate) fn quick_config() -> Config {
     let mut config = Config::new(target_dir());
-    config.heartbeat_interval = Duration::from_millis(50);
+    config.heartbeat_interval = Duration::from_millis(200);
     config.server.drain_timeout = Duration::from_millis(300);
     config.admission.queue_timeout = Duration::from_millis(300);
     config.reopen_timeout = Duration::from_millis(500);
