@@ -3,13 +3,19 @@
 
     python3 bench/gpu/placements.py --bin target/release cuda:0/cuda:0 cuda:0/cuda:1 cuda:0,1/cuda:1
 
-A placement is VERIFY/DRAFT. Weights are random, so the two models would never agree: requests bias a few tokens of the vocabulary by
+A placement is VERIFY/DRAFT; of either there may be several workers, joined by +, as in cuda:0+cuda:1/cuda:2+cuda:3 (a comma splits one
+worker over GPUs). Workers' busy shares are of the time in which requests run; with --share-prefixes every prompt is processed
+beforehand, so that this is decoding alone. Weights are random, so the two models would never agree: requests bias a few tokens of the vocabulary by
 +100, and what is drafted is accepted as often as two unrelated choices among those few agree. With one such token every draft is
 accepted, the most that drafts can bring; with eight, sampled, two thirds or so. Prints Markdown.
+
+The last column is the cost model's rate where every draft is accepted: a round is the draft's steps and then the target's forward,
+each as long as its bytes (weights once, KV entries of the worker's sessions) take at --bandwidth.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,16 +39,19 @@ def main():
     args = parser().parse_args()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    print("| verify | draft | drafts | context | sessions | tokens/s | accepted | tokens per forward |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = "verify | draft | drafts | context | sessions | tokens/s | accepted | tokens per forward | verify busy | draft busy | model"
+    print(f"| {columns} |\n|{' --- |' * len(columns.split('|'))}")
     for placement in args.placements:
-        verify, draft = placement.split("/")
-        processes = start(Path(args.bin), verify, draft, work, args.verify_flags)
+        verify, draft = (side.split("+") for side in placement.split("/"))
+        processes = start(args, verify, draft, work)
         try:
             for name, biased, temperature, drafted in LOADS:
+                if args.loads and name not in args.loads:
+                    continue
                 for sessions in args.sessions:
-                    cells = measure(args, (biased, temperature, drafted), sessions)
-                    print(f"| {verify} | {draft} | {name} | {args.context} | {sessions} | {cells} |", flush=True)
+                    cells = measure(args, (biased, temperature, drafted), sessions, (len(verify), len(draft)))
+                    row = f"{'+'.join(verify)} | {'+'.join(draft)} | {name} | {args.context} | {sessions} | {cells}"
+                    print(f"| {row} |", flush=True)
         finally:
             for process in processes:
                 process.terminate()
@@ -58,27 +67,34 @@ def parser():
     p.add_argument("--context", type=int, default=8000, help="tokens of each prompt")
     p.add_argument("--tokens", type=int, default=400, help="tokens of each completion")
     p.add_argument("--sessions", type=int, nargs="+", default=[1, 4], help="requests at a time")
+    p.add_argument("--loads", nargs="+", choices=[load[0] for load in LOADS], help="some of the loads only")
+    p.add_argument("--share-prefixes", action="store_true", help="process prompts before the clock starts")
+    p.add_argument("--bandwidth", type=float, default=2.9, help="copy bandwidth of one GPU for the cost model, TB/s")
     p.add_argument("--verify-flags", nargs="*", default=[], help="more arguments of the verify worker")
     return p
 
 
-def start(bin_, verify, draft, work, verify_flags):
+def start(args, verify, draft, work):
     processes = []
+    bin_ = Path(args.bin)
 
-    def spawn(name, *line):
-        log = open(work / f"{name}.log", "w")
+    def spawn(name, port, *line):
+        log = open(work / f"{name}-{port}.log", "w")
+        line = ["--listen", f"127.0.0.1:{port}", *line]
         processes.append(subprocess.Popen([bin_ / name, *map(str, line)], stdout=log, stderr=log))
 
-    spawn("specattn-gateway", "--tokenizer", ROOT / "models/target", "--listen", f"127.0.0.1:{PORT}")
-    common = ["--gateway", URL, "--no-prefix-sharing"]
-    spawn("specattn-verify", "--random-weights", CONFIGS / "llama-3-8b.json", "--device", verify, "--kv-cache-mib", 16384,
-          "--listen", f"127.0.0.1:{PORT + 1}", *common, *verify_flags)
-    spawn("specattn-draft", "--random-weights", CONFIGS / "llama-3.2-1b.json", "--device", draft, "--kv-cache-mib", 8192,
-          "--listen", f"127.0.0.1:{PORT + 2}", *common)
+    spawn("specattn-gateway", PORT, "--tokenizer", ROOT / "models/target")
+    common = ["--gateway", URL] + ([] if args.share_prefixes else ["--no-prefix-sharing"])
+    for port, device in zip(verify_ports(len(verify)), verify):
+        spawn("specattn-verify", port, "--random-weights", CONFIGS / "llama-3-8b.json", "--device", device, "--kv-cache-mib", 16384,
+              *common, *args.verify_flags)
+    for port, device in zip(draft_ports(len(draft)), draft):
+        spawn("specattn-draft", port, "--random-weights", CONFIGS / "llama-3.2-1b.json", "--device", device, "--kv-cache-mib", 8192,
+              *common)
     for _ in range(240):
         time.sleep(0.5)
         status = subprocess.run([bin_ / "specattn", "status", "--gateway", URL, "--json"], capture_output=True, text=True)
-        if status.returncode == 0 and status.stdout.count('"role"') >= 2:
+        if status.returncode == 0 and status.stdout.count('"role"') >= len(verify) + len(draft):
             return processes
         if any(process.poll() is not None for process in processes):
             break
@@ -89,13 +105,42 @@ def start(bin_, verify, draft, work, verify_flags):
     sys.exit("the services did not start")
 
 
-def measure(args, load, sessions):
+def verify_ports(count):
+    return range(PORT + 1, PORT + 1 + count)
+
+
+def draft_ports(count):
+    return range(PORT + 21, PORT + 21 + count)
+
+
+def measure(args, load, sessions, workers):
     """Rates are those after each session's first token."""
+    verify, draft = workers
+    if args.share_prefixes:
+        every(sessions, lambda index: request(args, load, index, 1))
+    before = [busy(ports) for ports in (verify_ports(verify), draft_ports(draft))]
+    start = time.monotonic()
+    results = every(sessions, lambda index: request(args, load, index, args.tokens))
+    took = time.monotonic() - start
+    after = [busy(ports) for ports in (verify_ports(verify), draft_ports(draft))]
+    failed = [r for r in results if not isinstance(r, dict)]
+    if failed:
+        return f"FAILED: {failed[0]} | | | | | "
+    rate = sum(u["completion_tokens"] / (u["specattn"]["elapsed_seconds"] - u["specattn"]["ttft_seconds"]) for u in results)
+    accepted = share(results, "accepted_tokens", "proposed_tokens")
+    tokens = sum(u["completion_tokens"] for u in results)
+    forwards = sum(u["specattn"]["target_forwards"] for u in results)
+    shares = [", ".join(f"{(a - b) / took:.2f}" for a, b in zip(*sides)) for sides in zip(after, before)]
+    model = modelled(args, load, sessions, workers)
+    return f"{rate:.0f} | {accepted} | {tokens / max(forwards, 1):.2f} | {shares[0]} | {shares[1]} | {model}"
+
+
+def every(sessions, call):
     results = [None] * sessions
 
     def run(index):
         try:
-            results[index] = request(args, load, index)
+            results[index] = call(index)
         except Exception as error:
             results[index] = str(error)
 
@@ -104,14 +149,37 @@ def measure(args, load, sessions):
         thread.start()
     for thread in threads:
         thread.join()
-    failed = [r for r in results if not isinstance(r, dict)]
-    if failed:
-        return f"FAILED: {failed[0]} | | "
-    rate = sum(u["completion_tokens"] / (u["specattn"]["elapsed_seconds"] - u["specattn"]["ttft_seconds"]) for u in results)
-    accepted = share(results, "accepted_tokens", "proposed_tokens")
-    tokens = sum(u["completion_tokens"] for u in results)
-    forwards = sum(u["specattn"]["target_forwards"] for u in results)
-    return f"{rate:.0f} | {accepted} | {tokens / max(forwards, 1):.2f}"
+    return results
+
+
+def busy(ports):
+    """Seconds that each worker has spent in forwards."""
+
+    def of(port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        return float(re.search(r"^specattn_\w*busy_seconds_total(?:{.*})? (\S+)", text, re.MULTILINE)[1])
+
+    return [of(port) for port in ports]
+
+
+def modelled(args, load, sessions, workers):
+    """Tokens/s by bytes alone, every draft accepted."""
+    biased, _, drafted = load
+    if biased > 1:
+        return ""
+
+    def seconds(config, share):
+        shape = json.loads((CONFIGS / config).read_text())
+        width, layers, kv = shape["hidden_size"], shape["num_hidden_layers"], shape["num_key_value_heads"] * shape["head_dim"]
+        q = shape["num_attention_heads"] * shape["head_dim"]
+        weights = layers * width * (2 * q + 2 * kv + 3 * shape["intermediate_size"]) + shape["vocab_size"] * width
+        entries = share * (args.context + args.tokens / 2) * layers * 2 * kv
+        return 2 * (weights + entries) / (args.bandwidth * 1e12)
+
+    verify, draft = workers
+    round_ = seconds("llama-3-8b.json", sessions / verify) + drafted * seconds("llama-3.2-1b.json", sessions / draft)
+    return f"{sessions * (drafted + 1) / round_:.0f}"
 
 
 def share(results, part, whole):
@@ -124,13 +192,13 @@ def served_model():
         return json.load(answer)["data"][0]["id"]
 
 
-def request(args, load, index):
+def request(args, load, index, tokens):
     biased, temperature, drafted = load
     prompt = [(100 + 7919 * i + 31 * index) % 8000 for i in range(args.context)]
     body = {
         "model": served_model(),
         "prompt": prompt,
-        "max_tokens": args.tokens,
+        "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": temperature,
         "seed": index,

@@ -17,9 +17,10 @@ use super::linear::{self, Product, out_width};
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
+use super::weights::WeightMaker;
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Masses,
-    Pass, Peak, RotateArgs, random_spread,
+    Pass, Peak, RotateArgs,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -102,33 +103,11 @@ impl CudaBackend {
     /// [`CudaError::OutOfMemory`].
     pub fn random_matrix(
         &self,
-        (rows, cols): (usize, usize),
+        shape: (usize, usize),
         spread: f32,
         seed: u32,
     ) -> Result<Weight, EngineError> {
-        self.random_part((rows, cols), &Cut::Whole, spread, seed)
-    }
-
-    /// A part of such a weight, with the numbers that the whole one has there.
-    fn random_part(
-        &self,
-        (rows, cols): (usize, usize),
-        cut: &Cut,
-        spread: f32,
-        seed: u32,
-    ) -> Result<Weight, EngineError> {
-        let (own_rows, own_cols) = cut.of((rows, cols));
-        let grid = RandomGrid {
-            columns: own_cols.len(),
-            stride: cols,
-            first: own_rows.start * cols + own_cols.start,
-        };
-        let (rows, cols) = (own_rows.len(), own_cols.len());
-        let mut memory = DeviceMemory::new(&self.device);
-        memory.reserve(rows * cols * 2)?;
-        self.rows()
-            .fill_random(memory.address(), rows * cols, grid, (spread, seed))?;
-        Ok(Weight::new(memory, rows, cols))
+        self.weights().random_part(shape, &Cut::Whole, spread, seed)
     }
 
     /// A matrix, `[rows, cols]`, rounded to the backend's type; a single row stays f32.
@@ -136,27 +115,7 @@ impl CudaBackend {
     /// # Errors
     /// [`CudaError::OutOfMemory`], or [`EngineError::Unsupported`] for a width that the kernels do not take.
     pub fn weight_of(&self, values: &[f32], rows: usize) -> Result<Weight, EngineError> {
-        let cols = values.len() / rows;
-        if rows == 1 {
-            return Ok(Weight::new(
-                DeviceMemory::from_slice(&self.device, values)?,
-                1,
-                cols,
-            ));
-        }
-        check_width(cols)?;
-        let bits: Vec<u16> = match self.half {
-            DType::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
-            _ => values
-                .iter()
-                .map(|&x| bf16::from_f32(x).to_bits())
-                .collect(),
-        };
-        Ok(Weight::new(
-            DeviceMemory::from_slice(&self.device, &bits)?,
-            rows,
-            cols,
-        ))
+        self.weights().of_values(values, rows)
     }
 
     /// A buffer that holds `values` as f32.
@@ -193,7 +152,15 @@ impl CudaBackend {
         }
     }
 
-    /// The number of rows that a buffer of f32 or 16-bit rows of `width` holds.
+    fn weights(&self) -> WeightMaker<'_> {
+        WeightMaker {
+            device: &self.device,
+            half: self.half,
+            rows: self.rows(),
+        }
+    }
+
+    /// The products of the rows of `x` with all of these projections, side by side in a row of `out`.
     fn product(
         &self,
         x: &Buffer,
@@ -308,17 +275,6 @@ impl CudaBackend {
     }
 }
 
-/// Rows are read 16 bytes at a time.
-fn check_width(width: usize) -> Result<(), EngineError> {
-    if width.is_multiple_of(8) {
-        Ok(())
-    } else {
-        Err(EngineError::Unsupported(format!(
-            "a matrix of width {width} on a GPU: it must be a multiple of 8"
-        )))
-    }
-}
-
 impl Backend for CudaBackend {
     type Buffer = Buffer;
     type Weight = Weight;
@@ -340,46 +296,11 @@ impl Backend for CudaBackend {
     }
 
     fn weight(&self, tensor: Tensor) -> Result<Weight, EngineError> {
-        let (shape, bytes) = (tensor.shape(), tensor.bytes());
-        let (rows, cols) = match *shape {
-            [rows, cols] => (rows, cols),
-            _ => (1, shape.iter().product()),
-        };
-        if rows > 1 && tensor.dtype() == self.half {
-            check_width(cols)?;
-            return Ok(Weight::new(
-                DeviceMemory::from_slice(&self.device, bytes)?,
-                rows,
-                cols,
-            ));
-        }
-        let pairs = || {
-            bytes
-                .chunks_exact(2)
-                .map(|b| u16::from_le_bytes([b[0], b[1]]))
-        };
-        let values: Vec<f32> = match tensor.dtype() {
-            DType::F32 => bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            DType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
-            DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
-        };
-        self.weight_of(&values, rows)
+        self.weights().of_tensor(&tensor)
     }
 
     fn random_weight(&self, shape: &[usize], cut: &Cut, seed: u32) -> Result<Weight, EngineError> {
-        match *shape {
-            [rows, cols] => {
-                check_width(cut.of((rows, cols)).1.len())?;
-                self.random_part((rows, cols), cut, random_spread(cols), seed)
-            }
-            _ => {
-                let (own, _) = cut.of((shape.iter().product(), 1));
-                self.weight_of(&vec![1.0; own.len()], 1)
-            }
-        }
+        self.weights().random(shape, cut, seed)
     }
 
     fn device_memory(&self) -> Result<Option<(usize, usize)>, EngineError> {

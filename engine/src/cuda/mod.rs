@@ -25,6 +25,7 @@ mod round_sums;
 mod row_mixer;
 pub mod selection;
 mod topology;
+mod weights;
 
 pub use backend::CudaBackend;
 pub use device::{Device, Turn, device_count};

@@ -1,8 +1,9 @@
 //! [`Client`]s that keep a fleet busy, each with habits of its own.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -125,29 +126,38 @@ impl Client {
             return refused(status, account, case).await;
         }
         account.resumed += u64::from(came.1.is_err());
-        match within(PATIENCE, self.rest(came, gateway)).await {
+        let mut history = History::of(&came.0);
+        match within(PATIENCE, self.rest(came, gateway, &mut history)).await {
             Some(Ok(completion)) => match case.check(&completion) {
                 Ok(()) => account.finished += 1,
                 Err(wrong) => account.wrong.push(wrong),
             },
-            Some(Err(why)) => account.lost.push(format!("{}: {why}", case.name)),
-            None => account.lost.push(format!("{}: never whole", case.name)),
+            Some(Err(why)) => account.lost.push(format!("{}: {why} {history}", case.name)),
+            None => account
+                .lost
+                .push(format!("{}: never whole {history}", case.name)),
         }
     }
 
     /// Asks for what is missing of a session that began, here and there, until it is whole; or why it cannot be had.
-    async fn rest(&self, came: Came, gateway: usize) -> Result<Completion, String> {
+    async fn rest(
+        &self,
+        came: Came,
+        gateway: usize,
+        history: &mut History,
+    ) -> Result<Completion, String> {
         let (mut completion, mut came) = came;
         let mut asked = 0;
         while let Err(status) = came {
             // A gateway that does not hold the session may yet take it over from one that died.
+            history.note(format_args!("{} tokens, {status}", completion.tokens.len()));
             if !is_clean(&status) && status.code() != Code::NotFound {
-                let id = completion.started.map(|started| started.session_id);
-                return Err(format!("{} {status}", id.unwrap_or_default()));
+                return Err("refused for good".to_owned());
             }
             tokio::time::sleep(PAUSE).await;
             asked += 1;
             let gateway = (gateway + asked) % self.gateways.len();
+            history.note(format_args!("gateway {gateway} is asked"));
             (completion, came) = self.resume(gateway, completion).await;
         }
         Ok(completion)
@@ -171,6 +181,42 @@ impl Client {
             }
             Err(status) => (completion, Err(status)),
         }
+    }
+}
+
+/// What a client went through with a session since it broke off, for reports.
+#[derive(Debug)]
+struct History {
+    session_id: String,
+    since: Instant,
+    lines: String,
+}
+
+impl History {
+    fn of(completion: &Completion) -> Self {
+        let started = completion.started.as_ref();
+        Self {
+            session_id: started.map_or_else(String::new, |started| started.session_id.clone()),
+            since: Instant::now(),
+            lines: String::new(),
+        }
+    }
+
+    fn note(&mut self, line: fmt::Arguments<'_>) {
+        let after = self.since.elapsed().as_secs_f64();
+        self.lines.push_str(&format!("\n    {after:.1} s: {line}"));
+    }
+}
+
+impl fmt::Display for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "({}; {:.1} s ago it broke off){}",
+            self.session_id,
+            self.since.elapsed().as_secs_f64(),
+            self.lines
+        )
     }
 }
 

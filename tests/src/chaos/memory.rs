@@ -68,8 +68,12 @@ impl Memory {
 }
 
 fn growth(name: &str, samples: &[(Duration, u64)]) -> Option<Growth> {
-    let (born, _) = samples.first()?;
-    let warm = samples.iter().position(|(at, _)| *at >= *born + WARM_UP)?;
+    // Nobody's memory is touched before the first session: weights are mapped, the KV cache is reserved.
+    let last = samples.last()?.1;
+    let (at_work, _) = samples.iter().find(|(_, bytes)| *bytes >= last / 2)?;
+    let warm = samples
+        .iter()
+        .position(|(at, _)| *at >= *at_work + WARM_UP)?;
     let samples = &samples[warm..];
     let watched = samples.last()?.0 - samples.first()?.0;
     if watched < SHORTEST || samples.len() < 6 {
@@ -108,6 +112,8 @@ mod tests {
         const MIB: u64 = 1 << 20;
         let flat = grown(200, |second| 100 * MIB + second.min(25) * MIB);
         assert!(flat.len() == 1 && flat[0].is_flat(), "{flat:?}");
+        let idle_at_first = grown(200, |second| if second < 90 { 12 } else { 52 } * MIB);
+        assert!(idle_at_first[0].is_flat(), "{idle_at_first:?}");
         let leak = grown(200, |second| 100 * MIB + second * MIB);
         assert!(!leak[0].is_flat(), "{leak:?}");
     }
