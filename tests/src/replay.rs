@@ -4,6 +4,8 @@
 //! repeated, with the engine and the mask library but without any of the workers' code: every list that a head read, every
 //! entry counted, and the logits that tokens were drawn from.
 
+use std::collections::VecDeque;
+
 use specattn_engine::{HeadLists, LoadOptions, LogitRows, Model, Sequence, Step};
 use specattn_mask::memory::shifted_mass;
 use specattn_mask::{Decoder, HeadMemory, LayerMap, Limits, MaskPolicy, RoundMask, read_list};
@@ -37,7 +39,7 @@ pub struct Replay {
     length: Option<usize>,
 }
 
-/// The round that a verdict answers.
+/// A round as proposed.
 struct Round<'a> {
     propose: &'a Propose,
     drafted: Vec<u32>,
@@ -46,8 +48,6 @@ struct Round<'a> {
 
 impl Replay {
     /// Replays a session in sparse mode by `crossed`; `committed` are its tokens, prompt included, at the end.
-    ///
-    /// The verify worker must wait for its draft, so that every pass takes a round along once the draft has begun.
     pub fn of(
         crossed: &[Crossed],
         request: &OpenRequest,
@@ -97,7 +97,8 @@ impl Replay {
     fn follow(&mut self, crossed: &[Crossed], committed: &[u32]) {
         let mut decoder = Decoder::new(Limits::default());
         let mut drafted: Vec<u32> = Vec::new();
-        let mut last: Option<Round<'_>> = None;
+        // A step alone is told while a proposal is under way: the verdict that answers it comes behind.
+        let mut waiting: VecDeque<Round<'_>> = VecDeque::new();
         for event in crossed {
             match event {
                 Crossed::Welcome(welcome) => {
@@ -113,7 +114,7 @@ impl Replay {
                     if propose.last {
                         let mask = decoder.decode(&propose.mask).ok().cloned();
                         let drafted = drafted.clone();
-                        last = Some(Round {
+                        waiting.push_back(Round {
                             propose,
                             drafted,
                             mask,
@@ -121,10 +122,26 @@ impl Replay {
                     }
                 }
                 Crossed::Verdict(verdict) => {
-                    self.answered(last.take(), verdict);
+                    if verdict.judged {
+                        let base = self.tokens.len() as u64;
+                        while waiting
+                            .front()
+                            .is_some_and(|round| round.propose.base != base)
+                        {
+                            waiting.pop_front();
+                        }
+                        let round = waiting.pop_front();
+                        self.answered(round.expect("what is judged was proposed"), verdict);
+                    } else {
+                        self.alone(&verdict.next_tokens);
+                    }
                     self.policy.p = verdict.mask_p.unwrap_or(self.policy.p);
                 }
-                Crossed::Closed => self.ended(last.take(), committed),
+                Crossed::Closed => {
+                    let base = self.tokens.len() as u64;
+                    let mut rest = waiting.drain(..);
+                    self.ended(rest.find(|round| round.propose.base == base), committed);
+                }
             }
         }
     }
@@ -155,68 +172,45 @@ impl Replay {
         self.length.is_some_and(|length| self.run >= length)
     }
 
-    fn answered(&mut self, last: Option<Round<'_>>, verdict: &Verdict) {
-        let next = &verdict.next_tokens;
-        let fresh = last.filter(|round| round.propose.base as usize == self.tokens.len());
-        match fresh {
-            Some(Round { drafted, mask, .. }) if verdict.judged => {
-                match mask.filter(|_| !self.is_due()) {
-                    Some(mask) => {
-                        self.masked(&drafted, &mask);
-                        let added = verdict.accepted as usize + 1;
-                        self.run += self.length.map_or(0, |_| added);
-                    }
-                    None => self.refresh(&drafted),
-                }
-                let accepted = verdict.accepted as usize;
-                self.judged(drafted.len(), &drafted[..accepted], next[0]);
+    fn answered(&mut self, round: Round<'_>, verdict: &Verdict) {
+        let Round { drafted, mask, .. } = round;
+        match mask.filter(|_| !self.is_due()) {
+            Some(mask) => {
+                self.masked(&drafted, &mask);
+                let added = verdict.accepted as usize + 1;
+                self.run += self.length.map_or(0, |_| added);
             }
-            _ => self.alone(next),
+            None => self.refresh(&drafted),
         }
+        let accepted = verdict.accepted as usize;
+        self.judged(drafted.len(), &drafted[..accepted], verdict.next_tokens[0]);
     }
 
     /// The last pass's answer is the end itself.
     fn ended(&mut self, last: Option<Round<'_>>, committed: &[u32]) {
         let (n, limit) = (self.tokens.len(), committed.len());
         let left = &committed[n..];
-        let fresh = last.filter(|round| round.propose.base as usize == n && left.len() > 1);
-        match fresh {
-            Some(Round {
-                mut drafted, mask, ..
-            }) => {
-                drafted.truncate(left.len() - 1);
-                match mask.filter(|_| !self.is_due()) {
-                    Some(mask) => {
-                        self.masked(&drafted, &mask);
-                        self.judged(
-                            drafted.len(),
-                            &committed[n..limit - 1],
-                            committed[limit - 1],
-                        );
-                    }
-                    None => {
-                        self.refresh(&drafted);
-                        self.judged(
-                            drafted.len(),
-                            &committed[n..limit - 1],
-                            committed[limit - 1],
-                        );
-                    }
-                }
-            }
-            None if self.run > 0 => {
-                self.refresh(&[]);
-                self.tokens.extend(left);
-            }
-            None => self.alone(left),
+        let Some(round) = last.filter(|_| left.len() > 1) else {
+            return self.alone(left);
+        };
+        let mut drafted = round.drafted;
+        drafted.truncate(left.len() - 1);
+        match round.mask.filter(|_| !self.is_due()) {
+            Some(mask) => self.masked(&drafted, &mask),
+            None => self.refresh(&drafted),
         }
+        self.judged(
+            drafted.len(),
+            &committed[n..limit - 1],
+            committed[limit - 1],
+        );
     }
 
-    /// Steps without a draft, one for each token.
+    /// Steps without a draft, one for each token; the first of them sees what masked rounds have added.
     fn alone(&mut self, tokens: &[u32]) {
         for &token in tokens {
-            self.dense(self.tokens.len() - 1, &[]);
-            self.count.solo += 1;
+            self.count.solo += u64::from(self.run == 0);
+            self.refresh(&[]);
             self.tokens.push(token);
         }
     }
