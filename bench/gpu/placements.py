@@ -158,7 +158,7 @@ def busy(ports):
     def of(port):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        return float(re.search(r"^specattn_\w*busy_seconds_total(?:{.*})? (\S+)", text, re.MULTILINE)[1])
+        return float(re.search(r"^\w*busy_seconds_total(?:{.*})? (\S+)", text, re.MULTILINE)[1])
 
     return [of(port) for port in ports]
 
