@@ -272,10 +272,12 @@ impl Session {
         joined.is_some_and(|joined| joined.sampler.needs_argmax_only())
     }
 
-    /// Whether the next forward is a chunk of tokens that the draft has to catch up with.
+    /// Whether the next forward is a chunk of tokens that the draft has to catch up with. A draft step feeds some tokens that are
+    /// missing, but none that others may have processed too.
     pub(crate) fn is_catching_up(&self) -> bool {
         let missing = (self.tokens.len() - 1).saturating_sub(self.cached);
-        !self.is_waiting() && (missing >= STEP_TOKENS || (missing > 0 && !self.drafts()))
+        let may_step = missing < STEP_TOKENS && self.cached >= self.prompt_end && self.drafts();
+        missing > 0 && !may_step
     }
 
     /// Whether a whole round is out.
@@ -318,8 +320,13 @@ impl Session {
         let pending = self.tokens.len() - 1;
         self.input.clear();
         if self.is_catching_up() {
-            // The same chunks wherever catching up begins: others may have processed them.
-            let end = pending.min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
+            // The same chunks wherever catching up begins, and one that ends with the prompt: others may have processed them.
+            let known = if self.cached < self.prompt_end {
+                self.prompt_end
+            } else {
+                pending
+            };
+            let end = known.min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::CatchUp;
             return Plan::Run;

@@ -189,6 +189,11 @@ pub trait Backend: Send {
     /// # Errors
     /// When the device has no room for it.
     fn kv(&self, shape: KvShape) -> Result<Self::Kv, EngineError>;
+    /// Copies all layers' entries of KV blocks, each (from, to), one after another; what later passes read is there then.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn copy_blocks(&self, kv: &mut Self::Kv, copies: &[(u32, u32)]) -> Result<(), EngineError>;
 
     /// Makes ready what forwards of a model of this shape may need, so that none of them waits for it.
     ///

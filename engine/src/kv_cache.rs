@@ -1,16 +1,17 @@
 //! Paged KV cache: blocks of positions, a block table per sequence, truncation for rollback, a hard budget.
 //!
 //! A [`BlockPool`] hands out block numbers; the memory behind them is the backend's. A [`Sequence`] takes blocks as it is
-//! told to ([`Sequence::reserve`]) and gives them back when it is dropped or told to. Whole chunks of a prompt can be
-//! shared: [`Sequence::publish`] puts those just computed into the pool's `PrefixTree`, [`Sequence::adopt`] takes what
-//! is there. A block is free, or held by one sequence, or part of a shared chunk; chunks that nobody uses are given up
-//! when blocks run out.
+//! told to ([`Sequence::reserve`]) and gives them back when it is dropped or told to. Sequences share prompts through the
+//! pool's `PrefixTree` (`sharing.rs`). A block is free, or held by one sequence, or in the tree; what nobody uses there is
+//! given up when blocks run out.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::EngineError;
 pub use crate::prefix::CHUNK_TOKENS;
-use crate::prefix::{CHUNK_BLOCKS, ChunkBlocks, NodeId, PrefixTree};
+use crate::prefix::{CHUNK_BLOCKS, NodeId, PrefixTree};
+
+mod sharing;
 
 /// Positions per block.
 pub const BLOCK_TOKENS: usize = 64;
@@ -52,7 +53,7 @@ impl State {
             let Some(evicted) = self.prefixes.evict() else {
                 return false;
             };
-            self.sharing.evicted_blocks += CHUNK_BLOCKS as u64;
+            self.sharing.evicted_blocks += evicted.len() as u64;
             self.free.extend(evicted);
         }
         let at = self.free.len() - count;
@@ -171,60 +172,6 @@ impl Sequence {
         })
     }
 
-    /// Takes over the shared chunks of `prompt` that follow what the sequence holds, as far as there are any and the
-    /// sequence is at a chunk's end; gives the new length. Blocks reserved for them are given back.
-    ///
-    /// `prompt`: tokens from the beginning of the sequence on.
-    pub fn adopt(&mut self, prompt: &[u32]) -> usize {
-        if self.len != self.shared.len() * CHUNK_TOKENS {
-            return self.len;
-        }
-        let prompt = &prompt[..prompt.len().min(self.capacity)];
-        let mut state = self.pool.state();
-        for chunk in prompt.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
-            let found = state.prefixes.find(self.shared.last().copied(), chunk);
-            let Some(id) = found else { break };
-            let Some(blocks) = state.prefixes.enter(id) else {
-                break;
-            };
-            let given_back = replace(&mut self.blocks, self.shared.len(), blocks);
-            state.free.extend(given_back);
-            state.sharing.adopted_tokens += CHUNK_TOKENS as u64;
-            self.shared.push(id);
-            self.len += CHUNK_TOKENS;
-        }
-        self.len
-    }
-
-    /// Shares the chunks of `prompt` that the sequence holds. The caller vouches that each was computed by a dense pass of
-    /// its own over exactly these tokens.
-    ///
-    /// `prompt`: tokens from the beginning of the sequence on.
-    pub fn publish(&mut self, prompt: &[u32]) {
-        let held = &prompt[..prompt.len().min(self.len)];
-        let mut state = self.pool.state();
-        for chunk in held.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
-            let (parent, index) = (self.shared.last().copied(), self.shared.len());
-            let id = match state.prefixes.find(parent, chunk) {
-                // Another sequence was first: one copy is enough.
-                Some(id) => {
-                    let Some(blocks) = state.prefixes.enter(id) else {
-                        return;
-                    };
-                    let given_back = replace(&mut self.blocks, index, blocks);
-                    state.free.extend(given_back);
-                    id
-                }
-                None => {
-                    let mut blocks = ChunkBlocks::default();
-                    blocks.copy_from_slice(&self.blocks[index * CHUNK_BLOCKS..][..CHUNK_BLOCKS]);
-                    state.prefixes.insert(parent, chunk, blocks)
-                }
-            };
-            self.shared.push(id);
-        }
-    }
-
     /// Blocks that the sequence would take to hold `tokens` positions beginning with `prompt`: those that are free now or
     /// belong to chunks that nobody uses. What others use already costs nothing.
     pub fn cost(&self, prompt: &[u32], tokens: usize) -> usize {
@@ -294,13 +241,6 @@ impl Sequence {
     pub(crate) fn belongs_to(&self, pool: &Arc<BlockPool>) -> bool {
         Arc::ptr_eq(&self.pool, pool)
     }
-}
-
-/// Puts a chunk's blocks into a block table; gives those that were reserved there.
-fn replace(table: &mut Vec<u32>, chunk: usize, blocks: ChunkBlocks) -> Vec<u32> {
-    let first = chunk * CHUNK_BLOCKS;
-    let end = table.len().min(first + CHUNK_BLOCKS);
-    table.splice(first..end, blocks).collect()
 }
 
 impl Drop for Sequence {

@@ -100,6 +100,8 @@ pub struct Model {
 pub(crate) trait Forwards: Send {
     fn config(&self) -> &ModelConfig;
     fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError>;
+    /// Copies KV blocks, each (from, to).
+    fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), EngineError>;
     fn forward_choosing(
         &mut self,
         step: &Step<'_>,
@@ -119,6 +121,10 @@ where
     fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
         let outputs = self.forward(steps)?;
         Ok(outputs.into_iter().map(|output| output.step).collect())
+    }
+
+    fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        self.copy_blocks(copies)
     }
 
     fn forward_choosing(
@@ -241,6 +247,42 @@ impl Model {
         Arc::clone(&self.blocks)
     }
 
+    /// Takes over what others have left of `prompt` behind what the sequence holds, if it ends with a chunk: whole chunks of
+    /// [`crate::CHUNK_TOKENS`], in place of blocks reserved for them; then, if that makes them all and the sequence has blocks for
+    /// it, what the prompt has beyond them. Gives the new length.
+    ///
+    /// `prompt`: tokens from the beginning of the sequence on.
+    ///
+    /// # Errors
+    /// When the sequence is another model's, or the device cannot copy; the sequence is as good as before.
+    pub fn adopt(&mut self, sequence: &mut Sequence, prompt: &[u32]) -> Result<usize, EngineError> {
+        self.check_owner(sequence)?;
+        sequence.adopt(prompt, |copies| self.transformer.copy_blocks(copies))
+    }
+
+    /// Leaves to others what the sequence holds of `prompt`: whole chunks of [`crate::CHUNK_TOKENS`] and, if it holds exactly the
+    /// prompt, what that has beyond them. The caller vouches that each was computed by a dense pass of its own over exactly
+    /// these tokens.
+    ///
+    /// `prompt`: tokens from the beginning of the sequence on.
+    ///
+    /// # Errors
+    /// When the sequence is another model's, or the device cannot copy.
+    pub fn publish(&mut self, sequence: &mut Sequence, prompt: &[u32]) -> Result<(), EngineError> {
+        self.check_owner(sequence)?;
+        sequence.publish(prompt, |copies| self.transformer.copy_blocks(copies))
+    }
+
+    fn check_owner(&self, sequence: &Sequence) -> Result<(), EngineError> {
+        if sequence.belongs_to(&self.blocks) {
+            return Ok(());
+        }
+        Err(EngineError::InvalidArgument {
+            what: "sequence",
+            reason: "it belongs to another model".to_owned(),
+        })
+    }
+
     /// Runs one step of every sequence in the batch, in order. Results do not depend on what else is in the batch.
     ///
     /// # Errors
@@ -284,9 +326,7 @@ impl Model {
         let config = self.config();
         let invalid = |what, reason| Err(EngineError::InvalidArgument { what, reason });
         let past = step.sequence.len();
-        if !step.sequence.belongs_to(&self.blocks) {
-            return invalid("sequence", "it belongs to another model".to_owned());
-        }
+        self.check_owner(step.sequence)?;
         if step.tokens.is_empty() {
             return invalid("step", "it has no tokens".to_owned());
         }

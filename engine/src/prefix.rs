@@ -1,9 +1,12 @@
 //! [`PrefixTree`]: KV blocks of prompt chunks that sequences share.
 //!
-//! A node is a chunk of [`CHUNK_TOKENS`] tokens at the end of one path from the root: its blocks hold the entries that a
-//! dense pass over exactly that chunk wrote, behind exactly the tokens of the nodes above. A sequence that uses a node
-//! uses those above it too, so nodes that nobody uses form whole branches; they stay, and the leaf that was used least
-//! lately goes first when blocks are wanted.
+//! A node is a chunk at the end of one path from the root: its blocks hold the entries that a dense pass over exactly that
+//! chunk wrote, behind exactly the tokens of the nodes above. A sequence that uses a node uses those above it too, so
+//! nodes that nobody uses form whole branches; they stay, and the leaf that was used least lately goes first when blocks
+//! are wanted.
+//!
+//! What a prompt has beyond its last whole chunk of [`CHUNK_TOKENS`] is its *tail*: a shorter chunk, and a leaf. Sequences go on
+//! writing behind it, within its last block, so nobody uses a tail's blocks: they are a copy, to be copied.
 //!
 //! Chunks are compared token by token: a hash alone would let one client read what another's tokens collide with.
 
@@ -22,14 +25,14 @@ pub(crate) const CHUNK_BLOCKS: usize = CHUNK_TOKENS / BLOCK_TOKENS;
 /// A node's place in the tree.
 pub(crate) type NodeId = u32;
 
-/// The blocks of a chunk.
+/// The blocks of a whole chunk.
 pub(crate) type ChunkBlocks = [u32; CHUNK_BLOCKS];
 
 #[derive(Debug)]
 struct Node {
     parent: Option<NodeId>,
     tokens: Arc<[u32]>,
-    blocks: ChunkBlocks,
+    blocks: Box<[u32]>,
     /// Sequences that use it.
     users: u32,
     children: HashMap<Arc<[u32]>, NodeId>,
@@ -44,6 +47,7 @@ pub(crate) struct PrefixTree {
     roots: HashMap<Arc<[u32]>, NodeId>,
     /// Nodes without users and children, by when they were let go.
     leaves: BTreeSet<(u64, NodeId)>,
+    /// Blocks of nodes without users.
     unused: usize,
     next_id: NodeId,
     clock: u64,
@@ -52,7 +56,7 @@ pub(crate) struct PrefixTree {
 impl PrefixTree {
     /// Blocks of nodes that nobody uses.
     pub(crate) fn unused_blocks(&self) -> usize {
-        self.unused * CHUNK_BLOCKS
+        self.unused
     }
 
     /// The node of the chunk `tokens` behind `parent`.
@@ -69,15 +73,16 @@ impl PrefixTree {
         self.nodes.get(&id).is_some_and(|node| node.users == 0)
     }
 
-    /// Uses a node, all of whose ancestors the caller uses; gives its blocks.
+    /// Uses a node of a whole chunk, all of whose ancestors the caller uses; gives its blocks.
     pub(crate) fn enter(&mut self, id: NodeId) -> Option<ChunkBlocks> {
         let node = self.nodes.get_mut(&id)?;
+        let blocks = ChunkBlocks::try_from(&*node.blocks).ok()?;
         if node.users == 0 {
-            self.unused -= 1;
+            self.unused -= blocks.len();
             self.leaves.remove(&(node.let_go, id));
         }
         node.users += 1;
-        Some(node.blocks)
+        Some(blocks)
     }
 
     /// Lets go of a node, before any of its ancestors.
@@ -89,20 +94,47 @@ impl PrefixTree {
         node.users -= 1;
         node.let_go = self.clock;
         if node.users == 0 {
-            self.unused += 1;
+            self.unused += node.blocks.len();
             if node.children.is_empty() {
                 self.leaves.insert((node.let_go, id));
             }
         }
     }
 
-    /// Adds a chunk behind `parent`, which the caller uses, as it will this one.
+    /// Adds a whole chunk behind `parent`, which the caller uses, as it will this one.
     pub(crate) fn insert(
         &mut self,
         parent: Option<NodeId>,
         tokens: &[u32],
         blocks: ChunkBlocks,
     ) -> NodeId {
+        self.add(parent, tokens, blocks.into())
+    }
+
+    /// Adds a tail behind `parent`, which the caller uses; nobody uses the tail.
+    pub(crate) fn insert_tail(
+        &mut self,
+        parent: Option<NodeId>,
+        tokens: &[u32],
+        blocks: Box<[u32]>,
+    ) {
+        let id = self.add(parent, tokens, blocks);
+        self.leave(id);
+    }
+
+    /// The blocks of the tail `tokens` behind `parent`, to be copied from; among those let go it is the last now.
+    pub(crate) fn tail(&mut self, parent: Option<NodeId>, tokens: &[u32]) -> Option<Box<[u32]>> {
+        let id = self.find(parent, tokens)?;
+        self.clock += 1;
+        let node = self.nodes.get_mut(&id)?;
+        self.leaves.remove(&(node.let_go, id));
+        node.let_go = self.clock;
+        self.leaves.insert((node.let_go, id));
+        Some(node.blocks.clone())
+    }
+
+    /// Adds a node with one user.
+    fn add(&mut self, parent: Option<NodeId>, tokens: &[u32], blocks: Box<[u32]>) -> NodeId {
         let id = self.next_id;
         // Four billion chunks outlast any process: one takes milliseconds.
         self.next_id += 1;
@@ -125,10 +157,10 @@ impl PrefixTree {
     }
 
     /// Forgets the leaf let go first, if nobody uses it; gives its blocks.
-    pub(crate) fn evict(&mut self) -> Option<ChunkBlocks> {
+    pub(crate) fn evict(&mut self) -> Option<Box<[u32]>> {
         let (_, id) = self.leaves.pop_first()?;
         let node = self.nodes.remove(&id)?;
-        self.unused -= 1;
+        self.unused -= node.blocks.len();
         match node.parent {
             None => {
                 self.roots.remove(&node.tokens);
@@ -167,10 +199,26 @@ mod tests {
         tree.leave(right);
         tree.leave(root);
         assert_eq!(tree.unused_blocks(), 3 * CHUNK_BLOCKS);
-        assert_eq!(tree.evict(), Some([1; CHUNK_BLOCKS]));
-        assert_eq!(tree.evict(), Some([2; CHUNK_BLOCKS]));
-        assert_eq!(tree.evict(), Some([0; CHUNK_BLOCKS]));
+        assert_eq!(tree.evict(), Some([1; CHUNK_BLOCKS].into()));
+        assert_eq!(tree.evict(), Some([2; CHUNK_BLOCKS].into()));
+        assert_eq!(tree.evict(), Some([0; CHUNK_BLOCKS].into()));
         assert_eq!((tree.evict(), tree.unused_blocks()), (None, 0));
         assert!(tree.nodes.is_empty() && tree.roots.is_empty());
+    }
+
+    #[test]
+    fn tails_are_nobodys_and_go_by_when_they_were_wanted() {
+        let mut tree = PrefixTree::default();
+        let root = tree.insert(None, &[1], [0; CHUNK_BLOCKS]);
+        tree.insert_tail(Some(root), &[2], [7].into());
+        tree.insert_tail(Some(root), &[3], [8, 9].into());
+        assert_eq!(tree.unused_blocks(), 3);
+        assert_eq!(tree.tail(Some(root), &[2]), Some([7].into()));
+        assert_eq!(tree.tail(None, &[2]), None);
+        assert_eq!(tree.evict(), Some([8, 9].into()));
+        tree.leave(root);
+        assert_eq!(tree.evict(), Some([7].into()));
+        assert_eq!(tree.evict(), Some([0; CHUNK_BLOCKS].into()));
+        assert!(tree.nodes.is_empty() && tree.unused_blocks() == 0);
     }
 }

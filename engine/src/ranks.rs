@@ -79,6 +79,12 @@ where
         }
     }
 
+    /// Each rank has its own heads' entries of every block.
+    fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        let mut ranks = self.ranks.iter_mut();
+        ranks.try_for_each(|rank| rank.copy_blocks(copies))
+    }
+
     /// A chooser looks at all heads of a layer at once, which no rank has.
     fn forward_choosing(
         &mut self,

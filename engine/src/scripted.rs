@@ -76,6 +76,11 @@ impl Forwards for Scripted {
         Ok(outputs)
     }
 
+    /// A script has no entries.
+    fn copy_blocks(&mut self, _copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     fn forward_choosing(
         &mut self,
         _step: &Step<'_>,

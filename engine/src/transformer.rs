@@ -120,6 +120,14 @@ impl<B: Backend> Transformer<B> {
         &self.config
     }
 
+    /// Copies KV blocks, each (from, to).
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(crate) fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        self.backend.copy_blocks(&mut self.kv, copies)
+    }
+
     /// Runs checked steps: long dense ones alone, all others together. The sequences' lengths are left to the caller.
     ///
     /// # Errors

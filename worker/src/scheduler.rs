@@ -64,8 +64,8 @@ pub trait Session {
     /// Whether its next forward is a chunk of its prompt, or of tokens that are processed again: it plans that without
     /// waiting for anything.
     fn is_prefilling(&self) -> bool;
-    /// The tokens whose whole chunks of [`specattn_engine::CHUNK_TOKENS`], counted from the first, are processed by a dense forward each,
-    /// and may be shared.
+    /// The tokens that may be shared: each whole chunk of [`specattn_engine::CHUNK_TOKENS`], counted from the first, and what is left behind
+    /// them is processed by a dense forward of its own.
     fn prompt(&self) -> &[u32];
     /// Positions the KV cache must hold before the planned forward; more are to be forgotten.
     fn cached(&self) -> usize;
@@ -293,8 +293,7 @@ impl<S: Session> Scheduler<S> {
             if self.admitted > 0 && cost + headroom > self.blocks.available() {
                 return;
             }
-            let adopted = sequence.adopt(session.prompt());
-            session.set_cached(adopted);
+            take_over(&mut self.model, sequence, session);
             if sequence.reserve(session.reach()).is_err() {
                 // Chunks that nobody used were counted as free, and are its own now.
                 sequence.clear();
@@ -312,9 +311,7 @@ impl<S: Session> Scheduler<S> {
             if sequence.len() < session.cached() {
                 session.set_cached(sequence.len());
             }
-            if sequence.adopt(session.prompt()) > session.cached() {
-                session.set_cached(sequence.len());
-            }
+            take_over(&mut self.model, sequence, session);
         }
     }
 
@@ -405,8 +402,10 @@ impl<S: Session> Scheduler<S> {
             };
             let exit = match settled {
                 Ok(None) => {
-                    if self.limits.share_prefixes {
-                        sequence.publish(session.prompt());
+                    if self.limits.share_prefixes
+                        && let Err(error) = self.model.publish(sequence, session.prompt())
+                    {
+                        tracing::warn!(%error, "a prompt's end is not shared");
                     }
                     continue;
                 }
@@ -416,5 +415,16 @@ impl<S: Session> Scheduler<S> {
             gone.push((self.take_out(at), exit));
         }
         gone
+    }
+}
+
+/// Gives a session what others have processed of its prompt behind what it has.
+fn take_over<S: Session>(model: &mut Model, sequence: &mut Sequence, session: &mut S) {
+    if let Err(error) = model.adopt(sequence, session.prompt()) {
+        // It goes on from what it has; a device that is lost will fail its next forward.
+        tracing::warn!(%error, "a prompt's end could not be taken over");
+    }
+    if sequence.len() > session.cached() {
+        session.set_cached(sequence.len());
     }
 }

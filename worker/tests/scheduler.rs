@@ -188,6 +188,33 @@ fn tokens_are_the_same_alone_batched_cached_and_preempted() {
 }
 
 #[test]
+fn one_prompt_is_processed_once() {
+    for length in [60, 512, 513, 600] {
+        let on_it = |name| Greedy::new(name, &text(length, 4), 20);
+        let (mut first, _) = scheduler(100, 512);
+        let alone = run(&mut first, vec![on_it(0)]);
+        let (mut scheduler, load) = scheduler(100, 512);
+        assert_eq!(
+            run(&mut scheduler, (0..5).map(on_it).collect()),
+            vec![alone[0].clone(); 5]
+        );
+        let report = load.report(false);
+        assert_eq!(
+            report.tokens_total as usize,
+            length - 1 + 5 * 20,
+            "{report:?}"
+        );
+        assert_eq!(report.kv_blocks_used, 0);
+        // Whoever comes later, and differs in nothing but the last token.
+        let mut other = text(length, 4);
+        other[length - 1] += 1;
+        run(&mut scheduler, vec![Greedy::new(0, &other, 20)]);
+        let later = load.report(false);
+        assert_eq!(later.tokens_total - report.tokens_total, 20);
+    }
+}
+
+#[test]
 fn sessions_that_outgrow_the_cache_give_way_and_finish_all_the_same() {
     let growing = || -> Vec<Greedy> {
         let session = |name| Greedy::new(name, &text(300 * (name % 2) + 20, name as u32), 400);

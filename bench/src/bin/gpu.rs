@@ -8,8 +8,8 @@ use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::{
-    check_attention, check_company, check_hand_outs, check_linear, check_selection, draft_steps,
-    pair, tensor_parallel, time_kernels, timer,
+    check_attention, check_company, check_hand_outs, check_linear, check_selection, check_sharing,
+    draft_steps, pair, tensor_parallel, time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count, keep_multicast_off};
 use specattn_engine::{DType, DeviceChoice};
@@ -82,6 +82,7 @@ fn main() -> Result<()> {
                 }
                 fine &= check_hand_outs::check(&args.root, choice)?;
                 fine &= check_company::check(&args.root, choice)?;
+                fine &= check_sharing::check(&args.root, choice)?;
                 println!(
                     "{}\n",
                     if fine {

@@ -6,6 +6,7 @@ pub mod check_company;
 pub mod check_hand_outs;
 pub mod check_linear;
 pub mod check_selection;
+pub mod check_sharing;
 pub mod draft_steps;
 pub mod forwards;
 pub mod numbers;

@@ -57,6 +57,27 @@ impl KvStore {
         }
     }
 
+    /// Copies all layers' entries of blocks, each (from, to), one after another.
+    pub(super) fn copy_blocks(&mut self, copies: &[(u32, u32)]) {
+        let entry = 2 * self.padded_dim * self.shape.dtype.bytes();
+        let block = self.shape.num_kv_heads * BLOCK_TOKENS * entry;
+        for layer in &self.layers {
+            for &(from, to) in copies {
+                let (from, to) = (from as usize, to as usize);
+                assert!(
+                    from.max(to) < self.shape.num_blocks && from != to,
+                    "two blocks of the store"
+                );
+                // SAFETY: both blocks lie within the layer and apart, as was just checked, and nobody else has the store.
+                unsafe {
+                    let base = layer.as_ptr();
+                    let (from, to) = (base.add(from * block), base.add(to * block));
+                    std::ptr::copy_nonoverlapping(from, to, block);
+                }
+            }
+        }
+    }
+
     /// What the entries are stored as.
     pub(super) fn dtype(&self) -> DType {
         self.shape.dtype

@@ -251,6 +251,11 @@ impl Backend for CpuBackend {
         Ok(KvStore::new(shape))
     }
 
+    fn copy_blocks(&self, kv: &mut KvStore, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        kv.copy_blocks(copies);
+        Ok(())
+    }
+
     fn embed(&self, table: &CpuWeight, pass: &Pass<'_>, out: &mut Buffer) {
         let width = table.matrix.cols();
         out.resize(pass.tokens.len() * width);

@@ -331,6 +331,11 @@ impl Backend for CudaBackend {
         Ok(KvStore::new(&self.device, shape)?)
     }
 
+    fn copy_blocks(&self, kv: &mut KvStore, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        let _turn = self.device.turn();
+        Ok(kv.copy_blocks(copies)?)
+    }
+
     fn prepare(&self, shape: &AttentionShape) -> Result<(), EngineError> {
         let is_f16 = self.half == DType::F16;
         let chunk = self.chunk_for(shape);

@@ -32,6 +32,18 @@ impl KvStore {
         Ok(Self { shape, layers })
     }
 
+    /// Copies all layers' entries of blocks, each (from, to), one after another, in the stream's order: behind the passes before
+    /// and ahead of those that follow.
+    pub(super) fn copy_blocks(&mut self, copies: &[(u32, u32)]) -> Result<(), CudaError> {
+        let block = block_bytes(&self.shape);
+        for layer in &mut self.layers {
+            for &(from, to) in copies {
+                layer.copy_within(from as usize * block, to as usize * block, block)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Where a layer's entries begin.
     pub(super) fn layer(&self, layer: usize) -> u64 {
         self.layers[layer].address()

@@ -128,6 +128,31 @@ impl DeviceMemory {
         .map_err(CudaError::driver("copying to the GPU"))
     }
 
+    /// Copies `bytes` bytes from offset `from` to offset `to`, apart from each other; nobody waits for it.
+    pub(super) fn copy_within(
+        &mut self,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        assert!(
+            from.max(to) + bytes <= self.bytes() && from.abs_diff(to) >= bytes,
+            "two ranges of the buffer"
+        );
+        let stream = self.device.stream();
+        self.device_bound()?;
+        // SAFETY: both ranges are inside the buffer and apart, as was just checked.
+        unsafe {
+            cudarc::driver::result::memcpy_dtod_async(
+                self.address() + to as u64,
+                self.address() + from as u64,
+                bytes,
+                stream.cu_stream(),
+            )
+        }
+        .map_err(CudaError::driver("copying on the GPU"))
+    }
+
     /// Copies `out.len()` elements from `offset`, which is in bytes, and waits for them.
     pub fn read<T: DeviceRepr>(&self, offset: usize, out: &mut [T]) -> Result<(), CudaError> {
         if !out.is_empty() {

@@ -1,10 +1,77 @@
 //! The pool against a model of it: whatever sequences do, every block is in exactly one place.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 
 use proptest::prelude::*;
 
 use super::*;
+
+/// What blocks hold, in place of a device: a number per position.
+struct Memory(RefCell<Vec<u64>>);
+
+impl Memory {
+    fn new(pool: &BlockPool) -> Self {
+        Self(RefCell::new(vec![0; pool.total() * BLOCK_TOKENS]))
+    }
+
+    fn place(sequence: &Sequence, position: usize) -> usize {
+        let block = sequence.blocks()[position / BLOCK_TOKENS] as usize;
+        block * BLOCK_TOKENS + position % BLOCK_TOKENS
+    }
+
+    /// A pass that appends `entries`.
+    fn append(&self, sequence: &mut Sequence, entries: &[u64]) {
+        let first = sequence.len();
+        sequence.extend(entries.len());
+        for (position, entry) in (first..).zip(entries) {
+            self.0.borrow_mut()[Self::place(sequence, position)] = *entry;
+        }
+    }
+
+    fn copy(&self, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        for &(from, to) in copies {
+            let from = from as usize * BLOCK_TOKENS;
+            let to = to as usize * BLOCK_TOKENS;
+            self.0
+                .borrow_mut()
+                .copy_within(from..from + BLOCK_TOKENS, to);
+        }
+        Ok(())
+    }
+
+    /// The entries of a sequence.
+    fn of(&self, sequence: &Sequence) -> Vec<u64> {
+        let memory = self.0.borrow();
+        let entry = |position| memory[Self::place(sequence, position)];
+        (0..sequence.len()).map(entry).collect()
+    }
+}
+
+/// The entries of a prompt: each follows from all tokens up to its own and from its pass.
+fn entries(prompt: &[u32]) -> Vec<u64> {
+    let mut hash = 1u64;
+    let entry = |(position, &token): (usize, &u32)| {
+        let pass_end = prompt
+            .len()
+            .min((position / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
+        hash = hash
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(u64::from(token) + 1);
+        hash ^ pass_end as u64
+    };
+    prompt.iter().enumerate().map(entry).collect()
+}
+
+/// Adoption where nothing is to be copied.
+fn adopt(sequence: &mut Sequence, prompt: &[u32]) -> usize {
+    sequence.adopt(prompt, |_| unreachable!()).unwrap()
+}
+
+/// Publication where nothing is to be copied.
+fn publish(sequence: &mut Sequence, prompt: &[u32]) {
+    sequence.publish(prompt, |_| unreachable!()).unwrap();
+}
 
 /// A sequence that may grow to `tokens`, with blocks for all of them.
 fn reserved(pool: &Arc<BlockPool>, tokens: usize) -> Result<Sequence, EngineError> {
@@ -55,12 +122,12 @@ fn prompts_share_what_they_have_in_common() {
     let pool = BlockPool::new(20);
     let (first, second) = (prompt(3, 2, 0), prompt(3, 2, 9));
     let mut a = reserved(&pool, 3 * CHUNK_TOKENS).unwrap();
-    assert_eq!(a.adopt(&first), 0);
+    assert_eq!(adopt(&mut a, &first), 0);
     a.extend(3 * CHUNK_TOKENS);
-    a.publish(&first);
+    publish(&mut a, &first);
     let mut b = pool.sequence(3 * CHUNK_TOKENS);
     assert_eq!(b.cost(&second, second.len()), CHUNK_BLOCKS);
-    assert_eq!(b.adopt(&second), 2 * CHUNK_TOKENS);
+    assert_eq!(adopt(&mut b, &second), 2 * CHUNK_TOKENS);
     assert_eq!(b.blocks(), &a.blocks()[..2 * CHUNK_BLOCKS]);
     b.reserve(3 * CHUNK_TOKENS).unwrap();
     assert_eq!(pool.used(), 4 * CHUNK_BLOCKS);
@@ -71,7 +138,7 @@ fn prompts_share_what_they_have_in_common() {
         (3 * CHUNK_BLOCKS, CHUNK_BLOCKS)
     );
     let mut c = pool.sequence(3 * CHUNK_TOKENS);
-    assert_eq!(c.adopt(&first), 3 * CHUNK_TOKENS);
+    assert_eq!(adopt(&mut c, &first), 3 * CHUNK_TOKENS);
     drop(c);
     let d = reserved(&pool, 8 * BLOCK_TOKENS).unwrap();
     assert_eq!((pool.available(), pool.sharing().evicted_blocks), (0, 4));
@@ -87,7 +154,7 @@ fn two_that_computed_the_same_chunk_keep_one_copy() {
     let mut both = [(); 2].map(|()| reserved(&pool, CHUNK_TOKENS).unwrap());
     for sequence in &mut both {
         sequence.extend(CHUNK_TOKENS);
-        sequence.publish(&tokens);
+        publish(sequence, &tokens);
     }
     assert_eq!(both[0].blocks(), both[1].blocks());
     assert_eq!(pool.used(), CHUNK_BLOCKS);
@@ -99,10 +166,49 @@ fn truncation_within_a_shared_chunk_leaves_it_alone() {
     let tokens = prompt(2, 0, 0);
     let mut a = reserved(&pool, 2 * CHUNK_TOKENS + 9).unwrap();
     a.extend(2 * CHUNK_TOKENS);
-    a.publish(&tokens);
+    publish(&mut a, &tokens);
     a.truncate(CHUNK_TOKENS + 5);
     assert_eq!((a.len(), a.room()), (CHUNK_TOKENS, CHUNK_TOKENS));
     assert_eq!((pool.used(), pool.cached()), (CHUNK_BLOCKS, CHUNK_BLOCKS));
+}
+
+#[test]
+fn tails_are_copied_to_and_fro() {
+    let pool = BlockPool::new(20);
+    let memory = Memory::new(&pool);
+    let tokens = [&prompt(1, 0, 0)[..], &[5; 100]].concat();
+    let entries = entries(&tokens);
+    let mut a = reserved(&pool, 2 * CHUNK_TOKENS).unwrap();
+    memory.append(&mut a, &entries[..CHUNK_TOKENS]);
+    publish(&mut a, &tokens);
+    memory.append(&mut a, &entries[CHUNK_TOKENS..]);
+    // What could not be copied is not there.
+    let failed = a.publish(&tokens, |_| Err(EngineError::Unsupported(String::new())));
+    assert!(failed.is_err());
+    assert_eq!((pool.used(), pool.cached()), (2 * CHUNK_BLOCKS, 0));
+    a.publish(&tokens, |copies| memory.copy(copies)).unwrap();
+    assert_eq!((pool.used(), pool.cached()), (2 * CHUNK_BLOCKS, 2));
+    // Once is enough, and only what ends with the prompt.
+    publish(&mut a, &tokens);
+    memory.append(&mut a, &[7]);
+    publish(&mut a, &tokens);
+
+    let mut b = pool.sequence(2 * CHUNK_TOKENS);
+    assert_eq!(adopt(&mut b, &tokens), CHUNK_TOKENS, "there is no room yet");
+    b.reserve(CHUNK_TOKENS + 101).unwrap();
+    assert_eq!(adopt(&mut b, &tokens[..tokens.len() - 1]), CHUNK_TOKENS);
+    let failed = b.adopt(&tokens, |_| Err(EngineError::Unsupported(String::new())));
+    assert!(failed.is_err() && b.len() == CHUNK_TOKENS);
+    let length = b.adopt(&tokens, |copies| memory.copy(copies)).unwrap();
+    assert_eq!(length, tokens.len());
+    assert_eq!(adopt(&mut b, &tokens), tokens.len());
+    assert_eq!(pool.sharing().adopted_tokens as usize, tokens.len());
+    // Each goes on writing behind it, in a block of its own.
+    memory.append(&mut b, &[8]);
+    assert_eq!(memory.of(&a), [&entries[..], &[7]].concat());
+    assert_eq!(memory.of(&b), [&entries[..], &[8]].concat());
+    check(&pool, &[a, b]);
+    assert_eq!((pool.used(), pool.cached()), (0, CHUNK_BLOCKS + 2));
 }
 
 #[derive(Debug, Clone)]
@@ -119,7 +225,7 @@ fn acts() -> impl Strategy<Value = Vec<(usize, Act)>> {
     let act = prop_oneof![
         3 => Just(Act::Open),
         4 => (1usize..200).prop_map(Act::Grow),
-        6 => (0usize..3).prop_map(Act::Prefill),
+        6 => (0usize..5).prop_map(Act::Prefill),
         2 => (0usize..1_200).prop_map(Act::Truncate),
         1 => Just(Act::Clear),
         2 => Just(Act::Close),
@@ -153,37 +259,70 @@ proptest! {
     #[test]
     fn no_block_is_lost_or_used_twice(acts in acts()) {
         let pool = BlockPool::new(24);
+        let memory = Memory::new(&pool);
         let capacity = 4 * CHUNK_TOKENS + 100;
-        let mut sequences: Vec<Sequence> = Vec::new();
-        let prompts: Vec<Vec<u32>> = (0..3).map(|v| prompt(4, v as usize, 7)).collect();
+        let (mut sequences, mut expected): (Vec<Sequence>, Vec<Vec<u64>>) = Default::default();
+        let prompts = [
+            prompt(4, 0, 7),
+            [prompt(3, 1, 7), vec![1; 90]].concat(),
+            [prompt(3, 2, 7), vec![2; 180]].concat(),
+            [prompt(3, 2, 7), vec![3; 64]].concat(),
+            vec![4; 30],
+        ];
+        let mut generated = 0;
         for (which, act) in acts {
             let at = which % sequences.len().max(1);
             match (act, sequences.get_mut(at)) {
-                (Act::Open, _) => sequences.push(pool.sequence(capacity)),
+                (Act::Open, _) => {
+                    sequences.push(pool.sequence(capacity));
+                    expected.push(Vec::new());
+                }
                 (Act::Grow(tokens), Some(sequence)) => {
                     let end = (sequence.len() + tokens).min(capacity);
                     if sequence.reserve(end).is_ok() {
-                        sequence.extend(end - sequence.len());
+                        let more = end - sequence.len();
+                        let new: Vec<u64> = (generated..).take(more).collect();
+                        generated += more as u64;
+                        memory.append(sequence, &new);
+                        expected[at].extend(new);
                     }
                 }
-                (Act::Prefill(variant), Some(sequence)) => {
+                (Act::Prefill(which), Some(sequence)) => {
                     sequence.clear();
-                    let prompt = &prompts[variant];
-                    while sequence.adopt(prompt) < prompt.len() {
-                        let end = sequence.len() + CHUNK_TOKENS;
-                        if sequence.reserve(end).is_err() {
+                    let (prompt, entries) = (&prompts[which], entries(&prompts[which]));
+                    loop {
+                        let copy = |copies: &[(u32, u32)]| memory.copy(copies);
+                        let first = sequence.adopt(prompt, copy).unwrap();
+                        let end = prompt.len().min((first / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
+                        if first == end || sequence.reserve(end).is_err() {
                             break;
                         }
-                        sequence.extend(CHUNK_TOKENS);
-                        sequence.publish(prompt);
+                        // There may be room for a tail now.
+                        if sequence.adopt(prompt, copy).unwrap() == first {
+                            memory.append(sequence, &entries[first..end]);
+                            sequence.publish(prompt, copy).unwrap();
+                        }
                     }
+                    expected[at] = entries[..sequence.len()].to_vec();
                 }
-                (Act::Truncate(len), Some(sequence)) => sequence.truncate(len),
-                (Act::Clear, Some(sequence)) => sequence.clear(),
-                (Act::Close, Some(_)) => drop(sequences.remove(at)),
+                (Act::Truncate(len), Some(sequence)) => {
+                    sequence.truncate(len);
+                    expected[at].truncate(sequence.len());
+                }
+                (Act::Clear, Some(sequence)) => {
+                    sequence.clear();
+                    expected[at].clear();
+                }
+                (Act::Close, Some(_)) => {
+                    drop(sequences.remove(at));
+                    expected.remove(at);
+                }
                 (_, None) => {}
             }
             check(&pool, &sequences);
+            for (sequence, expected) in sequences.iter().zip(&expected) {
+                prop_assert_eq!(&memory.of(sequence), expected);
+            }
         }
         sequences.clear();
         prop_assert_eq!(pool.used(), 0);
