@@ -48,11 +48,16 @@ const MOST_CLIENT_ID_BYTES: usize = 128;
 pub(crate) struct ClientKey(String);
 
 impl ClientKey {
+    /// The client with this name.
+    pub(crate) fn named(name: &str) -> Self {
+        Self(format!("name {name}"))
+    }
+
     /// Who calls: by its API key, where clients have one. Else by the name it gives, else by what it shows as a key, else by
     /// its address.
     pub(crate) fn of(client: &KnownClient, headers: &HeaderMap, address: Option<IpAddr>) -> Self {
         if let Some(name) = &client.name {
-            return Self(format!("name {name}"));
+            return Self::named(name);
         }
         let name = headers.get(CLIENT_ID).and_then(|name| name.to_str().ok());
         if let Some(name) = name.filter(|name| name.len() <= MOST_CLIENT_ID_BYTES) {
@@ -141,12 +146,27 @@ impl Admission {
     /// # Errors
     /// [`Fault::ResourceExhausted`] when too many wait already, or none came free in time.
     pub(crate) async fn admit(self: &Arc<Self>, client: ClientKey) -> Result<Ticket, Fault> {
-        let (number, turn) = {
+        let mut waiting = match self.enter(client)? {
+            Entered::Admitted(ticket) => return Ok(ticket),
+            Entered::Waiting(waiting) => waiting,
+        };
+        match tokio::time::timeout(self.limits.queue_timeout, &mut waiting.turn).await {
+            Ok(Ok(ticket)) => Ok(ticket),
+            Ok(Err(_)) | Err(_) => Err(waiting.refusal()),
+        }
+    }
+
+    /// Takes a place, or one in line.
+    ///
+    /// # Errors
+    /// [`Fault::ResourceExhausted`] when too many wait already.
+    pub(crate) fn enter(self: &Arc<Self>, client: ClientKey) -> Result<Entered, Fault> {
+        let waiting = {
             let mut state = self.state();
             let fits = state.fits(&client, &self.limits);
             if fits && state.turns.is_empty() {
                 state.start(&client);
-                return Ok(self.ticket(client));
+                return Ok(Entered::Admitted(self.ticket(client)));
             }
             if state.queued >= self.limits.queued {
                 return Err(self.refusal(&state, &client));
@@ -155,19 +175,16 @@ impl Admission {
             state.last_number += 1;
             let number = state.last_number;
             state.enqueue(&client, number, sender);
-            (number, turn)
+            Waiting {
+                turn,
+                admission: Arc::clone(self),
+                client,
+                number,
+            }
         };
         // A client whose line is full for its own limit must not hold up this one.
         self.call();
-        let _leaving = Leaving {
-            admission: self,
-            client: &client,
-            number,
-        };
-        match tokio::time::timeout(self.limits.queue_timeout, turn).await {
-            Ok(Ok(ticket)) => Ok(ticket),
-            Ok(Err(_)) | Err(_) => Err(self.refusal(&self.state(), &client)),
-        }
+        Ok(Entered::Waiting(waiting))
     }
 
     fn ticket(self: &Arc<Self>, client: ClientKey) -> Ticket {
@@ -276,17 +293,39 @@ impl State {
     }
 }
 
-/// Takes a request out of its line when it waits no more, for whatever reason.
-struct Leaving<'a> {
-    admission: &'a Admission,
-    client: &'a ClientKey,
+/// What a request finds.
+pub(crate) enum Entered {
+    /// A place.
+    Admitted(Ticket),
+    /// A line.
+    Waiting(Waiting),
+}
+
+/// A request in line; it leaves the line when dropped.
+pub(crate) struct Waiting {
+    turn: oneshot::Receiver<Ticket>,
+    admission: Arc<Admission>,
+    client: ClientKey,
     number: u64,
 }
 
-impl Drop for Leaving<'_> {
+impl Waiting {
+    /// The place, once its turn has come.
+    pub(crate) fn called(&mut self) -> Option<Ticket> {
+        self.turn.try_recv().ok()
+    }
+
+    /// What to say when the turn did not come in time.
+    pub(crate) fn refusal(&self) -> Fault {
+        let admission = &self.admission;
+        admission.refusal(&admission.state(), &self.client)
+    }
+}
+
+impl Drop for Waiting {
     fn drop(&mut self) {
         let mut state = self.admission.state();
-        let Some(client) = state.clients.get_mut(self.client) else {
+        let Some(client) = state.clients.get_mut(&self.client) else {
             return;
         };
         let line = &mut client.waiting;
@@ -297,9 +336,9 @@ impl Drop for Leaving<'_> {
         let empty = line.is_empty();
         state.queued -= 1;
         if empty {
-            state.turns.retain(|client| client != self.client);
+            state.turns.retain(|client| *client != self.client);
         }
-        state.forget(self.client);
+        state.forget(&self.client);
     }
 }
 

@@ -4,7 +4,6 @@
 //! attached worker leaves, another is sought, and when none is to be had, the next change in the registry is awaited. When
 //! a much less loaded one appears, or the attached one drains, the session moves.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,29 +13,17 @@ use specattn_proto::v1::draft_service_client::DraftServiceClient;
 use specattn_proto::v1::{AttachRequest, AttachResponse, DraftPolicy};
 use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
-use specattn_service::{Backoff, trace};
+use specattn_service::trace;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-use crate::registry::{Assignment, Registry, Worker, WorkerId};
+use crate::draft_search::{DraftSearch, HELD, LOOK_AGAIN, SETTLE};
+use crate::registry::{Assignment, Registry, Worker};
 use crate::session_table::SessionEntry;
 use crate::transcript::Transcript;
 
 /// Longest wait for Attached: the draft worker connects to the verify worker in that time.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// First and longest pause after a draft worker refused or left.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_MOST: Duration = Duration::from_secs(5);
-
-/// An attachment that held this long is a success: the next pause is short again.
-const HELD: Duration = Duration::from_secs(1);
-
-/// Pause between two looks for a better draft worker: changes of the registry come with every session that begins or ends.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
-
-/// Pause before an ended attachment counts as lost: the session's own end detaches too, and ends this search.
-const SETTLE: Duration = Duration::from_millis(20);
 
 /// What the search for draft workers needs to know of its session.
 pub(crate) struct Attachment {
@@ -61,15 +48,13 @@ impl Attachment {
     /// Attaches one draft worker after another; ends only by being dropped, which detaches.
     pub(crate) async fn keep(self) -> Infallible {
         let mut changes = self.registry.changes();
-        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
-        // Workers that refused or left, and when to ask them again.
-        let mut resting: BTreeMap<WorkerId, Instant> = BTreeMap::new();
+        let mut search = DraftSearch::new();
         loop {
             changes.mark_unchanged();
             let now = Instant::now();
-            resting.retain(|_, until| *until > now);
-            let Some((worker, assignment)) = self.choose(&resting) else {
-                let rested = resting.values().min().copied();
+            let chosen = search.choose(&self.registry, &self.verify, now);
+            let Some((worker, assignment)) = chosen else {
+                let rested = search.rested();
                 tokio::select! {
                     // The registry outlives its sessions' tasks, which hold it: the wait cannot fail.
                     _ = changes.changed() => {}
@@ -91,26 +76,17 @@ impl Attachment {
                     Left::Because(reason) => reason,
                 };
                 self.entry.set_draft_worker(None);
-                if began.elapsed() >= HELD {
-                    backoff.reset();
-                }
+                let stayed = began.elapsed();
                 tokio::time::sleep(SETTLE).await;
-                let pause = backoff.delay();
+                let pause = search.left(id, stayed, Instant::now());
                 tracing::info!(
                     draft_worker = %id,
                     reason,
                     pause_ms = pause.as_millis(),
                     "no draft attached; the session goes on"
                 );
-                resting.insert(id, Instant::now() + pause);
             }
         }
-    }
-
-    /// The draft worker that suits the session best and is not resting.
-    fn choose(&self, resting: &BTreeMap<WorkerId, Instant>) -> Option<(Worker, Assignment)> {
-        self.registry
-            .assign_draft(&self.verify, |id| !resting.contains_key(&id))
     }
 
     /// Attaches `worker` and stays until it leaves or a better one is there.

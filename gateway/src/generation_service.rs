@@ -267,7 +267,10 @@ impl Gateway {
         let config = self.config.clone();
         let known = self.registry.verify_vocab_size();
         let vocab_size = known.unwrap_or_else(|| tokenizer.vocab_size());
-        tokio::task::spawn_blocking(move || Plan::check(request, &tokenizer, vocab_size, &config))
+        let checking = tokio::task::spawn_blocking(move || {
+            Plan::check(request, &|text| tokenizer.encode(text), vocab_size, &config)
+        });
+        checking
             .await
             .map_err(|error| Fault::Internal(format!("checking the request failed: {error}")))?
     }

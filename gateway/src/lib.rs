@@ -3,7 +3,8 @@
 //! A request takes this way: `admission` says when, `plan` checks it, `opening` finds a verify worker, `session` follows
 //! the worker's events through `completion` (token ids to text, stop strings) and `log` (on file before a client hears of
 //! it) into the `transcript`, from which `listener` tells the client, while `attachment` keeps a draft worker on the session
-//! for as long as one is to be had. `registry` knows the workers; `resuming` takes sessions up from the log.
+//! for as long as one is to be had. `registry` knows the workers, `verify_search` and `draft_search` say which is asked
+//! next; `resuming` takes sessions up from the log.
 //!
 //! `openai` is the same API over HTTP, in the shape of OpenAI's. `clients` says who calls, by the keys in `api_keys`, and
 //! `key_use` how much of them is used.
@@ -18,6 +19,7 @@ mod clients;
 mod completion;
 mod console;
 mod detokenizer;
+mod draft_search;
 mod error;
 mod generation_service;
 mod key_use;
@@ -41,6 +43,7 @@ mod tally;
 mod tokenizer;
 mod transcript;
 mod verify_link;
+mod verify_search;
 
 use std::sync::Arc;
 use std::time::Duration;

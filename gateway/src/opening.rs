@@ -10,20 +10,17 @@ use specattn_proto::v1::{CloseRequest, FinishReason, ModelInfo, OpenRequest, Ope
 use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_proto::{Capability, Fault, limits};
 use specattn_service::channel::Link;
-use specattn_service::{Backoff, trace};
+use specattn_service::trace;
 use tokio::time::Instant;
 use tonic::Streaming;
 use tracing::Instrument;
 
 use crate::registry::{Assignment, Prefix, Registry, Worker, WorkerId};
+use crate::verify_search::VerifySearch;
 
 /// Longest wait for a verify worker's answer to Open, and what it gets even where patience is at its end.
 const OPEN_TIMEOUT_LEAST: Duration = Duration::from_millis(500);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// First and longest pause between two rounds of asking.
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-const RETRY_MOST: Duration = Duration::from_secs(1);
 
 /// A session that its verify worker welcomed.
 pub(crate) struct OpenSession {
@@ -63,45 +60,34 @@ impl Opening<'_> {
 
     async fn search(&self) -> Result<OpenSession, Fault> {
         let mut changes = self.registry.changes();
-        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MOST);
+        let prefix = self.prefix.clone();
+        let mut search = VerifySearch::new(prefix, self.patience, self.waits_for_workers);
         loop {
             changes.mark_unchanged();
-            let refusal = match self.ask_all().await {
-                Ok(open) => return Ok(open),
-                Err(fault) => fault,
-            };
-            let may_pass = match refusal {
-                Fault::ResourceExhausted { .. } => true,
-                Fault::Unavailable(_) | Fault::Internal(_) | Fault::AlreadyExists(_) => {
-                    self.waits_for_workers
-                }
-                _ => false,
-            };
-            if !may_pass || Instant::now() >= self.patience {
-                return Err(refusal);
+            if let Some(open) = self.ask_all(&mut search).await? {
+                return Ok(open);
             }
-            // However often workers come and go, they are asked at this pace.
-            tokio::time::sleep(RETRY_FIRST).await;
+            let pause = search.pause(Instant::now())?;
+            tokio::time::sleep(pause.at_least).await;
             tokio::select! {
                 // The registry outlives its sessions' tasks, which hold it: the wait cannot fail.
                 _ = changes.changed() => {}
-                () = tokio::time::sleep(backoff.delay()) => {}
-                () = tokio::time::sleep_until(self.patience) => {}
+                () = tokio::time::sleep(pause.at_most) => {}
             }
         }
     }
 
-    /// Asks one worker after another.
-    async fn ask_all(&self) -> Result<OpenSession, Fault> {
-        let mut refusal = Fault::Unavailable("no verify worker is there".to_owned());
-        for worker in self.registry.verify_candidates(&self.prefix) {
+    /// Asks one worker after another; none may take the session.
+    async fn ask_all(&self, search: &mut VerifySearch) -> Result<Option<OpenSession>, Fault> {
+        search.begin_round(self.registry);
+        while let Some(worker) = search.next() {
             if self.barred.contains(&worker.id) {
                 continue;
             }
             let request = match (self.request)(&worker.model) {
                 Ok(request) => request,
                 Err(misfit) => {
-                    refusal = misfit;
+                    search.unfit(misfit);
                     continue;
                 }
             };
@@ -112,8 +98,8 @@ impl Opening<'_> {
             let opened = tokio::time::timeout(timeout, open_at(request, worker, assignment));
             let fault = match opened.await {
                 Ok(Ok(open)) => {
-                    self.registry.served(worker_id, &self.prefix);
-                    return Ok(open);
+                    search.opened(self.registry, worker_id);
+                    return Ok(Some(open));
                 }
                 // That the gateway is refused is not for its client to hear.
                 Ok(Err(Fault::Unauthenticated(why) | Fault::PermissionDenied(why))) => {
@@ -122,24 +108,9 @@ impl Opening<'_> {
                 Ok(Err(fault)) => fault,
                 Err(_) => Fault::Unavailable(format!("{worker_id} does not answer")),
             };
-            tracing::info!(%worker_id, %fault, "verify worker did not open the session");
-            if matches!(fault, Fault::Unavailable(_)) {
-                self.registry.suspect(worker_id);
-            }
-            // A full worker says nothing about the next one; nor does one that is gone.
-            let elsewhere = matches!(
-                fault,
-                Fault::ResourceExhausted { .. }
-                    | Fault::Unavailable(_)
-                    | Fault::Internal(_)
-                    | Fault::AlreadyExists(_)
-            );
-            if !elsewhere {
-                return Err(fault);
-            }
-            refusal = fault;
+            search.refused(self.registry, worker_id, fault)?;
         }
-        Err(refusal)
+        Ok(None)
     }
 }
 

@@ -10,7 +10,9 @@ use specattn_proto::{Fault, SessionId, limits};
 
 use crate::args::Config;
 use crate::recipe::Recipe;
-use crate::tokenizer::Tokenizer;
+
+/// Makes tokens of a text.
+pub(crate) type Encode<'a> = &'a dyn Fn(&str) -> Result<Vec<u32>, Fault>;
 
 /// What a session is to do.
 #[derive(Debug, Clone)]
@@ -37,13 +39,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Checks a request. Tokenizing takes a while for long prompts: call where blocking is allowed.
+    /// Checks a request whose text `encode` makes tokens of. Tokenizing takes a while for long prompts: call where blocking is allowed.
     ///
     /// # Errors
     /// [`Fault::InvalidArgument`].
     pub(crate) fn check(
         request: v1::GenerateRequest,
-        tokenizer: &Tokenizer,
+        encode: Encode<'_>,
         vocab_size: usize,
         config: &Config,
     ) -> Result<Self, Fault> {
@@ -69,7 +71,7 @@ impl Plan {
             deadline: request
                 .deadline_ms
                 .map(|ms| Duration::from_millis(ms).min(limits::MAX_DEADLINE)),
-            prompt: prompt_tokens(request.prompt, tokenizer)?,
+            prompt: prompt_tokens(request.prompt, encode)?,
         })
     }
 
@@ -149,7 +151,7 @@ impl Plan {
     }
 }
 
-fn prompt_tokens(prompt: Option<Prompt>, tokenizer: &Tokenizer) -> Result<Vec<u32>, Fault> {
+fn prompt_tokens(prompt: Option<Prompt>, encode: Encode<'_>) -> Result<Vec<u32>, Fault> {
     let empty = || Invalid::new("prompt", "is empty");
     match prompt.ok_or_else(empty)? {
         Prompt::Text(text) => {
@@ -160,7 +162,7 @@ fn prompt_tokens(prompt: Option<Prompt>, tokenizer: &Tokenizer) -> Result<Vec<u3
                 let reason = format!("is longer than {} bytes", limits::MAX_PROMPT_BYTES);
                 return Err(Invalid::new("prompt", reason).into());
             }
-            tokenizer.encode(&text)
+            encode(&text)
         }
         Prompt::TokenIds(tokens) if tokens.ids.is_empty() => Err(empty().into()),
         Prompt::TokenIds(tokens) => Ok(tokens.ids),

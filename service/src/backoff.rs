@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
 /// Doubling delays with jitter: each is drawn from the upper half of its step, so that peers that failed together do
 /// not return together.
 #[derive(Debug, Clone)]
@@ -9,6 +12,7 @@ pub struct Backoff {
     first: Duration,
     most: Duration,
     next: Duration,
+    jitter: SmallRng,
 }
 
 impl Backoff {
@@ -18,6 +22,15 @@ impl Backoff {
             first,
             most,
             next: first,
+            jitter: rand::make_rng(),
+        }
+    }
+
+    /// The same with jitter that follows from `seed`, for simulations.
+    pub fn repeatable(self, seed: u64) -> Self {
+        Self {
+            jitter: SmallRng::seed_from_u64(seed),
+            ..self
         }
     }
 
@@ -25,7 +38,7 @@ impl Backoff {
     pub fn delay(&mut self) -> Duration {
         let step = self.next.min(self.most);
         self.next = step.saturating_mul(2);
-        step.mul_f64(rand::random_range(0.5..=1.0))
+        step.mul_f64(self.jitter.random_range(0.5..=1.0))
     }
 
     /// Starts over: the last try succeeded.
@@ -51,5 +64,16 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.delay() <= ms(100));
+    }
+
+    #[test]
+    fn a_seed_repeats_its_jitter() {
+        let delays = |seed| {
+            let backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+            let mut backoff = backoff.repeatable(seed);
+            [backoff.delay(), backoff.delay()]
+        };
+        assert_eq!(delays(3), delays(3));
+        assert_ne!(delays(3), delays(4));
     }
 }
