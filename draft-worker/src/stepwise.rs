@@ -60,7 +60,7 @@ impl std::fmt::Debug for Stepwise {
 
 impl Stepwise {
     /// A worker without sessions that reads all of its KV cache in every step.
-    pub fn new(model: Model, limits: Limits, max_sessions: u32) -> Self {
+    pub fn new(model: Model, limits: Limits, max_sessions: u32, lookahead: LookaheadMode) -> Self {
         let load = Arc::new(LoadGauge::new(model.block_pool(), max_sessions));
         let served = ServedModel::from(&model);
         let (commands, inbox) = inbox::channel(1);
@@ -75,7 +75,7 @@ impl Stepwise {
                     capture_every: 1,
                     p: 1.0,
                 },
-                lookahead: LookaheadMode::Auto,
+                lookahead,
             },
             load,
             attachments: BTreeMap::new(),

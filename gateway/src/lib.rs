@@ -4,7 +4,7 @@
 //! the worker's events through `completion` (token ids to text, stop strings) and `log` (on file before a client hears of
 //! it) into the `transcript`, from which `listener` tells the client, while `attachment` keeps a draft worker on the session
 //! for as long as one is to be had. `registry` knows the workers, `verify_search` and `draft_search` say which is asked
-//! next; `resuming` takes sessions up from the log.
+//! next; `resuming` takes sessions up from the log. `stepwise` is all of that without a network, for simulations.
 //!
 //! `openai` is the same API over HTTP, in the shape of OpenAI's. `clients` says who calls, by the keys in `api_keys`, and
 //! `key_use` how much of them is used.
@@ -38,6 +38,7 @@ mod registry_service;
 mod resuming;
 mod session;
 mod session_table;
+pub mod stepwise;
 mod stop_strings;
 mod tally;
 mod tokenizer;

@@ -31,7 +31,7 @@ const PREFIX_ADVANTAGE_MOST: f64 = 0.25;
 
 /// Names a stay of a worker in the registry; one that leaves and returns gets another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct WorkerId {
+pub struct WorkerId {
     role: WorkerRole,
     number: u64,
 }

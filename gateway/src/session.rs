@@ -32,7 +32,7 @@ use crate::transcript::{Commit, Transcript};
 use crate::verify_link::{VerifyLink, unheard};
 
 /// Workers lost in a row, without a token committed in between, after which it is the session's own fault.
-const FRUITLESS_REOPENINGS: u32 = 8;
+pub(crate) const FRUITLESS_REOPENINGS: u32 = 8;
 
 /// Least time between two records of a session's statistics.
 const STATS_INTERVAL: Duration = Duration::from_secs(1);

@@ -44,6 +44,8 @@ pub struct Setup {
 pub enum Said {
     /// To the gateway of a session.
     Event(SessionId, OpenResponse),
+    /// To the same: the session failed.
+    Failed(SessionId, Fault),
     /// To the draft on a link.
     Answer(u64, SpeculateResponse),
     /// A link ended, and why.
@@ -213,10 +215,10 @@ impl Stepwise {
                     Poll::Ready(Some(event)) => {
                         let progress =
                             matches!(event, Event::Committed { .. }).then(|| events.progress());
-                        // A session that failed has no last word but the end of its events.
-                        if let Ok(response) = wire::open_response(event, progress, entry_bytes) {
-                            take(Said::Event(id, response));
-                        }
+                        take(match wire::open_response(event, progress, entry_bytes) {
+                            Ok(response) => Said::Event(id, response),
+                            Err(fault) => Said::Failed(id, fault),
+                        });
                     }
                 }
             }
