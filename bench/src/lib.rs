@@ -6,3 +6,4 @@ pub mod draft;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod service;
+pub mod simulate;

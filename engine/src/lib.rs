@@ -35,7 +35,7 @@ pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;
 pub use device::{DeviceChoice, DeviceInfo, DeviceLink};
 pub use error::EngineError;
-pub use kv_cache::{BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};
+pub use kv_cache::{BLOCK_TOKENS, BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};
 pub use loading::LoadOptions;
 pub use model::{LogitRows, Model, Step, StepOutput};
 pub use row_selection::{MixedHead, MixedRow, Round, RoundId, RowSelection, SelectedRows, Spread};
