@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use specattn_proto::v1::{ModelInfo, WorkerLoad, WorkerRole, WorkerStatus};
 use specattn_proto::{Fault, validate};
@@ -83,8 +83,8 @@ struct Record {
     told_others: u32,
     /// It did not answer a session since it was heard of last.
     suspect: bool,
-    /// Of a draft worker: the shortest round trips to verify workers, by endpoint.
-    round_trips: BTreeMap<String, Duration>,
+    /// Of a draft worker: its ways to verify workers, by endpoint.
+    ways: BTreeMap<String, drafts::Way>,
 }
 
 impl Record {
@@ -253,7 +253,7 @@ impl Registry {
             others: load.sessions_active,
             told_others: load.sessions_active,
             suspect: false,
-            round_trips: BTreeMap::new(),
+            ways: BTreeMap::new(),
         };
         records.by_id.insert(id, record);
         drop(records);

@@ -22,6 +22,27 @@ const WORTH_MOVING: f64 = 0.5;
 /// long, and nothing makes a long one look short: the shortest counts, and is forgotten slowly.
 const LONGER: f64 = 0.05;
 
+/// How much of a way is still believed for each session that went elsewhere since it was measured. One that was measured in a bad
+/// moment would else never be measured again; one that is truly long is tried by a session in some dozens.
+const DOUBT: f64 = 0.95;
+
+/// A draft's way to a verify worker.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way {
+    /// The round trip, as LONGER has it.
+    round_trip: Duration,
+    /// Sessions of the verify worker that were given to other drafts since.
+    passed_over: u32,
+}
+
+impl Way {
+    /// As far as it is believed.
+    fn believed(&self) -> Duration {
+        let passed_over = i32::try_from(self.passed_over).unwrap_or(i32::MAX);
+        self.round_trip.mul_f64(DOUBT.powi(passed_over))
+    }
+}
+
 impl Registry {
     /// Assigns a session of `verify` to the best draft worker among those that are `eligible`.
     pub(crate) fn assign_draft(
@@ -31,6 +52,11 @@ impl Registry {
     ) -> Option<(Worker, Assignment)> {
         let mut records = self.records();
         let id = records.best_draft(verify, eligible)?.0;
+        for (_, record) in records.by_id.iter_mut().filter(|(other, _)| **other != id) {
+            if let Some(way) = record.ways.get_mut(&verify.endpoint) {
+                way.passed_over = way.passed_over.saturating_add(1);
+            }
+        }
         let record = records.by_id.get_mut(&id)?;
         record.assigned += 1;
         let worker = record.worker.clone();
@@ -83,15 +109,16 @@ impl Registry {
             .collect();
         if let Some(record) = records.by_id.get_mut(&draft) {
             // Endpoints that are gone must not gather.
-            record
-                .round_trips
-                .retain(|endpoint, _| known.contains(endpoint));
-            let shortest = record
-                .round_trips
-                .entry(verify.endpoint.clone())
-                .or_insert(time);
-            let longer = time.saturating_sub(*shortest).mul_f64(LONGER);
-            *shortest = time.min(*shortest + longer);
+            record.ways.retain(|endpoint, _| known.contains(endpoint));
+            let way = record.ways.entry(verify.endpoint.clone()).or_insert(Way {
+                round_trip: time,
+                passed_over: 0,
+            });
+            let longer = time.saturating_sub(way.round_trip).mul_f64(LONGER);
+            *way = Way {
+                round_trip: time.min(way.round_trip + longer),
+                passed_over: 0,
+            };
         }
     }
 }
@@ -99,7 +126,11 @@ impl Registry {
 impl Record {
     /// What a session of the verify worker at `endpoint` would find here, less being better.
     fn draft_cost(&self, endpoint: &str, assigned: u32) -> f64 {
-        let way = self.round_trips.get(endpoint).copied().unwrap_or_default();
+        let way = self
+            .ways
+            .get(endpoint)
+            .map(Way::believed)
+            .unwrap_or_default();
         let far = way.saturating_sub(NEAR).as_secs_f64() / FAR.as_secs_f64();
         self.fullness_with(assigned) + far
     }

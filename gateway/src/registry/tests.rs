@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 
 fn model(vocab_size: u32, tokenizer_hash: &str) -> ModelInfo {
@@ -161,6 +163,36 @@ async fn places_are_those_of_the_verify_workers_that_take_sessions() {
 }
 
 #[tokio::test]
+async fn a_draft_that_once_seemed_far_is_tried_again() {
+    let registry = registry();
+    add(&registry, WorkerRole::Verify, 1, 0);
+    let verify = registry.verify_candidates(&Prefix::of(&[])).remove(0);
+    let once_far = add(&registry, WorkerRole::Draft, 2, 0);
+    add(&registry, WorkerRole::Draft, 3, 0);
+    let far = Duration::from_millis(100);
+    registry.heard_round_trip(once_far, &verify, far);
+    // Sessions come one after another.
+    let until_tried = |registry: &Arc<Registry>| {
+        let chosen = || {
+            registry
+                .assign_draft(&verify, |_| true)
+                .expect("a draft")
+                .0
+                .id
+        };
+        (0..1_000).position(|_| chosen() == once_far)
+    };
+    let tried = until_tried(&registry).expect("it is tried again");
+    assert!((20..60).contains(&tried), "{tried}");
+    // It is as far as it was: as many sessions go elsewhere before the next one.
+    registry.heard_round_trip(once_far, &verify, far);
+    assert_eq!(until_tried(&registry), Some(tried));
+    // The long way was a bad moment: it counts as the others do.
+    registry.heard_round_trip(once_far, &verify, Duration::from_millis(1));
+    assert!(until_tried(&registry) <= Some(1));
+}
+
+#[tokio::test]
 async fn drafts_are_chosen_by_load_and_distance_and_left_for_better_ones() {
     let registry = registry();
     add(&registry, WorkerRole::Verify, 1, 0);
@@ -179,6 +211,8 @@ async fn drafts_are_chosen_by_load_and_distance_and_left_for_better_ones() {
     // 50 ms weigh as much as a fifth of a worker: 1.6 of eight sessions.
     let taken: Vec<_> = (0..4).map(|_| take(&registry)).collect();
     assert_eq!(taken, [near, near, far, near]);
+    // The session there has told the way again.
+    registry.heard_round_trip(far, &verify, Duration::from_millis(50));
 
     // One joins: sessions move there one by one until none gains by it.
     let fresh = add(&registry, WorkerRole::Draft, 4, 0);
