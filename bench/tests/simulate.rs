@@ -230,6 +230,8 @@ fn work_spreads_evenly() {
     let mut plan = plan();
     plan.workload.load = Load::Concurrency(90);
     plan.workload.shared_tokens = 0;
+    // A draft that found running ahead to pay is busier than its share.
+    plan.lookahead = LookaheadMode::Off;
     let report = simulate(&plan);
     for busy in [report.verify.busy.unwrap(), report.draft.busy.unwrap()] {
         assert!(busy.most - busy.least < 0.15 * busy.mean, "{busy:?}");

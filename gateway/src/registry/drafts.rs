@@ -36,7 +36,12 @@ pub(super) struct Way {
 }
 
 impl Way {
-    /// As far as it is believed.
+    /// As far as it was measured: sessions that have a draft move by no doubts.
+    fn measured(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// As far as a session without a draft believes it.
     fn believed(&self) -> Duration {
         let passed_over = i32::try_from(self.passed_over).unwrap_or(i32::MAX);
         self.round_trip.mul_f64(DOUBT.powi(passed_over))
@@ -51,7 +56,7 @@ impl Registry {
         eligible: impl Fn(WorkerId) -> bool,
     ) -> Option<(Worker, Assignment)> {
         let mut records = self.records();
-        let id = records.best_draft(verify, eligible)?.0;
+        let id = records.best_draft(verify, eligible, Way::believed)?.0;
         for (_, record) in records.by_id.iter_mut().filter(|(other, _)| **other != id) {
             if let Some(way) = record.ways.get_mut(&verify.endpoint) {
                 way.passed_over = way.passed_over.saturating_add(1);
@@ -73,7 +78,8 @@ impl Registry {
     ) -> Result<(Worker, Assignment), Assignment> {
         let here = assignment.id;
         let mut records = self.records();
-        let Some((better, cost)) = records.best_draft(verify, |id| id != here) else {
+        let Some((better, cost)) = records.best_draft(verify, |id| id != here, Way::measured)
+        else {
             drop(records);
             return Err(assignment);
         };
@@ -81,7 +87,7 @@ impl Registry {
             record.fullness_with(record.assigned.saturating_add(1)) - record.fullness()
         });
         let stays = records.by_id.get(&here).is_some_and(|record| {
-            let now = record.draft_cost(&verify.endpoint, record.assigned);
+            let now = record.draft_cost(&verify.endpoint, record.assigned, Way::measured);
             record.takes_sessions() && now < cost + WORTH_MOVING * added
         });
         let moved = match records.by_id.get_mut(&better) {
@@ -125,12 +131,8 @@ impl Registry {
 
 impl Record {
     /// What a session of the verify worker at `endpoint` would find here, less being better.
-    fn draft_cost(&self, endpoint: &str, assigned: u32) -> f64 {
-        let way = self
-            .ways
-            .get(endpoint)
-            .map(Way::believed)
-            .unwrap_or_default();
+    fn draft_cost(&self, endpoint: &str, assigned: u32, length: fn(&Way) -> Duration) -> f64 {
+        let way = self.ways.get(endpoint).map(length).unwrap_or_default();
         let far = way.saturating_sub(NEAR).as_secs_f64() / FAR.as_secs_f64();
         self.fullness_with(assigned) + far
     }
@@ -142,6 +144,7 @@ impl Records {
         &self,
         verify: &Worker,
         eligible: impl Fn(WorkerId) -> bool,
+        length: fn(&Way) -> Duration,
     ) -> Option<(WorkerId, f64)> {
         let drafts = self.by_id.iter().filter(|(id, record)| {
             id.role == WorkerRole::Draft
@@ -150,7 +153,8 @@ impl Records {
                 && misfit(&record.worker.model, &verify.model).is_none()
         });
         let costs = drafts.map(|(id, record)| {
-            let cost = record.draft_cost(&verify.endpoint, record.assigned.saturating_add(1));
+            let cost =
+                record.draft_cost(&verify.endpoint, record.assigned.saturating_add(1), length);
             (record.suspect, cost, record.assigned, *id)
         });
         let best = costs.min_by(|a, b| {
