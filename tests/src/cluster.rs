@@ -58,10 +58,14 @@ impl Cluster {
 
     /// Starts one more draft worker and waits until the gateway knows it.
     pub async fn add_draft(&mut self) {
-        let known = self.count(WorkerRole::Draft).await;
         let draft = Process::worker(DRAFT, &["--gateway", self.gateway.uri()]).await;
+        // By name: one that was killed may still be on its way out.
+        until("the draft to register", || async {
+            let mut workers = self.status().await.workers.into_iter();
+            workers.any(|worker| worker.endpoint == draft.uri())
+        })
+        .await;
         self.drafts.push(draft);
-        self.knows(WorkerRole::Draft, known + 1).await;
     }
 
     /// A connection to the gateway.
