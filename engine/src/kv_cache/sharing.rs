@@ -7,9 +7,9 @@
 //! A tail begins where the whole chunks end and was computed by one pass, like they; so whoever takes it over has the bits
 //! that it would have computed.
 
-use super::{BLOCK_TOKENS, Sequence};
+use super::{BLOCK_TOKENS, Sequence, State};
 use crate::error::EngineError;
-use crate::prefix::{CHUNK_BLOCKS, CHUNK_TOKENS, ChunkBlocks};
+use crate::prefix::{CHUNK_BLOCKS, CHUNK_TOKENS, ChunkBlocks, NodeId};
 
 impl Sequence {
     /// Takes over what others have left of `prompt` behind what the sequence holds, if it ends with a chunk: whole chunks,
@@ -57,11 +57,9 @@ impl Sequence {
         for chunk in prompt.chunks_exact(CHUNK_TOKENS).skip(self.shared.len()) {
             let found = state.prefixes.find(self.shared.last().copied(), chunk);
             let Some(id) = found else { break };
-            let Some(blocks) = state.prefixes.enter(id) else {
+            if !state.enter(&mut self.blocks, self.shared.len(), id) {
                 break;
-            };
-            let given_back = replace(&mut self.blocks, self.shared.len(), blocks);
-            state.free.extend(given_back);
+            }
             state.sharing.adopted_tokens += CHUNK_TOKENS as u64;
             self.shared.push(id);
             self.len += CHUNK_TOKENS;
@@ -99,14 +97,8 @@ impl Sequence {
             let (parent, index) = (self.shared.last().copied(), self.shared.len());
             let id = match state.prefixes.find(parent, chunk) {
                 // Another sequence was first: one copy is enough.
-                Some(id) => {
-                    let Some(blocks) = state.prefixes.enter(id) else {
-                        return;
-                    };
-                    let given_back = replace(&mut self.blocks, index, blocks);
-                    state.free.extend(given_back);
-                    id
-                }
+                Some(id) if state.enter(&mut self.blocks, index, id) => id,
+                Some(_) => return,
                 None => {
                     let mut blocks = ChunkBlocks::default();
                     blocks.copy_from_slice(&self.blocks[index * CHUNK_BLOCKS..][..CHUNK_BLOCKS]);
@@ -161,9 +153,16 @@ fn pairs(from: &[u32], to: &[u32]) -> Vec<(u32, u32)> {
     from.iter().copied().zip(to.iter().copied()).collect()
 }
 
-/// Puts a chunk's blocks into a block table; gives those that were reserved there.
-fn replace(table: &mut Vec<u32>, chunk: usize, blocks: ChunkBlocks) -> Vec<u32> {
-    let first = chunk * CHUNK_BLOCKS;
-    let end = table.len().min(first + CHUNK_BLOCKS);
-    table.splice(first..end, blocks).collect()
+impl State {
+    /// Uses a chunk of the tree as chunk number `index` of a block table: its blocks take the place of those that were reserved there,
+    /// which are free again. False when it is not there.
+    fn enter(&mut self, table: &mut Vec<u32>, index: usize, id: NodeId) -> bool {
+        let Some(blocks) = self.prefixes.enter(id) else {
+            return false;
+        };
+        let first = index * CHUNK_BLOCKS;
+        let end = table.len().min(first + CHUNK_BLOCKS);
+        self.free.extend(table.splice(first..end, blocks));
+        true
+    }
 }
