@@ -173,17 +173,9 @@ impl Replay {
     }
 
     fn answered(&mut self, round: Round<'_>, verdict: &Verdict) {
-        let Round { drafted, mask, .. } = round;
-        match mask.filter(|_| !self.is_due()) {
-            Some(mask) => {
-                self.masked(&drafted, &mask);
-                let added = verdict.accepted as usize + 1;
-                self.run += self.length.map_or(0, |_| added);
-            }
-            None => self.refresh(&drafted),
-        }
         let accepted = verdict.accepted as usize;
-        self.judged(drafted.len(), &drafted[..accepted], verdict.next_tokens[0]);
+        let (drafted, mask) = (round.drafted, round.mask);
+        self.round(&drafted, mask, &drafted[..accepted], verdict.next_tokens[0]);
     }
 
     /// The last pass's answer is the end itself.
@@ -195,15 +187,20 @@ impl Replay {
         };
         let mut drafted = round.drafted;
         drafted.truncate(left.len() - 1);
-        match round.mask.filter(|_| !self.is_due()) {
-            Some(mask) => self.masked(&drafted, &mask),
-            None => self.refresh(&drafted),
+        let (accepted, next) = (&committed[n..limit - 1], committed[limit - 1]);
+        self.round(&drafted, round.mask, accepted, next);
+    }
+
+    /// A round of which `accepted` came, and `next`: dense where a pass over the run is due, or there is no mask.
+    fn round(&mut self, drafted: &[u32], mask: Option<RoundMask>, accepted: &[u32], next: u32) {
+        match mask.filter(|_| !self.is_due()) {
+            Some(mask) => {
+                self.masked(drafted, &mask);
+                self.run += self.length.map_or(0, |_| accepted.len() + 1);
+            }
+            None => self.refresh(drafted),
         }
-        self.judged(
-            drafted.len(),
-            &committed[n..limit - 1],
-            committed[limit - 1],
-        );
+        self.judged(drafted.len(), accepted, next);
     }
 
     /// Steps without a draft, one for each token; the first of them sees what masked rounds have added.
