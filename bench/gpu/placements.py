@@ -3,8 +3,9 @@
 
     python3 bench/gpu/placements.py --bin target/release cuda:0/cuda:0 cuda:0/cuda:1 cuda:0,1/cuda:1
 
-A placement is VERIFY/DRAFT; of either there may be several workers, joined by +, as in cuda:0+cuda:1/cuda:2+cuda:3 (a comma splits one
-worker over GPUs). Workers' busy shares are of the time in which requests run; with --share-prefixes every prompt is processed
+A placement is serve:DEVICE, both models in one process of `specattn serve`, or VERIFY/DRAFT, processes of their own; of either there may be several workers, joined by +, as in cuda:0+cuda:1/cuda:2+cuda:3 (a comma splits one
+worker over GPUs). Workers' busy shares are of the time in which requests run, and a step is the mean time of a forward of so many
+sessions; with --share-prefixes every prompt is processed
 beforehand, so that this is decoding alone. Weights are random, so the two models would never agree: requests bias a few tokens of the vocabulary by
 +100, and what is drafted is accepted as often as two unrelated choices among those few agree. With one such token every draft is
 accepted, the most that drafts can bring; with eight, sampled, two thirds or so. Prints Markdown.
@@ -39,18 +40,25 @@ def main():
     args = parser().parse_args()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    columns = "verify | draft | drafts | context | sessions | tokens/s | accepted | tokens per forward | verify busy | draft busy | model"
+    columns = "verify | draft | drafts | context | sessions | tokens/s | accepted | tokens per forward | verify busy | verify step | draft busy | draft step | model"
     print(f"| {columns} |\n|{' --- |' * len(columns.split('|'))}")
     for placement in args.placements:
-        verify, draft = (side.split("+") for side in placement.split("/"))
-        processes = start(args, verify, draft, work)
+        if placement.startswith("serve:"):
+            verify = draft = [placement.removeprefix("serve:")]
+            processes = serve(args, verify[0], work)
+            sides = [(), ()]
+        else:
+            verify, draft = (side.split("+") for side in placement.split("/"))
+            processes = start(args, verify, draft, work)
+            sides = [verify_ports(len(verify)), draft_ports(len(draft))]
         try:
             for name, biased, temperature, drafted in LOADS:
                 if args.loads and name not in args.loads:
                     continue
                 for sessions in args.sessions:
-                    cells = measure(args, (biased, temperature, drafted), sessions, (len(verify), len(draft)))
-                    row = f"{'+'.join(verify)} | {'+'.join(draft)} | {name} | {args.context} | {sessions} | {cells}"
+                    load = (biased, temperature, drafted)
+                    cells = measure(args, load, sessions, (len(verify), len(draft)), sides)
+                    row = f"{'+'.join(verify)}{' together' * (not sides[0])} | {'+'.join(draft)} | {name} | {args.context} | {sessions} | {cells}"
                     print(f"| {row} |", flush=True)
         finally:
             for process in processes:
@@ -68,34 +76,58 @@ def parser():
     p.add_argument("--tokens", type=int, default=400, help="tokens of each completion")
     p.add_argument("--sessions", type=int, nargs="+", default=[1, 4], help="requests at a time")
     p.add_argument("--loads", nargs="+", choices=[load[0] for load in LOADS], help="some of the loads only")
+    p.add_argument("--kv-mib", type=int, default=16384, help="KV memory of each verify worker")
+    p.add_argument("--draft-kv-mib", type=int, default=8192, help="KV memory of each draft worker")
     p.add_argument("--share-prefixes", action="store_true", help="process prompts before the clock starts")
     p.add_argument("--bandwidth", type=float, default=2.9, help="copy bandwidth of one GPU for the cost model, TB/s")
+    p.add_argument("--mode", choices=["dense", "sparse", "exact"], default="dense", help="mode of the requests")
+    p.add_argument("--mask-p", type=float, help="mass that masks keep; random weights attend evenly, so this is about the share of entries kept")
+    p.add_argument("--draft-flags", nargs="*", default=[], help="more arguments of the draft workers, in one word each: --own-p=0.2")
     p.add_argument("--verify-flags", nargs="*", default=[], help="more arguments of the verify worker")
     return p
 
 
+def serve(args, device, work):
+    line = ["serve", "--random-weights", CONFIGS / "llama-3-8b.json", "--random-draft-weights", CONFIGS / "llama-3.2-1b.json",
+            "--device", device, "--kv-cache-mib", args.kv_mib, "--draft-kv-cache-mib", args.draft_kv_mib]
+    if not args.share_prefixes:
+        line.append("--no-prefix-sharing")
+    processes = []
+    spawn(args, work, processes, "specattn", PORT, *line)
+    wait(args, work, processes, 2)
+    return processes
+
+
 def start(args, verify, draft, work):
     processes = []
-    bin_ = Path(args.bin)
 
-    def spawn(name, port, *line):
-        log = open(work / f"{name}-{port}.log", "w")
-        line = ["--listen", f"127.0.0.1:{port}", *line]
-        processes.append(subprocess.Popen([bin_ / name, *map(str, line)], stdout=log, stderr=log))
+    def worker(*line):
+        spawn(args, work, processes, *line)
 
-    spawn("specattn-gateway", PORT, "--tokenizer", ROOT / "models/target")
+    worker("specattn-gateway", PORT, "--tokenizer", ROOT / "models/target")
     common = ["--gateway", URL] + ([] if args.share_prefixes else ["--no-prefix-sharing"])
     for port, device in zip(verify_ports(len(verify)), verify):
-        spawn("specattn-verify", port, "--random-weights", CONFIGS / "llama-3-8b.json", "--device", device, "--kv-cache-mib", 16384,
+        worker("specattn-verify", port, "--random-weights", CONFIGS / "llama-3-8b.json", "--device", device, "--kv-cache-mib", args.kv_mib,
               *common, *args.verify_flags)
     for port, device in zip(draft_ports(len(draft)), draft):
-        spawn("specattn-draft", port, "--random-weights", CONFIGS / "llama-3.2-1b.json", "--device", device, "--kv-cache-mib", 8192,
-              *common)
+        worker("specattn-draft", port, "--random-weights", CONFIGS / "llama-3.2-1b.json", "--device", device, "--kv-cache-mib", args.draft_kv_mib,
+              *common, *args.draft_flags)
+    wait(args, work, processes, len(verify) + len(draft))
+    return processes
+
+
+def spawn(args, work, processes, name, port, *line):
+    log = open(work / f"{name}-{port}.log", "w")
+    line = [*line, "--listen", f"127.0.0.1:{port}"]
+    processes.append(subprocess.Popen([Path(args.bin) / name, *map(str, line)], stdout=log, stderr=log))
+
+
+def wait(args, work, processes, workers):
     for _ in range(240):
         time.sleep(0.5)
-        status = subprocess.run([bin_ / "specattn", "status", "--gateway", URL, "--json"], capture_output=True, text=True)
-        if status.returncode == 0 and status.stdout.count('"role"') >= len(verify) + len(draft):
-            return processes
+        status = subprocess.run([Path(args.bin) / "specattn", "status", "--gateway", URL, "--json"], capture_output=True, text=True)
+        if status.returncode == 0 and status.stdout.count('"role"') >= workers:
+            return
         if any(process.poll() is not None for process in processes):
             break
     for process in processes:
@@ -113,26 +145,25 @@ def draft_ports(count):
     return range(PORT + 21, PORT + 21 + count)
 
 
-def measure(args, load, sessions, workers):
+def measure(args, load, sessions, workers, ports):
     """Rates are those after each session's first token."""
-    verify, draft = workers
     if args.share_prefixes:
         every(sessions, lambda index: request(args, load, index, 1))
-    before = [busy(ports) for ports in (verify_ports(verify), draft_ports(draft))]
+    before = [work(side) for side in ports]
     start = time.monotonic()
     results = every(sessions, lambda index: request(args, load, index, args.tokens))
     took = time.monotonic() - start
-    after = [busy(ports) for ports in (verify_ports(verify), draft_ports(draft))]
+    after = [work(side) for side in ports]
     failed = [r for r in results if not isinstance(r, dict)]
     if failed:
-        return f"FAILED: {failed[0]} | | | | | "
+        return f"FAILED: {failed[0]} | | | | | | | "
     rate = sum(u["completion_tokens"] / (u["specattn"]["elapsed_seconds"] - u["specattn"]["ttft_seconds"]) for u in results)
     accepted = share(results, "accepted_tokens", "proposed_tokens")
     tokens = sum(u["completion_tokens"] for u in results)
     forwards = sum(u["specattn"]["target_forwards"] for u in results)
-    shares = [", ".join(f"{(a - b) / took:.2f}" for a, b in zip(*sides)) for sides in zip(after, before)]
+    sides = [spent(*side, took) for side in zip(after, before)]
     model = modelled(args, load, sessions, workers)
-    return f"{rate:.0f} | {accepted} | {tokens / max(forwards, 1):.2f} | {shares[0]} | {shares[1]} | {model}"
+    return f"{rate:.0f} | {accepted} | {tokens / max(forwards, 1):.2f} | {sides[0]} | {sides[1]} | {model}"
 
 
 def every(sessions, call):
@@ -152,15 +183,26 @@ def every(sessions, call):
     return results
 
 
-def busy(ports):
-    """Seconds that each worker has spent in forwards."""
+def work(ports):
+    """Of each worker: seconds spent in forwards; seconds and number of generating ones; sessions in them."""
 
     def of(port):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        return float(re.search(r"^\w*busy_seconds_total(?:{.*})? (\S+)", text, re.MULTILINE)[1])
+        names = ["busy_seconds_total", "forward_duration_seconds_sum", "forward_duration_seconds_count", "batch_sessions_sum"]
+        return [float(re.search(rf"^\w*{name}(?:{{.*}})? (\S+)", text, re.MULTILINE)[1]) for name in names]
 
     return [of(port) for port in ports]
+
+
+def spent(after, before, took):
+    """Busy shares and mean steps of the workers of one side."""
+    shares, steps = [], []
+    for worker in zip(after, before):
+        busy, seconds, count, sessions = (a - b for a, b in zip(*worker))
+        shares.append(f"{busy / took:.2f}")
+        steps.append(f"{seconds / count * 1e3:.1f} ms of {sessions / count:.1f}" if count else "none")
+    return f"{', '.join(shares)} | {', '.join(steps)}"
 
 
 def modelled(args, load, sessions, workers):
@@ -203,7 +245,7 @@ def request(args, load, index, tokens):
         "temperature": temperature,
         "seed": index,
         "logit_bias": {str(1000 + 17 * i): 100 for i in range(biased)},
-        "specattn": {"mode": "dense", "draft_length": drafted},
+        "specattn": {"mode": args.mode, "draft_length": drafted} | ({"mask_p": args.mask_p} if args.mask_p else {}),
     }
     data = json.dumps(body).encode()
     call = urllib.request.Request(f"{URL}/v1/completions", data, {"Content-Type": "application/json"})

@@ -104,7 +104,12 @@ impl Plan {
         let mut line: Vec<OsString> = vec!["worker".into(), flag.into(), model.into()];
         let mut flag = |name: &str, value: String| line.extend([name.into(), value.into()]);
         flag("--threads", self.models.threads.to_string());
-        flag("--kv-cache-mib", self.models.kv_cache_mib.to_string());
+        let kv_cache_mib = match service {
+            Service::Draft => self.models.draft_kv_cache_mib,
+            _ => None,
+        };
+        let kv_cache_mib = kv_cache_mib.unwrap_or(self.models.kv_cache_mib);
+        flag("--kv-cache-mib", kv_cache_mib.to_string());
         if let Some(name) = self.models.kv_type.and_then(|t| t.to_possible_value()) {
             flag("--kv-type", name.get_name().to_owned());
         }
@@ -208,8 +213,13 @@ impl AllInOne {
             workers_stop: CancellationToken::new(),
         };
         services.start_verify_worker(&plan, &verify).await?;
-        if let Some(folder) = &plan.folders.draft {
-            services.start_draft_worker(&plan, folder, &draft).await?;
+        let random = plan.models.random_draft_weights.as_deref();
+        let model = match (random, plan.folders.draft.as_deref()) {
+            (Some(config), _) => Some(("--random-weights", config)),
+            (None, folder) => folder.map(|folder| ("--model", folder)),
+        };
+        if let Some(model) = model {
+            services.start_draft_worker(&plan, model, &draft).await?;
         }
         services.wait_for_workers(&verify).await?;
         Ok(services)
@@ -274,10 +284,9 @@ impl AllInOne {
     async fn start_draft_worker(
         &mut self,
         plan: &Plan,
-        folder: &Path,
+        model: (&str, &Path),
         own: &Own,
     ) -> Result<(), CliError> {
-        let model = ("--model", folder);
         let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
         let on_cpu = |device: Option<DeviceChoice>| {

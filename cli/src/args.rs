@@ -173,6 +173,15 @@ pub struct ModelArgs {
     )]
     pub random_weights: Option<PathBuf>,
 
+    /// For benchmarks: a draft likewise, beside such a target; a bias on logits makes the two agree
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "SPECATTN_RANDOM_DRAFT_WEIGHTS",
+        requires = "random_weights"
+    )]
+    pub random_draft_weights: Option<PathBuf>,
+
     /// Threads to calculate with; 0 takes all cores
     #[arg(long, value_name = "N", env = "SPECATTN_THREADS", default_value_t = 0)]
     pub threads: usize,
@@ -185,6 +194,10 @@ pub struct ModelArgs {
         default_value_t = 512
     )]
     pub kv_cache_mib: usize,
+
+    /// Memory for the draft's KV cache in MiB, where it is to be another [default: as --kv-cache-mib]
+    #[arg(long, value_name = "MIB", env = "SPECATTN_DRAFT_KV_CACHE_MIB")]
+    pub draft_kv_cache_mib: Option<usize>,
 
     /// Number type of KV entries [default: on the CPU f32, with which greedy text equals a float32 reference; on a GPU the
     /// weights' type]

@@ -221,7 +221,7 @@ mod tests {
             by_rows.fit(KV_LEN);
             by_device.fit(KV_LEN);
             assert_eq!(by_rows.lists(), by_device.lists());
-            assert!(by_rows.lists().lists[0].contains(&(heavy[0] as u32)));
+            assert!(by_rows.lists().lists[0].contains(heavy[0]));
             let mask = by_device.finish();
             assert_eq!(by_rows.finish(), mask);
         }

@@ -102,6 +102,7 @@ impl scheduler::Session for Attached {
             lists: self.session.lists(),
             logits: self.session.logit_rows(),
             argmax: self.session.needs_argmax_only(),
+            bias: self.session.logit_bias(),
             capture: self.session.capture(),
             select: self.session.select(),
             masses: false,

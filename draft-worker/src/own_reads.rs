@@ -166,9 +166,8 @@ impl OwnReads {
     /// Fits the lists to a cache of `past` positions, after which [`OwnReads::lists`] is what a step reads.
     pub fn fit(&mut self, past: usize) {
         for list in &mut self.lists.lists {
-            let kept = list.partition_point(|&position| (position as usize) < past);
-            list.truncate(kept);
-            list.extend((self.seen..past).map(|position| position as u32));
+            list.resize(past);
+            list.insert_range(self.seen, past);
         }
         self.seen = past;
     }
@@ -245,18 +244,20 @@ mod tests {
         );
     }
 
+    fn list(own: &OwnReads, head: usize) -> Vec<usize> {
+        own.lists().lists[head].iter().collect()
+    }
+
     #[test]
     fn lists_hold_selection_sinks_window_and_all_since() {
         let mut own = own(4);
         own.captured(&rows(20, [5, 7, 9, 9]));
         own.fit(20);
         assert_eq!(own.lists().of_head, [0, 1]);
-        assert_eq!(
-            own.lists().lists,
-            [vec![0, 5, 7, 18, 19], vec![0, 9, 18, 19]]
-        );
+        assert_eq!(list(&own, 0), [0, 5, 7, 18, 19]);
+        assert_eq!(list(&own, 1), [0, 9, 18, 19]);
         own.fit(22);
-        assert_eq!(own.lists().lists[1], [0, 9, 18, 19, 20, 21]);
+        assert_eq!(list(&own, 1), [0, 9, 18, 19, 20, 21]);
     }
 
     #[test]
@@ -265,12 +266,12 @@ mod tests {
         own.captured(&rows(20, [5, 7, 9, 9]));
         own.fit(23);
         own.fit(19);
-        assert_eq!(own.lists().lists[1], [0, 9, 18]);
+        assert_eq!(list(&own, 1), [0, 9, 18]);
         own.fit(21);
-        assert_eq!(own.lists().lists[1], [0, 9, 18, 19, 20]);
+        assert_eq!(list(&own, 1), [0, 9, 18, 19, 20]);
         own.fit(6);
-        assert_eq!(own.lists().lists[0], [0, 5]);
+        assert_eq!(list(&own, 0), [0, 5]);
         own.fit(8);
-        assert_eq!(own.lists().lists[0], [0, 5, 6, 7]);
+        assert_eq!(list(&own, 0), [0, 5, 6, 7]);
     }
 }

@@ -272,6 +272,12 @@ impl Session {
         joined.is_some_and(|joined| joined.sampler.needs_argmax_only())
     }
 
+    /// What is added to logits before the most probable token is looked for.
+    pub(crate) fn logit_bias(&self) -> &[(u32, f32)] {
+        let joined = self.joined.as_ref();
+        joined.map_or(&[], |joined| &joined.sampler.params().logit_bias)
+    }
+
     /// Whether the next forward is a chunk of tokens that the draft has to catch up with. A draft step feeds some tokens that are
     /// missing, but none that others may have processed too.
     pub(crate) fn is_catching_up(&self) -> bool {

@@ -1,31 +1,73 @@
 //! What attention reads and what it hands out: index lists, captured rows, counters.
 
 use std::ops::AddAssign;
+use std::sync::OnceLock;
+
+use specattn_positions::PositionSet;
 
 /// Which cached positions each KV head reads in a masked step.
 ///
 /// The step's own tokens (positions from the sequence's length on) are always read, causally, and are not listed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HeadLists {
-    /// Distinct lists: strictly increasing positions below the sequence's length before the step.
-    pub lists: Vec<Vec<u32>>,
+    /// Distinct lists, as sets of positions below the sequence's length before the step. Heads of a long context may read
+    /// thousands of entries each: a list crosses to a GPU as a bit per position.
+    pub lists: Vec<PositionSet>,
     /// `[num_layers * num_kv_heads]`, layer-major: which of `lists` a KV head reads.
     pub of_head: Vec<u32>,
 }
 
 /// The lists of one span as a pass reads them: those of the KV heads of the rank that runs it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct SpanLists<'a> {
-    /// Distinct lists.
-    pub lists: Vec<&'a [u32]>,
-    /// `[num_layers * num_kv_heads]`, layer-major: which of `lists` a KV head reads.
-    pub of_head: Vec<u32>,
+    lists: Vec<SpanList<'a>>,
+    of_head: Vec<u32>,
+}
+
+/// A list of a [`SpanLists`].
+#[derive(Debug)]
+pub struct SpanList<'a> {
+    set: &'a PositionSet,
+    len: usize,
+    /// Its positions in order, once somebody asked for them.
+    positions: OnceLock<Vec<u32>>,
+}
+
+impl<'a> SpanList<'a> {
+    fn new(set: &'a PositionSet) -> Self {
+        Self {
+            set,
+            len: set.count(),
+            positions: OnceLock::new(),
+        }
+    }
+
+    /// Entries.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The entries as a set.
+    pub fn set(&self) -> &'a PositionSet {
+        self.set
+    }
+
+    /// The entries' positions in order.
+    pub fn positions(&self) -> &[u32] {
+        self.positions
+            .get_or_init(|| self.set.iter().map(|position| position as u32).collect())
+    }
 }
 
 impl<'a> From<&'a HeadLists> for SpanLists<'a> {
     fn from(lists: &'a HeadLists) -> Self {
         Self {
-            lists: lists.lists.iter().map(Vec::as_slice).collect(),
+            lists: lists.lists.iter().map(SpanList::new).collect(),
             of_head: lists.of_head.clone(),
         }
     }
@@ -44,7 +86,7 @@ impl<'a> SpanLists<'a> {
             let number = &mut numbers[list as usize];
             if *number == UNSEEN {
                 *number = own.lists.len() as u32;
-                own.lists.push(&lists.lists[list as usize]);
+                own.lists.push(SpanList::new(&lists.lists[list as usize]));
             }
             own.of_head.push(*number);
         }
@@ -52,8 +94,23 @@ impl<'a> SpanLists<'a> {
     }
 
     /// What KV head `head` reads, counted through all layers: layer · num_kv_heads + KV head.
-    pub fn of(&self, head: usize) -> &'a [u32] {
-        self.lists[self.of_head[head] as usize]
+    pub fn of(&self, head: usize) -> &SpanList<'a> {
+        &self.lists[self.of_head[head] as usize]
+    }
+
+    /// Distinct lists.
+    pub fn lists(&self) -> &[SpanList<'a>] {
+        &self.lists
+    }
+
+    /// `[num_layers * num_kv_heads]`, layer-major: which of [`SpanLists::lists`] a KV head reads.
+    pub fn of_head(&self) -> &[u32] {
+        &self.of_head
+    }
+
+    /// Entries of the longest list, of those in use.
+    pub fn longest(&self) -> usize {
+        self.lists.iter().map(SpanList::len).max().unwrap_or(0)
     }
 }
 

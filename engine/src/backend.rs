@@ -81,15 +81,16 @@ pub struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     /// The same pass of one span, reading `lists`.
-    pub(crate) fn reading<'b>(&self, lists: &SpanLists<'b>) -> Pass<'b>
+    pub(crate) fn reading<'b>(&self, lists: SpanLists<'b>) -> Pass<'b>
     where
         'a: 'b,
     {
+        let mut lists = Some(lists);
         let spans = self.spans.iter().map(|span| Span {
             rows: span.rows.clone(),
             past: span.past,
             blocks: span.blocks,
-            lists: Some(lists.clone()),
+            lists: lists.take(),
         });
         Pass {
             tokens: self.tokens.clone(),
@@ -269,14 +270,16 @@ pub trait Backend: Send {
     fn masses(&self, _pass: &Pass<'_>, _out: &mut [Masses<'_>]) -> Result<(), EngineError> {
         Ok(())
     }
-    /// The first of the largest entries of every row of `width`; `None` for a row that holds a NaN or an infinity.
+    /// The first of the largest entries of every row of `width`, after adding `biases`; `None` for a row that holds a NaN or an
+    /// infinity. The device may add them to `x` itself.
     ///
     /// # Errors
     /// The first failure of the pass.
     fn argmax(
         &self,
-        x: &Self::Buffer,
+        x: &mut Self::Buffer,
         width: usize,
+        biases: &[Bias],
         out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError>;
     /// Copies a buffer to the host, as f32.
@@ -294,6 +297,18 @@ pub trait Backend: Send {
         elements: Range<usize>,
         out: &mut Vec<f32>,
     ) -> Result<(), EngineError>;
+}
+
+/// What is added to an entry of a row before [`Backend::argmax`] looks at it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub struct Bias {
+    /// The row.
+    pub row: u32,
+    /// Its entry.
+    pub column: u32,
+    /// What is added.
+    pub value: f32,
 }
 
 /// A row's largest entry.

@@ -3,6 +3,8 @@
 //! No served step can do this: the choice needs a copy of the layer's keys. It is how methods that look at queries and
 //! keys (page bounds, the target's own attention) are measured beside masks, in the same forward.
 
+use specattn_positions::PositionSet;
+
 /// Queries and keys of one layer in one step.
 #[derive(Debug)]
 pub struct LayerKeys<'a> {
@@ -20,6 +22,6 @@ pub struct LayerKeys<'a> {
 
 /// Chooses the cached positions that a step reads, layer by layer.
 pub trait KeyChooser {
-    /// One list per KV head of layer `layer`: strictly increasing positions below the number cached.
-    fn choose(&mut self, layer: usize, keys: &LayerKeys<'_>) -> Vec<Vec<u32>>;
+    /// One list per KV head of layer `layer`: positions below the number cached.
+    fn choose(&mut self, layer: usize, keys: &LayerKeys<'_>) -> Vec<PositionSet>;
 }

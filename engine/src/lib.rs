@@ -40,3 +40,4 @@ pub use loading::LoadOptions;
 pub use model::{LogitRows, Model, Step, StepOutput};
 pub use row_selection::{MixedHead, MixedRow, Round, RoundId, RowSelection, SelectedRows, Spread};
 pub use scripted::{Script, ScriptedShape};
+pub use specattn_positions::PositionSet;

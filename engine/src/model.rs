@@ -46,6 +46,8 @@ pub struct Step<'a> {
     pub logits: LogitRows,
     /// Hand out the most probable token of those rows in place of their logits: from a GPU nothing else crosses to the host.
     pub argmax: bool,
+    /// Added to the logits of these tokens before the most probable one is looked for; only with `argmax`, each token once.
+    pub bias: &'a [(u32, f32)],
     /// Layers whose attention rows (of the last token) to hand out; empty for none.
     pub capture: &'a [usize],
     /// Hand out selections from the last token's attention rows in place of the captured rows, where the device makes them:
@@ -64,6 +66,7 @@ impl<'a> Step<'a> {
             lists: None,
             logits: LogitRows::None,
             argmax: false,
+            bias: &[],
             capture: &[],
             select: None,
             masses: false,
@@ -304,7 +307,7 @@ impl Model {
     /// As [`Model::forward`], and [`EngineError::InvalidArgument`] where no keys are offered.
     ///
     /// # Panics
-    /// When the chooser lists positions that are not cached, or not in order.
+    /// When the chooser lists positions that are not cached.
     pub fn forward_choosing(
         &mut self,
         step: &mut Step<'_>,
@@ -374,6 +377,10 @@ impl Model {
         if let Some(term) = rows.flat_map(|row| &row.terms).find(outside) {
             return invalid("selection", format!("{term:?} names no head"));
         }
+        let unknown = |&&(token, _): &&(u32, f32)| token as usize >= config.vocab_size;
+        if let Some(&(token, _)) = step.bias.iter().find(unknown) {
+            return invalid("bias", format!("token {token} is not in the vocabulary"));
+        }
         if let Some(lists) = step.lists {
             let heads = config.num_layers * config.num_kv_heads;
             if lists.of_head.len() != heads
@@ -387,14 +394,12 @@ impl Model {
                     format!("they must name one list for each of {heads} KV heads"),
                 );
             }
-            for list in &lists.lists {
-                let ordered = list.windows(2).all(|w| w[0] < w[1]);
-                if !ordered || list.last().is_some_and(|&p| p as usize >= past) {
-                    return invalid(
-                        "lists",
-                        format!("positions must increase and lie below {past}"),
-                    );
-                }
+            if let Some(list) = lists.lists.iter().find(|list| list.len() > past) {
+                let reach = list.len();
+                return invalid(
+                    "lists",
+                    format!("they must lie below {past}, and one reaches {reach}"),
+                );
             }
         }
         Ok(())

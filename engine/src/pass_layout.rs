@@ -1,7 +1,9 @@
 //! From steps to the rows of a pass, and from what a pass yields back to the steps.
 
+use std::ops::Range;
+
 use crate::attention::{HeadLists, SpanLists};
-use crate::backend::{Backend, Capture, HandOut, Masses, Pass, Span};
+use crate::backend::{Backend, Bias, Capture, HandOut, Masses, Pass, Span};
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
 use crate::transformer::RankOutput;
@@ -15,17 +17,19 @@ fn logit_rows(step: &Step<'_>) -> usize {
     }
 }
 
-/// Gives every step its rows of `logits`, `[rows, vocab_size]`, or their most probable tokens.
+/// Gives every step its rows of `logits`, `[rows, vocab.len()]`, or their most probable tokens; `vocab` is the rank's part of the
+/// vocabulary.
 pub(crate) fn hand_out_logits<B: Backend>(
     backend: &B,
-    logits: &B::Buffer,
-    vocab_size: usize,
+    logits: &mut B::Buffer,
+    vocab: Range<usize>,
     steps: &[&Step<'_>],
     outputs: &mut [&mut RankOutput],
 ) -> Result<(), EngineError> {
     let mut most_probable = Vec::new();
     if steps.iter().any(|step| step.argmax && logit_rows(step) > 0) {
-        backend.argmax(logits, vocab_size, &mut most_probable)?;
+        let biases = biases(steps, &vocab);
+        backend.argmax(logits, vocab.len(), &biases, &mut most_probable)?;
     }
     let mut first = 0;
     for (step, output) in steps.iter().zip(outputs) {
@@ -43,11 +47,34 @@ pub(crate) fn hand_out_logits<B: Backend>(
                 .map(|peak| peak.map_or(f32::NAN, |peak| peak.value));
             output.peaks = values.collect();
         } else {
-            let elements = rows.start * vocab_size..rows.end * vocab_size;
+            let elements = rows.start * vocab.len()..rows.end * vocab.len();
             backend.read_range(logits, elements, &mut output.step.logits)?;
         }
     }
     Ok(())
+}
+
+/// The biases of the steps' rows of logits, of the tokens in `vocab`.
+fn biases(steps: &[&Step<'_>], vocab: &Range<usize>) -> Vec<Bias> {
+    let mut biases = Vec::new();
+    let mut first = 0;
+    for step in steps {
+        let rows = first..first + logit_rows(step);
+        first = rows.end;
+        if !step.argmax {
+            continue;
+        }
+        for row in rows {
+            let own = step.bias.iter();
+            let own = own.filter(|(token, _)| vocab.contains(&(*token as usize)));
+            biases.extend(own.map(|&(token, value)| Bias {
+                row: row as u32,
+                column: token - vocab.start as u32,
+                value,
+            }));
+        }
+    }
+    biases
 }
 
 /// Lays the steps' tokens out as rows; `own` gives the rank's part of a step's lists.

@@ -68,7 +68,12 @@ impl Forwards for Scripted {
         let mut outputs = self.script.answer(steps);
         for (step, output) in steps.iter().zip(&mut outputs) {
             if step.argmax {
-                let logits = std::mem::take(&mut output.logits);
+                let mut logits = std::mem::take(&mut output.logits);
+                for row in logits.chunks_exact_mut(self.config.vocab_size) {
+                    for &(token, bias) in step.bias {
+                        row[token as usize] += bias;
+                    }
+                }
                 let rows = logits.chunks_exact(self.config.vocab_size);
                 output.argmax = rows.map(most_probable).collect();
             }

@@ -121,6 +121,8 @@ impl Share {
 
 #[cfg(test)]
 mod tests {
+    use specattn_positions::PositionSet;
+
     use super::*;
     use crate::scripted::ScriptedShape;
 
@@ -157,25 +159,34 @@ mod tests {
         assert!(Share::all(1, &odd).unwrap()[0].is_whole());
     }
 
+    fn sets(lists: &[&[usize]]) -> Vec<PositionSet> {
+        let set = |list: &&[usize]| list.iter().copied().collect();
+        lists.iter().map(set).collect()
+    }
+
     #[test]
     fn ranks_see_the_lists_of_their_own_heads() {
         let lists = HeadLists {
-            lists: vec![vec![1], vec![2, 3], vec![]],
+            lists: sets(&[&[1], &[2, 3], &[]]),
             of_head: vec![0, 0, 1, 2, 2, 1, 1, 0],
         };
         let shares = Share::all(2, &config()).unwrap();
-        let read = |share: Share, head: usize| share.lists(&lists, &config()).of(head).to_vec();
+        let read = |share: Share, head: usize| {
+            share.lists(&lists, &config()).of(head).positions().to_vec()
+        };
         let of_rank = |share| (0..4).map(|head| read(share, head)).collect::<Vec<_>>();
         assert_eq!(of_rank(shares[0]), [vec![1], vec![1], vec![], vec![2, 3]]);
         assert_eq!(
             of_rank(shares[1]),
             [vec![2, 3], vec![], vec![2, 3], vec![1]]
         );
-        assert_eq!(shares[0].lists(&lists, &config()).lists.len(), 3);
+        assert_eq!(shares[0].lists(&lists, &config()).lists().len(), 3);
         let alone = HeadLists {
-            lists: vec![vec![7], vec![8]],
+            lists: sets(&[&[7], &[8]]),
             of_head: vec![0, 0, 1, 1, 0, 0, 1, 1],
         };
-        assert_eq!(shares[1].lists(&alone, &config()).lists, [[8]]);
+        let own = shares[1].lists(&alone, &config());
+        assert_eq!(own.lists().len(), 1);
+        assert_eq!(own.of(0).positions(), [8]);
     }
 }

@@ -3,6 +3,8 @@
 //! Pre-norm blocks: x += Attention(norm(x)); x += MLP(norm(x)) with a gated SiLU MLP, rotary positions, grouped-query
 //! attention (Touvron et al. 2023). Families differ in biases and per-head norms, both of which are data here.
 
+use specattn_positions::PositionSet;
+
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads, SpanLists};
 use crate::backend::{AttentionArgs, AttentionShape, Backend, Epilogue, Linear, Pass, RotateArgs};
 use crate::chooser::{KeyChooser, LayerKeys};
@@ -259,9 +261,9 @@ impl<B: Backend> Transformer<B> {
                 reads += lists
                     .lists
                     .iter()
-                    .map(|l| l.len() as u64 + tokens)
+                    .map(|list| list.count() as u64 + tokens)
                     .sum::<u64>();
-                let narrowed = pass.reading(&SpanLists::from(&lists));
+                let narrowed = pass.reading(SpanLists::from(&lists));
                 backend.attention(&a.q, &narrowed, &attend, &mut wanted, &mut a.attended);
             } else {
                 backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
@@ -301,8 +303,8 @@ impl<B: Backend> Transformer<B> {
             backend.masses(&pass, &mut masses)?;
         }
         if !pass.logit_rows.is_empty() {
-            let vocab = place.share.range(self.config.vocab_size).len();
-            hand_out_logits(backend, &a.logits, vocab, steps, outputs)?;
+            let vocab = place.share.range(self.config.vocab_size);
+            hand_out_logits(backend, &mut a.logits, vocab, steps, outputs)?;
         }
         backend.finish()?;
         for output in outputs {
@@ -365,10 +367,7 @@ fn chosen_lists<B: Backend>(
     };
     let lists = chooser.choose(args.layer, &view);
     // The kernels rely on it.
-    let sound = |list: &Vec<u32>| {
-        list.windows(2).all(|w| w[0] < w[1])
-            && list.last().is_none_or(|&p| (p as usize) < span.past)
-    };
+    let sound = |list: &PositionSet| list.len() <= span.past;
     assert!(
         lists.len() == kv_heads && lists.iter().all(sound),
         "a chooser lists cached positions for every KV head"

@@ -3,13 +3,15 @@
 mod fixture;
 
 use fixture::{Fixture, TAIL};
-use specattn_engine::{HeadLists, KeyChooser, LayerKeys, LogitRows, Model, Step, StepOutput};
+use specattn_engine::{
+    HeadLists, KeyChooser, LayerKeys, LogitRows, Model, PositionSet, Step, StepOutput,
+};
 
 /// Reads the lists of a fixture.
 struct Given<'a>(&'a HeadLists);
 
 impl KeyChooser for Given<'_> {
-    fn choose(&mut self, layer: usize, keys: &LayerKeys<'_>) -> Vec<Vec<u32>> {
+    fn choose(&mut self, layer: usize, keys: &LayerKeys<'_>) -> Vec<PositionSet> {
         let cached = keys.keys.len() / (keys.num_kv_heads * keys.width);
         assert_eq!(keys.q.len(), TAIL * keys.num_heads * keys.width);
         assert!(cached > 0);

@@ -8,7 +8,9 @@
 mod fixture;
 
 use fixture::{DENSITIES, Fixture, TAIL};
-use specattn_engine::{CpuIsa, DType, HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
+use specattn_engine::{
+    CpuIsa, DType, HeadLists, LogitRows, Model, PositionSet, Sequence, Step, StepOutput,
+};
 
 /// Absolute, and relative to the reference value.
 const TOLERANCE: f32 = 1e-4;
@@ -77,7 +79,7 @@ fn all_layers(model: &Model) -> Vec<usize> {
 fn full_lists(model: &Model, cached: usize) -> HeadLists {
     let heads = model.config().num_layers * model.config().num_kv_heads;
     HeadLists {
-        lists: vec![(0..cached as u32).collect()],
+        lists: vec![(0..cached).collect()],
         of_head: vec![0; heads],
     }
 }
@@ -401,7 +403,7 @@ fn masked_steps_equal_transformers_with_a_mask() {
             let listed: u64 = lists
                 .of_head
                 .iter()
-                .map(|&l| lists.lists[l as usize].len() as u64)
+                .map(|&l| lists.lists[l as usize].count() as u64)
                 .sum();
             assert_eq!(output.kv.read, listed + heads * TAIL as u64, "{what}");
             assert_eq!(output.kv.dense, heads * tokens.len() as u64, "{what}");
@@ -468,7 +470,7 @@ fn rows_of_a_masked_step_lie_on_its_list() {
                 let list = &lists.lists[layer * kv_heads + head / (heads / kv_heads)];
                 let row = rows.row(layer, head).expect("captured");
                 for (position, &probability) in row.iter().enumerate() {
-                    let read = position >= cached || list.contains(&(position as u32));
+                    let read = position >= cached || list.contains(position);
                     assert!(
                         read || probability == 0.0,
                         "{}: position {position}",
@@ -498,7 +500,7 @@ fn heads_may_share_a_list() {
         let chosen = distinct.lists[0].clone();
         let heads = distinct.of_head.len();
         let shared = HeadLists {
-            lists: vec![Vec::new(), chosen.clone()],
+            lists: vec![PositionSet::default(), chosen.clone()],
             of_head: vec![1; heads],
         };
         let apart = HeadLists {

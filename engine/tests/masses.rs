@@ -41,12 +41,13 @@ fn by_rows(
     let mut sums: Vec<Vec<f64>> = lists
         .of_head
         .iter()
-        .map(|&list| vec![0.0; lists.lists[list as usize].len()])
+        .map(|&list| vec![0.0; lists.lists[list as usize].count()])
         .collect();
     for (index, token) in tokens.iter().enumerate() {
         let mut lists = lists.clone();
         for list in &mut lists.lists {
-            list.extend((cached..cached + index).map(|p| p as u32));
+            list.resize(cached + index);
+            list.insert_range(cached, cached + index);
         }
         let output = step(model, sequence, &[*token], Some(&lists), false);
         let rows = output.attention.expect("rows were asked for");
@@ -55,8 +56,8 @@ fn by_rows(
                 let kv_head = layer * kv_heads + head / group;
                 let list = &lists.lists[lists.of_head[kv_head] as usize];
                 let row = rows.row(layer, head).expect("captured");
-                for (sum, &position) in sums[kv_head].iter_mut().zip(list) {
-                    *sum += f64::from(row[position as usize]);
+                for (sum, position) in sums[kv_head].iter_mut().zip(list) {
+                    *sum += f64::from(row[position]);
                 }
             }
         }
@@ -105,7 +106,7 @@ fn masses_are_the_means_of_captured_rows() {
         // Dense: every cached position, in order.
         sequence.truncate(cached);
         let all = HeadLists {
-            lists: vec![(0..cached as u32).collect()],
+            lists: vec![(0..cached).collect()],
             of_head: vec![0; lists.of_head.len()],
         };
         let want = by_rows(&mut model, &mut sequence, &tokens[cached..], &all);

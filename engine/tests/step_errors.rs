@@ -17,10 +17,13 @@ fn plain<'a>(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Step<'a> {
 }
 
 /// Lists for every head of `model`, all reading the first.
-fn lists(model: &Model, lists: &[&[u32]]) -> HeadLists {
+fn lists(model: &Model, lists: &[&[usize]]) -> HeadLists {
     let heads = model.config().num_layers * model.config().num_kv_heads;
     HeadLists {
-        lists: lists.iter().map(|list| list.to_vec()).collect(),
+        lists: lists
+            .iter()
+            .map(|list| list.iter().copied().collect())
+            .collect(),
         of_head: vec![0; heads],
     }
 }
@@ -89,13 +92,7 @@ fn bad_steps_are_refused_and_change_nothing() {
         "no such layer",
     );
 
-    for bad in [
-        &[5][..],
-        &[0, 0],
-        &[3, 1],
-        &[0, u32::MAX],
-        &[0, 1, 2, 3, 4, 5],
-    ] {
+    for bad in [&[5][..], &[0, 4_000_000], &[0, 1, 2, 3, 4, 5]] {
         let list = lists(&model, &[bad]);
         invalid(
             refused(&mut model, 5, &[1], Some(&list), &[]),

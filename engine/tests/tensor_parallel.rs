@@ -127,16 +127,18 @@ fn checkpoints_split_in_two_give_what_they_give_whole() {
 }
 
 /// Lists that differ from head to head, some of them shared.
-fn some_lists(model: &Model, cached: u32) -> HeadLists {
-    let heads = (model.config().num_layers * model.config().num_kv_heads) as u32;
-    let list = |n: u32| {
+fn some_lists(model: &Model, cached: usize) -> HeadLists {
+    let heads = model.config().num_layers * model.config().num_kv_heads;
+    let list = |n: usize| {
         (0..cached)
             .filter(|p| (p * 7 + n).is_multiple_of(n + 2))
             .collect()
     };
     HeadLists {
         lists: (0..heads).map(list).collect(),
-        of_head: (0..heads).map(|head| head * 5 % 7 % heads).collect(),
+        of_head: (0..heads as u32)
+            .map(|head| head * 5 % 7 % heads as u32)
+            .collect(),
     }
 }
 
@@ -159,7 +161,7 @@ fn shapes_split_in_two_and_four_give_what_they_give_whole() {
             Model::random(&config, &options).expect("a shape that divides")
         };
         let mut whole = load(1);
-        let lists = some_lists(&whole, (prompt.len() - TAIL) as u32);
+        let lists = some_lists(&whole, prompt.len() - TAIL);
         for ranks in [2, 4] {
             let what = format!("{name} over {ranks}");
             let lists = std::slice::from_ref(&lists);

@@ -7,8 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::position_set::PositionSet;
 use crate::top_p::select_top_p;
+use specattn_positions::PositionSet;
 
 /// Scores below this are forgotten: no selection would reach them, and the memory stays as short as what was read.
 const FORGOTTEN: f32 = 1e-6;
@@ -47,15 +47,16 @@ pub struct HeadMemory {
 }
 
 impl HeadMemory {
-    /// Takes a round's masses: `masses[i]` is the probability of position `list[i]`, which increases strictly. Entries
-    /// that were not read decay as if they had weighed nothing.
-    pub fn observe(&mut self, list: &[u32], masses: &[f32], decay: f32) {
+    /// Takes a round's masses: `masses[i]` is the probability of the i-th of the positions `read`, which increase strictly.
+    /// Entries that were not read decay as if they had weighed nothing.
+    pub fn observe(&mut self, read: impl IntoIterator<Item = usize>, masses: &[f32], decay: f32) {
         let before = std::mem::take(self);
         let known = before.positions.into_iter().zip(before.scores);
         let mut known = known.peekable();
-        self.positions.reserve(list.len());
-        self.scores.reserve(list.len());
-        for (&position, &mass) in list.iter().zip(masses) {
+        self.positions.reserve(masses.len());
+        self.scores.reserve(masses.len());
+        for (position, &mass) in read.into_iter().zip(masses) {
+            let position = position as u32;
             while let Some((earlier, score)) = known.next_if(|k| k.0 < position) {
                 self.push(earlier, score * decay);
             }
@@ -99,7 +100,7 @@ mod tests {
     fn what_was_heavy_is_selected() {
         let mut memory = HeadMemory::default();
         assert!(selected(&memory, 0.9).is_empty());
-        memory.observe(&[2, 5, 9], &[0.1, 0.6, 0.3], 0.5);
+        memory.observe([2, 5, 9], &[0.1, 0.6, 0.3], 0.5);
         assert_eq!(selected(&memory, 0.5), [5]);
         assert_eq!(selected(&memory, 0.9), [5, 9]);
         assert_eq!(selected(&memory, 1.0), [2, 5, 9]);
@@ -108,13 +109,13 @@ mod tests {
     #[test]
     fn what_is_not_read_fades() {
         let mut memory = HeadMemory::default();
-        memory.observe(&[5], &[0.8], 0.5);
-        memory.observe(&[3, 7], &[0.3, 0.7], 0.5);
+        memory.observe([5], &[0.8], 0.5);
+        memory.observe([3, 7], &[0.3, 0.7], 0.5);
         // 5 has 0.2, 3 has 0.15, 7 has 0.35.
         assert_eq!(selected(&memory, 0.45), [7]);
         assert_eq!(selected(&memory, 0.75), [5, 7]);
         for _ in 0..30 {
-            memory.observe(&[7], &[1.0], 0.5);
+            memory.observe([7], &[1.0], 0.5);
         }
         assert_eq!(selected(&memory, 1.0), [7]);
     }
@@ -122,7 +123,7 @@ mod tests {
     #[test]
     fn positions_that_were_rolled_back_are_ignored() {
         let mut memory = HeadMemory::default();
-        memory.observe(&[1, 200], &[0.5, 0.5], 0.0);
+        memory.observe([1, 200], &[0.5, 0.5], 0.0);
         assert_eq!(selected(&memory, 1.0), [1]);
     }
 

@@ -1,14 +1,14 @@
 //! Which cached positions a KV head reads in a round.
 
 use crate::policy::MaskPolicy;
-use crate::position_set::PositionSet;
+use specattn_positions::PositionSet;
 
 /// The positions that a head reads: `selection` ∪ the first `sink_tokens` ∪ the last `window_tokens` of the
-/// `committed` tokens, strictly increasing and all below `committed - 1`.
+/// `committed` tokens, within `[0, committed - 1)`.
 ///
 /// The last committed token is the round's pending input: not cached yet, it is read as one of the round's own inputs
 /// and never listed, so a window of `w` lists at most `w - 1` positions.
-pub fn read_list(selection: &PositionSet, policy: &MaskPolicy, committed: usize) -> Vec<u32> {
+pub fn read_list(selection: &PositionSet, policy: &MaskPolicy, committed: usize) -> PositionSet {
     let cached = committed.saturating_sub(1);
     let mut read = selection.clone();
     read.resize(cached);
@@ -17,9 +17,7 @@ pub fn read_list(selection: &PositionSet, policy: &MaskPolicy, committed: usize)
         committed.saturating_sub(policy.window_tokens as usize),
         cached,
     );
-    let mut list = Vec::with_capacity(read.count());
-    list.extend(read.iter().map(|position| position as u32));
-    list
+    read
 }
 
 #[cfg(test)]
@@ -40,16 +38,15 @@ mod tests {
         ) {
             let policy = MaskPolicy { sink_tokens, window_tokens, ..MaskPolicy::default() };
             let selection = PositionSet::from_positions(selection_len, members);
-            let expected: BTreeSet<u32> = (0..committed.saturating_sub(1))
+            let expected: BTreeSet<usize> = (0..committed.saturating_sub(1))
                 .filter(|&p| {
                     selection.contains(p)
                         || p < sink_tokens as usize
                         || p + window_tokens as usize >= committed
                 })
-                .map(|p| p as u32)
                 .collect();
             let list = read_list(&selection, &policy, committed);
-            prop_assert!(list.iter().eq(expected.iter()));
+            prop_assert!(list.iter().eq(expected));
         }
     }
 }

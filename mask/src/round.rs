@@ -2,10 +2,10 @@
 
 use crate::memory::shifted_mass;
 use crate::policy::MaskPolicy;
-use crate::position_set::PositionSet;
 use crate::source::Source;
 use crate::spread::spread;
 use crate::top_p::select_top_p;
+use specattn_positions::PositionSet;
 
 /// The selections of one round, one per source in use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

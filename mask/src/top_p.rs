@@ -14,7 +14,7 @@
 //! NaN and negative entries fail every comparison with a positive threshold: they weigh nothing and are never
 //! selected. With an infinite total, the infinite entries are the selection.
 
-use crate::position_set::PositionSet;
+use specattn_positions::PositionSet;
 
 /// Parallel f32 sums of a block.
 pub const LANES: usize = 16;

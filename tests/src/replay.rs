@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 
 use specattn_engine::{HeadLists, LoadOptions, LogitRows, Model, Sequence, Step};
 use specattn_mask::memory::shifted_mass;
-use specattn_mask::{Decoder, HeadMemory, LayerMap, Limits, MaskPolicy, RoundMask, read_list};
+use specattn_mask::{
+    Decoder, HeadMemory, LayerMap, Limits, MaskPolicy, PositionSet, RoundMask, read_list,
+};
 use specattn_proto::v1::{OpenRequest, Propose, Verdict};
 
 use crate::count::Count;
@@ -268,13 +270,17 @@ impl Replay {
         self.count.dense += (heads * all) as u64;
         self.count.read += match lists {
             None => (heads * all) as u64,
-            Some(lists) => lists.lists.iter().map(|l| (l.len() + inputs) as u64).sum(),
+            Some(lists) => lists
+                .lists
+                .iter()
+                .map(|list| (list.count() + inputs) as u64)
+                .sum(),
         };
     }
 
     fn step(&mut self, tokens: &[u32], lists: Option<&HeadLists>, logits: LogitRows) -> Vec<f32> {
         let rule = self.map.memory.as_ref().filter(|_| self.remembers);
-        let cached = self.sequence.len() as u32;
+        let cached = self.sequence.len();
         let output = self
             .model
             .forward(&mut [Step {
@@ -286,7 +292,7 @@ impl Replay {
             .unwrap()
             .remove(0);
         if let (Some(rule), Some(masses)) = (rule, output.masses) {
-            let all: Vec<u32> = (0..cached).collect();
+            let all: PositionSet = (0..cached).collect();
             for (head, (memory, masses)) in self.memory.iter_mut().zip(&masses.of_head).enumerate()
             {
                 let list = lists.map_or(&all, |lists| &lists.lists[head]);

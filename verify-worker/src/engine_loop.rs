@@ -116,6 +116,7 @@ impl scheduler::Session for Session {
             lists: self.lists(),
             logits: self.logit_rows(),
             argmax: self.needs_argmax_only(),
+            bias: self.logit_bias(),
             capture: &[],
             select: None,
             masses: self.wants_masses(),

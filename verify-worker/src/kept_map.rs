@@ -38,8 +38,8 @@ impl KeptMap {
             .iter()
             .map(|list| {
                 let mut count = vec![0; columns];
-                for &position in list {
-                    count[column(position as usize).min(columns - 1)] += 1;
+                for position in list {
+                    count[column(position).min(columns - 1)] += 1;
                 }
                 count
             })
@@ -71,7 +71,9 @@ mod tests {
     #[test]
     fn shares_are_counted_by_layer_and_column() {
         let lists = HeadLists {
-            lists: vec![vec![0, 1, 2, 3, 9], vec![0]],
+            lists: [&[0, 1, 2, 3, 9][..], &[0]]
+                .map(|list| list.iter().copied().collect())
+                .to_vec(),
             of_head: vec![0, 0, 0, 1],
         };
         let map = KeptMap::of(&lists, 2, 10, 2);

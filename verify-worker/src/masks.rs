@@ -6,7 +6,8 @@ use std::sync::Arc;
 use specattn_engine::{EntryMasses, HeadLists, ModelConfig};
 use specattn_mask::memory::shifted_mass;
 use specattn_mask::{
-    Decoder, HeadMemory, LayerMap, Limits, MaskError, MaskPolicy, PairShape, alignment, read_list,
+    Decoder, HeadMemory, LayerMap, Limits, MaskError, MaskPolicy, PairShape, PositionSet,
+    alignment, read_list,
 };
 use specattn_proto::v1::ModelInfo;
 use specattn_proto::{Fault, limits};
@@ -161,7 +162,7 @@ impl MaskReader {
             })
             .collect::<Vec<_>>();
         let lists = HeadLists {
-            lists: vec![Vec::new(); memory.len()],
+            lists: vec![PositionSet::default(); memory.len()],
             of_head: if memory.is_empty() {
                 map.of_head.iter().flatten().copied().collect()
             } else {
@@ -248,15 +249,14 @@ impl MaskReader {
     pub fn observe_dense(&mut self, masses: &EntryMasses) {
         let Some(rule) = &self.map.memory else { return };
         for (memory, masses) in self.memory.iter_mut().zip(&masses.of_head) {
-            let all: Vec<u32> = (0..masses.len() as u32).collect();
-            memory.scores.observe(&all, masses, rule.decay);
+            memory.scores.observe(0..masses.len(), masses, rule.decay);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use specattn_mask::{Encoder, MemoryRule, PositionSet, RoundMask};
+    use specattn_mask::{Encoder, MemoryRule, RoundMask};
 
     use super::*;
 
@@ -292,15 +292,20 @@ mod tests {
     }
 
     /// The lists of two layers, the same for both of their heads.
-    fn of_layers(reader: &MaskReader, layers: [usize; 2]) -> [Vec<u32>; 2] {
+    fn of_layers(reader: &MaskReader, layers: [usize; 2]) -> [Vec<usize>; 2] {
         layers.map(|layer| {
             let of_head = |head: usize| {
                 let index = reader.lists().of_head[2 * layer + head] as usize;
-                reader.lists().lists[index].clone()
+                reader.lists().lists[index].iter().collect::<Vec<_>>()
             };
             assert_eq!(of_head(0), of_head(1));
             of_head(0)
         })
+    }
+
+    /// The list of a KV head of a map whose heads remember.
+    fn of_head(reader: &MaskReader, head: usize) -> Vec<usize> {
+        reader.lists().lists[head].iter().collect()
     }
 
     #[test]
@@ -326,15 +331,15 @@ mod tests {
                 .lists()
                 .lists
                 .iter()
-                .map(|l| vec![0.0; l.len()])
+                .map(|l| vec![0.0; l.count()])
                 .collect(),
         };
         masses.of_head[0] = vec![0.01, 0.9, 0.0, 0.0];
         reader.observe(&masses);
         let bytes = encoder.encode(&mask(12, [&[5], &[]]));
         assert_eq!(reader.read(&bytes, 13), Ok(Masking::Ready));
-        assert_eq!(reader.lists().lists[0], [0, 3, 5, 11]);
-        assert_eq!(reader.lists().lists[1], [0, 5, 11]);
+        assert_eq!(of_head(&reader, 0), [0, 3, 5, 11]);
+        assert_eq!(of_head(&reader, 1), [0, 5, 11]);
         // A dense pass over 14 entries finds what no mask has named.
         let mut masses = EntryMasses {
             of_head: vec![vec![0.0; 14]; 8],
@@ -343,7 +348,7 @@ mod tests {
         reader.observe_dense(&masses);
         let bytes = encoder.encode(&mask(15, [&[5], &[]]));
         assert_eq!(reader.read(&bytes, 16), Ok(Masking::Ready));
-        assert_eq!(reader.lists().lists[1], [0, 5, 7, 14]);
+        assert_eq!(of_head(&reader, 1), [0, 5, 7, 14]);
     }
 
     #[test]

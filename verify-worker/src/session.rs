@@ -253,6 +253,11 @@ impl Session {
             && !self.oversight.needs_logits()
     }
 
+    /// What is added to logits before the most probable token is looked for.
+    pub(crate) fn logit_bias(&self) -> &[(u32, f32)] {
+        &self.spec.sampling.logit_bias
+    }
+
     /// Whether the next forward is a chunk of known tokens.
     pub(crate) fn is_prefilling(&self) -> bool {
         self.cached < self.dense_until() - 1
@@ -371,8 +376,12 @@ impl Session {
         let Some(lists) = masks.map(|masks| masks.lists()) else {
             return 1.0;
         };
-        let listed = |&list: &u32| lists.lists[list as usize].len();
-        let read: usize = lists.of_head.iter().map(listed).sum();
+        let counts: Vec<usize> = lists.lists.iter().map(|list| list.count()).collect();
+        let read: usize = lists
+            .of_head
+            .iter()
+            .map(|&list| counts[list as usize])
+            .sum();
         read as f64 / (lists.of_head.len() * self.tokens.len()).max(1) as f64
     }
 

@@ -44,6 +44,8 @@ pub struct Work<'a> {
     pub logits: LogitRows,
     /// See [`Step::argmax`].
     pub argmax: bool,
+    /// See [`Step::bias`].
+    pub bias: &'a [(u32, f32)],
     /// See [`Step::capture`].
     pub capture: &'a [usize],
     /// See [`Step::select`].
@@ -375,6 +377,7 @@ impl<S: Session> Scheduler<S> {
                 lists: work.lists,
                 logits: work.logits,
                 argmax: work.argmax,
+                bias: work.bias,
                 capture: work.capture,
                 select: work.select,
                 masses: work.masses,

@@ -77,6 +77,7 @@ impl Session for Greedy {
             lists: None,
             logits,
             argmax: true,
+            bias: &[],
             capture: &[],
             select: None,
             masses: false,

@@ -135,9 +135,10 @@ fn main() -> Result<()> {
     let layers: Vec<usize> = (0..c.num_layers).collect();
     for &depth in &args.depths {
         prefill(&mut model, &mut sequence, depth, args.chunk)?;
-        let kept: Vec<u32> = (0..depth as u32)
-            .filter(|p| {
-                (p.wrapping_mul(2_654_435_761) >> 8) as f64 / (1u32 << 24) as f64 <= args.kept
+        let kept = (0..depth)
+            .filter(|&p| {
+                ((p as u32).wrapping_mul(2_654_435_761) >> 8) as f64 / (1u32 << 24) as f64
+                    <= args.kept
             })
             .collect();
         let lists = HeadLists {

@@ -9,7 +9,7 @@ use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::{
     check_attention, check_company, check_hand_outs, check_linear, check_selection, check_sharing,
-    draft_steps, pair, tensor_parallel, time_kernels, timer,
+    draft_steps, listed_steps, pair, tensor_parallel, time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count, keep_multicast_off};
 use specattn_engine::{DType, DeviceChoice};
@@ -27,7 +27,7 @@ enum Part {
     Pair,
     /// Whole forwards of public models' shapes with random weights.
     Forwards,
-    /// Draft steps with and without capture.
+    /// Draft steps with and without capture, dense and by lists.
     DraftSteps,
     /// A model split over the GPUs that `--split` lists against the same model on the first of them.
     TensorParallel,
@@ -117,11 +117,13 @@ fn main() -> Result<()> {
                             tokens: 5,
                         })
                     })
-                    .chain([1, 32].map(|batch| ForwardCase {
-                        batch,
-                        context: 8192,
-                        tokens: 1,
-                    }))
+                    .chain(
+                        [(1, 1), (32, 1), (32, 5)].map(|(batch, tokens)| ForwardCase {
+                            batch,
+                            context: 8192,
+                            tokens,
+                        }),
+                    )
                     .collect();
                 for name in ["llama-3-8b", "llama-2-7b"] {
                     let config = configs.join(format!("{name}.json"));
@@ -131,6 +133,7 @@ fn main() -> Result<()> {
             Part::DraftSteps => {
                 let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
                 draft_steps::table(&config, choice, &[4096, 16_384, 32_000])?;
+                listed_steps::table(&config, choice, &[4096, 16_384])?;
             }
             Part::TensorParallel => {
                 fine &= tensor_parallel::report(&args.root, &args.split)?;

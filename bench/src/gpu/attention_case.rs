@@ -70,7 +70,7 @@ impl AttentionCase {
             let count = if per_head { heads } else { 1 };
             let lists = (0..count)
                 .map(|_| {
-                    (0..span.past as u32)
+                    (0..span.past)
                         .filter(|_| numbers.uniform() < kept)
                         .collect()
                 })

@@ -35,7 +35,6 @@ fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projec
                 None => (0..span.past).collect(),
                 Some(l) => l.lists[l.of_head[layer * kv_heads + kv_head] as usize]
                     .iter()
-                    .map(|&p| p as usize)
                     .collect(),
             };
             let seen: Vec<usize> = listed
@@ -79,7 +78,7 @@ fn expected(shape: &AttentionShape, span: &SpanCase, layer: usize, rows: &Projec
             None => means.clone(),
             Some(l) => l.lists[l.of_head[layer * kv_heads + kv_head] as usize]
                 .iter()
-                .map(|&p| means[p as usize])
+                .map(|p| means[p])
                 .collect(),
         })
         .collect();

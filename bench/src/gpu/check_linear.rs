@@ -118,7 +118,7 @@ pub fn check_shape(
         bias: None,
     };
     let refs: Vec<&Linear<Weight>> = linears.iter().collect();
-    for rows in [1usize, 2, 7, 8, 9, 20, 40, 64, 70, 130] {
+    for rows in [1usize, 2, 7, 8, 9, 20, 33, 40, 64, 70, 130, 300] {
         let x = numbers.rounded(rows * inputs, 2.0, DType::F32);
         let weight = numbers.rounded(inputs, 1.0, DType::F32);
         let (a, a_values, norm_error) = normed(backend, &x, &weight, dtype)?;
@@ -136,35 +136,52 @@ pub fn check_shape(
             })
             .collect();
         let (mut out, mut got) = (backend.buffer(), Vec::new());
-        for (bulk, slot) in [(false, 1), (true, 4)] {
-            backend.linear(&a, &refs, Epilogue::Store, bulk, &mut out);
+        // The last row alone takes the kernel for few rows.
+        let last = &x[(rows - 1) * inputs..];
+        let (last, _, _) = normed(backend, last, &weight, dtype)?;
+        for (wide, bulk, slot) in [(false, false, 1), (true, false, 1), (false, true, 4)] {
+            let linear =
+                |x: &Buffer, projections: &[&Linear<Weight>], epilogue, bulk, out: &mut Buffer| {
+                    backend.force_wide(Some(wide));
+                    backend.linear(x, projections, epilogue, bulk, out);
+                    backend.force_wide(Some(false));
+                };
+            linear(&a, &refs, Epilogue::Store, bulk, &mut out);
             backend.read(&out, &mut got)?;
             worst[slot] = worst[slot].max(relative_error(&got, &want));
-            if !bulk {
-                // The last row alone.
-                let (last, _, _) = normed(backend, &x[(rows - 1) * inputs..], &weight, dtype)?;
-                let (mut one, mut row) = (backend.buffer(), Vec::new());
-                backend.linear(&last, &refs, Epilogue::Store, false, &mut one);
-                backend.read(&one, &mut row)?;
+            let mut one = backend.buffer();
+            let mut last_is = |got: &[f32], one: &Buffer| -> Result<()> {
+                let mut row = Vec::new();
+                backend.read(one, &mut row)?;
                 let tail = &got[got.len() - row.len()..];
-                alone &= row
+                let same = row
                     .iter()
                     .zip(tail)
                     .all(|(a, b)| a.to_bits() == b.to_bits());
-            }
+                alone &= bulk || same;
+                Ok(())
+            };
+            backend.linear(&last, &refs, Epilogue::Store, false, &mut one);
+            last_is(&got, &one)?;
             let before = numbers.rounded(rows * outputs[1], 3.0, DType::F32);
             let mut sum = backend.buffer_of(&before)?;
-            backend.linear(&a, &[&linears[1]], Epilogue::Add, bulk, &mut sum);
+            linear(&a, &[&linears[1]], Epilogue::Add, bulk, &mut sum);
             backend.read(&sum, &mut got)?;
             let want: Vec<f64> = before
                 .iter()
                 .zip(&wants[1])
                 .map(|(&b, &w)| f64::from(b) + w)
                 .collect();
+            let mut one = backend.buffer_of(&before[(rows - 1) * outputs[1]..])?;
+            backend.linear(&last, &[&linears[1]], Epilogue::Add, false, &mut one);
+            last_is(&got, &one)?;
             let slot = if bulk { 4 } else { 2 };
             worst[slot] = worst[slot].max(relative_error(&got, &want));
-            backend.linear(&a, &[&linears[0], &twin], Epilogue::SwiGlu, bulk, &mut out);
+            linear(&a, &[&linears[0], &twin], Epilogue::SwiGlu, bulk, &mut out);
             backend.read(&out, &mut got)?;
+            let gated = [&linears[0], &twin];
+            backend.linear(&last, &gated, Epilogue::SwiGlu, false, &mut one);
+            last_is(&got, &one)?;
             let bias = matrices[0].bias.as_deref().unwrap_or(&[]);
             let want: Vec<f64> = wants[0]
                 .iter()
@@ -178,6 +195,7 @@ pub fn check_shape(
             worst[slot] = worst[slot].max(relative_error(&got, &want));
         }
     }
+    backend.force_wide(None);
     let fine = alone && worst.iter().all(|&e| e < 1e-2);
     let cells: Vec<String> = worst.iter().map(|e| format!("{e:.1e}")).collect();
     println!(

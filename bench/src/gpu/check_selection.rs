@@ -1,8 +1,8 @@
-//! Top-p, union, granularity and lists against plain loops over the same fixed-point masses.
+//! Top-p against plain loops over the same fixed-point masses.
 
 use anyhow::Result;
 use specattn_engine::cuda::CudaBackend;
-use specattn_engine::cuda::selection::{ListShape, RowSpec, Selector};
+use specattn_engine::cuda::selection::{RowSpec, Selector};
 
 use super::numbers::Numbers;
 
@@ -78,8 +78,7 @@ pub fn check_length(backend: &CudaBackend, length: usize) -> Result<bool> {
     let mut wrong = 0;
     let stride = length.next_multiple_of(4) + 4;
     for p in [0.5, 0.9, 0.95, 0.999, 1.0] {
-        let (steps, sources) = (3, 2);
-        let mut rows: Vec<Vec<f32>> = (0..steps * sources)
+        let mut rows: Vec<Vec<f32>> = (0..6)
             .map(|i| attention_row(length, [0.0, 0.5, 2.0, 4.0, 8.0, 1.0][i], &mut numbers))
             .collect();
         // A row of ties, and one with entries that must not count.
@@ -110,45 +109,6 @@ pub fn check_length(backend: &CudaBackend, length: usize) -> Result<bool> {
             if !got.eq(want) {
                 wrong += 1;
                 println!("top-p: row {r} of length {length}, p {p} is wrong");
-            }
-        }
-        for granularity in [1usize, 4, 7, 32, 100] {
-            selector.unite((steps, sources), length, granularity)?;
-            let mut masks = vec![0u32; sources * words];
-            selector.masks().read(0, &mut masks)?;
-            let shape = ListShape {
-                cached: length - length / 5,
-                sinks: 4,
-                window_start: (length - length / 5).saturating_sub(9),
-            };
-            selector.lists(sources, shape)?;
-            let (lists, lengths) = selector.index_lists();
-            let mut list_lengths = vec![0u32; sources];
-            lengths.read(0, &mut list_lengths)?;
-            let mut positions = vec![0u32; sources * shape.cached];
-            lists.read(0, &mut positions)?;
-            for source in 0..sources {
-                let any = |i: usize| (0..steps).any(|s| want[s * sources + source][i]);
-                let kept = |i: usize| {
-                    let first = i / granularity * granularity;
-                    (first..(first + granularity).min(length)).any(any)
-                };
-                let good_mask = (0..words * 32).all(|i| {
-                    (masks[source * words + i / 32] >> (i % 32) & 1 == 1) == (i < length && kept(i))
-                });
-                let want_list: Vec<u32> = (0..shape.cached)
-                    .filter(|&i| kept(i) || i < shape.sinks || i >= shape.window_start)
-                    .map(|i| i as u32)
-                    .collect();
-                let got_list = &positions[source * shape.cached..]
-                    [..(list_lengths[source] as usize).min(shape.cached)];
-                if !good_mask || got_list != want_list {
-                    wrong += 1;
-                    println!(
-                        "masks: source {source} of length {length}, p {p}, granularity {granularity}: mask {good_mask}, list {}",
-                        got_list == want_list
-                    );
-                }
             }
         }
     }

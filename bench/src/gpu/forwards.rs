@@ -58,7 +58,7 @@ pub(super) fn prefill(model: &mut Model, sequence: &mut Sequence, context: usize
 
 /// One list for all heads that keeps [`KEPT`] of the positions.
 pub(super) fn one_list(context: usize, heads: usize, numbers: &mut Numbers) -> HeadLists {
-    let kept = (0..context as u32).filter(|_| numbers.uniform() < KEPT);
+    let kept = (0..context).filter(|_| numbers.uniform() < KEPT);
     HeadLists {
         lists: vec![kept.collect()],
         of_head: vec![0; heads],
@@ -156,7 +156,7 @@ pub fn table(
             .collect();
         for kind in [Kind::Dense, Kind::Sparse] {
             let entries: usize = match kind {
-                Kind::Sparse => lists.iter().map(|l| l.lists[0].len() + case.tokens).sum(),
+                Kind::Sparse => lists.iter().map(|l| l.lists[0].count() + case.tokens).sum(),
                 _ => case.batch * (case.context + case.tokens),
             };
             let mut cells = Vec::new();

@@ -9,6 +9,7 @@ pub mod check_selection;
 pub mod check_sharing;
 pub mod draft_steps;
 pub mod forwards;
+pub mod listed_steps;
 pub mod numbers;
 pub mod pair;
 pub mod tensor_parallel;

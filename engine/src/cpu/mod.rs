@@ -25,8 +25,8 @@ pub(crate) use self::thread_group::ThreadGroup;
 use half::bf16;
 
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Pass,
-    Peak, RotateArgs, Span, random_spread,
+    AttentionArgs, AttentionShape, Backend, Bias, Cut, DType, Epilogue, HandOut, KvShape, Linear,
+    Pass, Peak, RotateArgs, Span, random_spread,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -371,10 +371,14 @@ impl Backend for CpuBackend {
 
     fn argmax(
         &self,
-        x: &Buffer,
+        x: &mut Buffer,
         width: usize,
+        biases: &[Bias],
         out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError> {
+        for bias in biases {
+            x[bias.row as usize * width + bias.column as usize] += bias.value;
+        }
         let peak = |row: &[f32]| {
             let column = most_probable(row)?;
             let value = row[column as usize];

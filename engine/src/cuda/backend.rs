@@ -1,26 +1,28 @@
 //! [`CudaBackend`]: the transformer's operations as launches on one device's stream.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use super::argmax::Argmax;
 use super::attention::{self, AttentionCall, DecodeScratch};
-use super::batch::{DeviceBatch, NONE};
+use super::batch::{self, DeviceBatch};
 use super::device::{Device, Turn};
 use super::elementwise::{self, RandomGrid, RotateArgs as KernelRotateArgs, RowKernels};
 use super::error::CudaError;
 use super::hand_out::{HandOuts, Layer};
 use super::kv_store::KvStore;
 use super::linear::{self, Product, out_width};
+use super::linear_wide;
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
 use super::weights::WeightMaker;
 use crate::backend::{
-    AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Masses,
-    Pass, Peak, RotateArgs,
+    AttentionArgs, AttentionShape, Backend, Bias, Cut, DType, Epilogue, HandOut, KvShape, Linear,
+    Masses, Pass, Peak, RotateArgs,
 };
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -35,6 +37,8 @@ pub struct CudaBackend {
     half: DType,
     /// Keys per unit of decode attention, where it is not the shape's own.
     decode_chunk: Option<usize>,
+    /// Whether products take the kernel for many rows, where it is not to be the faster one.
+    wide: Cell<Option<bool>>,
     state: RefCell<State>,
 }
 
@@ -46,8 +50,8 @@ struct State {
     gated: DeviceMemory,
     frequencies: DeviceMemory,
     hand_outs: HandOuts,
-    argmax: DeviceMemory,
-    /// Where tokens and logits arrive.
+    argmax: Argmax,
+    /// Where logits arrive.
     host: PinnedMemory,
 }
 
@@ -71,12 +75,13 @@ impl CudaBackend {
             gated: memory(),
             frequencies: memory(),
             hand_outs: HandOuts::new(&device),
-            argmax: memory(),
+            argmax: Argmax::new(&device),
             host: device.pinned(),
         };
         Ok(Self {
             state: RefCell::new(state),
             decode_chunk: None,
+            wide: Cell::new(None),
             device,
             half,
         })
@@ -85,6 +90,11 @@ impl CudaBackend {
     /// Sets the keys per unit of decode attention, a multiple of 64; for tuning.
     pub fn set_decode_chunk(&mut self, keys: usize) {
         self.decode_chunk = Some(keys.next_multiple_of(64));
+    }
+
+    /// Lets all products take the kernel for many rows, or none; `None`: the faster one. For tuning and for checks.
+    pub fn force_wide(&self, wide: Option<bool>) {
+        self.wide.set(wide);
     }
 
     fn chunk_for(&self, shape: &AttentionShape) -> usize {
@@ -186,7 +196,7 @@ impl CudaBackend {
             half_is_f16: self.half == DType::F16,
         };
         if !bulk {
-            return product.stream(&self.device);
+            return product.stream(&self.device, self.wide.get());
         }
         if epilogue != Epilogue::SwiGlu {
             return product.library(&self.device);
@@ -289,7 +299,7 @@ impl Backend for CudaBackend {
             batch, hand_outs, ..
         } = &mut *state;
         let result = batch
-            .upload(pass, chunk, &pass.captures)
+            .upload(&self.device, pass, chunk, &pass.captures)
             .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
         turn
@@ -341,8 +351,10 @@ impl Backend for CudaBackend {
         let chunk = self.chunk_for(shape);
         let mut variants = attention::variants(shape, u32::from(is_f16), chunk);
         variants.extend(linear::variants(is_f16));
+        variants.extend(linear_wide::variants(is_f16));
         variants.extend(elementwise::variants(is_f16));
         variants.extend(selection::variants());
+        variants.extend(batch::variants());
         Ok(self.device.prepare(&variants)?)
     }
 
@@ -454,24 +466,16 @@ impl Backend for CudaBackend {
 
     fn argmax(
         &self,
-        x: &Buffer,
+        x: &mut Buffer,
         width: usize,
+        biases: &[Bias],
         out: &mut Vec<Option<Peak>>,
     ) -> Result<(), EngineError> {
-        let rows = x.len() / width;
+        let rows = (x.address(), x.len() / width);
         let mut state = self.state.borrow_mut();
-        let State { argmax, host, .. } = &mut *state;
-        let launched = argmax.grow(rows * 8).and_then(|_| {
-            self.rows()
-                .argmax((x.address(), rows), width, argmax.address())
-        });
-        let result = launched.and_then(|()| argmax.read_pinned::<u64>(0, rows, host));
-        let peaks = self.device.note(result).unwrap_or_default();
+        let found = state.argmax.search(self.rows(), rows, width, biases);
         out.clear();
-        out.extend(peaks.iter().map(|&peak| {
-            let (column, value) = (peak as u32, f32::from_bits((peak >> 32) as u32));
-            (column != NONE).then_some(Peak { column, value })
-        }));
+        out.extend(self.device.note(found).into_iter().flatten());
         Ok(self.device.take_failure()?)
     }
 

@@ -1,17 +1,18 @@
 //! [`DeviceBatch`]: a pass described to the kernels, uploaded in one copy.
 //!
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
-//! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists are turned from
-//! positions into places in the cache here, which spares every block of every layer the look-up.
+//! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists cross as bitmaps;
+//! a kernel expands them to places in the cache, once, which spares every block of every layer the look-up.
 
 use std::sync::Arc;
 
-use super::device::Device;
+use super::device::{Device, LaunchShape};
 use super::error::CudaError;
+use super::kernel_cache::{Kernel, Variant};
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
+use crate::attention::{SpanList, SpanLists};
 use crate::backend::Pass;
-use crate::kv_cache::BLOCK_TOKENS;
 
 /// "None" to the kernels.
 pub(super) const NONE: u32 = u32::MAX;
@@ -20,6 +21,19 @@ pub(super) const NONE: u32 = u32::MAX;
 const SPAN_WORDS: usize = 4;
 /// Words of a unit; mirrors `Unit` in attention_decode.cu.
 const UNIT_WORDS: usize = 8;
+/// Words of a list; mirrors `List` in lists.cu.
+const LIST_WORDS: usize = 4;
+
+/// Threads per list of the kernel that expands them; mirrors `THREADS` in lists.cu.
+const EXPAND_THREADS: u32 = 256;
+
+/// The kernel that a batch may launch.
+pub(super) fn variants() -> [Variant; 1] {
+    [Variant {
+        kernel: Kernel::EXPAND_LISTS,
+        options: Vec::new(),
+    }]
+}
 
 /// Where a section begins, in words.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,16 +45,20 @@ struct Sections {
     spans: usize,
     block_tables: usize,
     list_ranges: usize,
-    list_slots: usize,
+    lists: usize,
+    bitmaps: usize,
     units: usize,
 }
 
 /// The description of one pass on a device.
 pub(super) struct DeviceBatch {
     memory: DeviceMemory,
+    /// The lists' entries: places in the cache, `block * BLOCK_TOKENS + offset`.
+    list_slots: DeviceMemory,
     host: PinnedMemory,
     words: Vec<u32>,
     at: Sections,
+    num_lists: usize,
     num_units: usize,
     chunk: usize,
     num_spans: usize,
@@ -52,9 +70,11 @@ impl DeviceBatch {
     pub(super) fn new(device: &Arc<Device>) -> Self {
         Self {
             memory: DeviceMemory::new(device),
+            list_slots: DeviceMemory::new(device),
             host: device.pinned(),
             words: Vec::new(),
             at: Sections::default(),
+            num_lists: 0,
             num_units: 0,
             chunk: 1,
             num_spans: 0,
@@ -65,6 +85,7 @@ impl DeviceBatch {
     /// Describes `pass`; units have `chunk` keys. `captures` gives the capturing spans their numbers.
     pub(super) fn upload(
         &mut self,
+        device: &Device,
         pass: &Pass<'_>,
         chunk: usize,
         captures: &[usize],
@@ -108,7 +129,7 @@ impl DeviceBatch {
         let mut first = 0;
         for lists in pass.spans.iter().filter_map(|s| s.lists.as_ref()) {
             let starts: Vec<usize> = lists
-                .lists
+                .lists()
                 .iter()
                 .scan(first, |start, list| {
                     let own = *start;
@@ -116,20 +137,30 @@ impl DeviceBatch {
                     Some(own)
                 })
                 .collect();
-            for &number in &lists.of_head {
+            for &number in lists.of_head() {
                 let number = number as usize;
-                words.extend([starts[number] as u32, lists.lists[number].len() as u32]);
+                words.extend([starts[number] as u32, lists.lists()[number].len() as u32]);
             }
-            first += lists.lists.iter().map(|list| list.len()).sum::<usize>();
+            first += lists.lists().iter().map(SpanList::len).sum::<usize>();
         }
-        self.at.list_slots = section(words);
+        self.list_slots.grow(first * 4)?;
+        self.at.lists = section(words);
+        let (mut bitmap, mut slot, mut blocks) = (0, 0, 0);
         for span in &pass.spans {
-            for list in span.lists.iter().flat_map(|lists| &lists.lists) {
-                words.extend(list.iter().map(|&position| {
-                    let position = position as usize;
-                    let offset = position % BLOCK_TOKENS;
-                    span.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + offset as u32
-                }));
+            for list in span.lists.iter().flat_map(SpanLists::lists) {
+                let length = 2 * list.set().words().len();
+                words.extend([bitmap, length, slot, blocks].map(|x| x as u32));
+                bitmap += length;
+                slot += list.len();
+            }
+            blocks += span.blocks.len();
+        }
+        self.num_lists = (words.len() - self.at.lists) / LIST_WORDS;
+        self.at.bitmaps = section(words);
+        for list in pass.spans.iter().flat_map(|span| &span.lists) {
+            for list in list.lists() {
+                let halves = |&word: &u64| [word as u32, (word >> 32) as u32];
+                words.extend(list.set().words().iter().flat_map(halves));
             }
         }
         self.at.units = section(words);
@@ -140,10 +171,7 @@ impl DeviceBatch {
             // The longest list in use: heads with shorter ones leave their last units unused.
             let (lists, cached) = match &span.lists {
                 None => (NONE, span.past),
-                Some(lists) => {
-                    let lengths = (0..lists.of_head.len()).map(|head| lists.of(head).len());
-                    (ranges as u32, lengths.max().unwrap_or(0))
-                }
+                Some(lists) => (ranges as u32, lists.longest()),
             };
             let capture = captures.iter().position(|&c| c == index);
             let chunks = (cached + span.rows.len()).div_ceil(chunk);
@@ -160,13 +188,36 @@ impl DeviceBatch {
                 ]);
             }
             blocks += span.blocks.len();
-            ranges += span.lists.as_ref().map_or(0, |l| l.of_head.len());
+            ranges += span.lists.as_ref().map_or(0, |l| l.of_head().len());
             self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
         self.num_units = (words.len() - self.at.units) / UNIT_WORDS;
         let bytes = size_of_val(words.as_slice());
         self.memory.grow(bytes)?;
-        self.memory.write_pinned(0, &self.words, &mut self.host)
+        self.memory.write_pinned(0, &self.words, &mut self.host)?;
+        self.expand_lists(device)
+    }
+
+    /// Turns the lists' bitmaps into places in the cache.
+    fn expand_lists(&self, device: &Device) -> Result<(), CudaError> {
+        if self.num_lists == 0 {
+            return Ok(());
+        }
+        let kernel = device.kernel(Kernel::EXPAND_LISTS, &[])?;
+        let (lists, bitmaps) = (self.address(self.at.lists), self.address(self.at.bitmaps));
+        let (tables, slots) = (self.block_tables(), self.list_slots.address());
+        let launch = LaunchShape {
+            grid: (self.num_lists as u32, 1, 1),
+            threads: EXPAND_THREADS,
+            shared_bytes: 0,
+        };
+        // SAFETY: the slots have room for every entry of every list, and an entry lies below its span's length, which the
+        // block table covers.
+        unsafe {
+            device.launch(&kernel, launch, |l| {
+                l.arg(&lists).arg(&bitmaps).arg(&tables).arg(&slots);
+            })
+        }
     }
 
     /// Keys per unit.
@@ -222,7 +273,7 @@ impl DeviceBatch {
     }
 
     pub(super) fn list_slots(&self) -> u64 {
-        self.address(self.at.list_slots)
+        self.list_slots.address()
     }
 
     pub(super) fn units(&self) -> u64 {

@@ -42,11 +42,35 @@ impl std::fmt::Debug for Device {
     }
 }
 
-/// Lets one forward at a time use the device.
+/// Lets one forward at a time use the device, in the order in which they came: a model that always has work would else keep
+/// the device from the one that it waits for.
 #[derive(Debug, Default)]
 pub(super) struct Turnstile {
-    taken: Mutex<bool>,
+    tickets: Mutex<Tickets>,
     freed: std::sync::Condvar,
+}
+
+/// Numbers drawn, and the one whose turn it is.
+#[derive(Debug, Default)]
+struct Tickets {
+    drawn: u64,
+    serving: u64,
+}
+
+impl Turnstile {
+    /// Waits until everybody who came before has left.
+    fn enter(self: &Arc<Self>) -> Turn {
+        let mut tickets = self.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = tickets.drawn;
+        tickets.drawn += 1;
+        while tickets.serving != own {
+            tickets = self
+                .freed
+                .wait(tickets)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn(Arc::clone(self))
+    }
 }
 
 /// The right to use the device, until dropped.
@@ -55,8 +79,9 @@ pub struct Turn(Arc<Turnstile>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
-        self.0.freed.notify_one();
+        let tickets = self.0.tickets.lock();
+        tickets.unwrap_or_else(PoisonError::into_inner).serving += 1;
+        self.0.freed.notify_all();
     }
 }
 
@@ -206,22 +231,9 @@ impl Device {
         self.cublas
     }
 
-    /// Waits until nobody else uses the device.
+    /// Waits until nobody else uses the device, in turn.
     pub(super) fn turn(&self) -> Turn {
-        let mut taken = self
-            .turn
-            .taken
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        while *taken {
-            taken = self
-                .turn
-                .freed
-                .wait(taken)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        *taken = true;
-        Turn(Arc::clone(&self.turn))
+        self.turn.enter()
     }
 
     /// Keeps the first failure for [`Device::take_failure`].
@@ -354,4 +366,31 @@ pub(super) struct LaunchShape {
     pub(super) threads: u32,
     /// Dynamic shared memory per block.
     pub(super) shared_bytes: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_are_taken_in_the_order_of_asking() {
+        let turnstile = Arc::new(Turnstile::default());
+        let first = turnstile.enter();
+        let had_a_turn = Arc::new(Mutex::new(false));
+        let other = std::thread::spawn({
+            let (turnstile, had_a_turn) = (Arc::clone(&turnstile), Arc::clone(&had_a_turn));
+            move || {
+                let _turn = turnstile.enter();
+                *had_a_turn.lock().unwrap() = true;
+            }
+        });
+        while turnstile.tickets.lock().unwrap().drawn < 2 {
+            std::thread::yield_now();
+        }
+        drop(first);
+        // Asked for at once, and yet behind the one that waits.
+        let _again = turnstile.enter();
+        assert!(*had_a_turn.lock().unwrap());
+        other.join().unwrap();
+    }
 }

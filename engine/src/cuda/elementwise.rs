@@ -48,7 +48,7 @@ unsafe impl DeviceRepr for RotateArgs {}
 
 /// Everything that [`RowKernels`] may launch in a forward.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    const KERNELS: [Kernel; 9] = [
+    const KERNELS: [Kernel; 10] = [
         Kernel::EMBED,
         Kernel::RMS_NORM,
         Kernel::GATHER_ROWS,
@@ -56,6 +56,7 @@ pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
         Kernel::ROTATE_AND_STORE,
         Kernel::GATED_SILU,
         Kernel::ENTRY_MASSES,
+        Kernel::ADD_BIASES,
         Kernel::ROW_ARGMAX,
         Kernel::SUM_RANKS,
     ];
@@ -251,6 +252,24 @@ impl RowKernels<'_> {
                     l.arg(&parts).arg(&x).arg(&ranks).arg(&elements);
                 },
             )
+        }
+    }
+
+    /// Adds to single entries of f32 rows: `biases` holds that many [`crate::backend::Bias`], of distinct entries.
+    pub(super) fn add_biases(
+        &self,
+        x: u64,
+        width: usize,
+        (biases, count): (u64, usize),
+    ) -> Result<(), CudaError> {
+        let kernel = self.kernel(Kernel::ADD_BIASES)?;
+        let (width, count) = (width as u32, count as u32);
+        // SAFETY: the model checks that tokens lie in the vocabulary, and rows are those of x.
+        unsafe {
+            self.device
+                .launch(&kernel, blocks((count.div_ceil(256), 1, 1)), |l| {
+                    l.arg(&x).arg(&width).arg(&biases).arg(&count);
+                })
         }
     }
 

@@ -149,7 +149,7 @@ impl HandOuts {
                 None => to.copy_from_slice(&row[..kv_len]),
                 Some(lists) => {
                     let list = lists.of(number);
-                    for (&position, &p) in list.iter().zip(row) {
+                    for (&position, &p) in list.positions().iter().zip(row) {
                         to[position as usize] = p;
                     }
                     to[span.past..].copy_from_slice(&row[list.len()..][..span.rows.len()]);
@@ -210,11 +210,7 @@ fn number_of(pass: &Pass<'_>, span: usize) -> usize {
 fn stride(pass: &Pass<'_>) -> usize {
     let keys = pass.captures.iter().map(|&span| {
         let span = &pass.spans[span];
-        let longest = |lists: &SpanLists<'_>| {
-            let lengths = (0..lists.of_head.len()).map(|head| lists.of(head).len());
-            lengths.max().unwrap_or(0)
-        };
-        span.lists.as_ref().map_or(span.past, longest) + span.rows.len()
+        span.lists.as_ref().map_or(span.past, SpanLists::longest) + span.rows.len()
     });
     keys.max().unwrap_or(0).next_multiple_of(4)
 }

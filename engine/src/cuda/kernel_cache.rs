@@ -38,6 +38,7 @@ kernels! {
     ATTENTION_DECODE = "attention_decode.cu" "attention_decode";
     ATTENTION_PREFILL = "attention_prefill.cu" "attention_prefill";
     LINEAR = "linear.cu" "linear";
+    LINEAR_WIDE = "linear_wide.cu" "linear_wide";
     EMBED = "elementwise.cu" "embed";
     RMS_NORM = "elementwise.cu" "rms_norm";
     GATHER_ROWS = "elementwise.cu" "gather_rows";
@@ -49,13 +50,13 @@ kernels! {
     FILL_RANDOM = "elementwise.cu" "fill_random";
     SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
     ENTRY_MASSES = "elementwise.cu" "entry_masses";
+    ADD_BIASES = "elementwise.cu" "add_biases";
     ROW_ARGMAX = "elementwise.cu" "row_argmax";
+    EXPAND_LISTS = "lists.cu" "expand_lists";
     MIX_ROWS = "selection.cu" "mix_rows";
     ADD_TO_MEANS = "selection.cu" "add_to_means";
     SPREAD_MEANS = "selection.cu" "spread_means";
     TOP_P = "selection.cu" "top_p";
-    UNITE_STEPS = "selection.cu" "unite_steps";
-    BUILD_LISTS = "selection.cu" "build_lists";
 }
 
 /// A kernel and the options that it is compiled with.

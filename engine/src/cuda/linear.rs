@@ -1,4 +1,4 @@
-//! Products with weights: the streaming kernel for few rows, cuBLAS for many.
+//! Products with weights: the streaming kernels, one for few rows and one for many, and cuBLAS for prompts.
 
 use std::ffi::c_void;
 
@@ -55,24 +55,30 @@ impl Tiling {
 
 fn options(half_is_f16: bool, epilogue: Epilogue, column_tiles: u32) -> [(&'static str, u32); 5] {
     let tiling = Tiling::of(epilogue, column_tiles);
-    let number = match epilogue {
-        Epilogue::Store => 0,
-        Epilogue::Add => 1,
-        Epilogue::SwiGlu => 2,
-    };
     [
         ("HALF_IS_F16", u32::from(half_is_f16)),
         ("COLUMN_TILES", column_tiles),
         ("TILES", tiling.warp_tiles),
         ("STAGES", tiling.stages),
-        ("EPILOGUE", number),
+        ("EPILOGUE", epilogue_number(epilogue)),
     ]
 }
 
-/// Everything that [`Product::stream`] may launch.
+/// All epilogues.
+pub(super) const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Add, Epilogue::SwiGlu];
+
+/// An epilogue's number in the kernels.
+pub(super) fn epilogue_number(epilogue: Epilogue) -> u32 {
+    match epilogue {
+        Epilogue::Store => 0,
+        Epilogue::Add => 1,
+        Epilogue::SwiGlu => 2,
+    }
+}
+
+/// Everything that the kernel for few rows is launched as.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    let epilogues = [Epilogue::Store, Epilogue::Add, Epilogue::SwiGlu];
-    epilogues.into_iter().flat_map(move |epilogue| {
+    EPILOGUES.into_iter().flat_map(move |epilogue| {
         (1..=MAX_COLUMN_TILES).map(move |column_tiles| Variant {
             kernel: Kernel::LINEAR,
             options: options(half_is_f16, epilogue, column_tiles).to_vec(),
@@ -93,7 +99,7 @@ pub(super) struct Product<'a> {
     pub(super) half_is_f16: bool,
 }
 
-/// Mirrors `Projection` in linear.cu.
+/// Mirrors `Projection` in linear.cu and linear_wide.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ProjectionArgs {
@@ -103,10 +109,10 @@ struct ProjectionArgs {
     first_tile: u32,
 }
 
-/// Mirrors `LinearArgs` in linear.cu.
+/// Mirrors `LinearArgs` in linear.cu and linear_wide.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct LinearArgs {
+pub(super) struct LinearArgs {
     x: u64,
     out: u64,
     projections: [ProjectionArgs; 3],
@@ -131,20 +137,22 @@ impl Product<'_> {
         self.projections[0].weight.shape().1
     }
 
-    /// The kernel for few rows: weights are streamed once per 64 rows, and a row's bits depend on nothing but the row.
-    pub(super) fn stream(&self, device: &Device) -> Result<(), CudaError> {
+    /// The kernels that stream weights: a row's bits depend on nothing but the row. `wide` says which, where it is not to be the
+    /// faster one.
+    pub(super) fn stream(&self, device: &Device, wide: Option<bool>) -> Result<(), CudaError> {
         if self.rows == 0 {
             return Ok(());
         }
-        let column_tiles = self.rows.div_ceil(8).min(MAX_COLUMN_TILES as usize) as u32;
-        let Tiling {
-            matrices,
-            warp_tiles,
-            stages,
-        } = Tiling::of(self.epilogue, column_tiles);
-        let warps = SPLITS * matrices;
-        let options = options(self.half_is_f16, self.epilogue, column_tiles);
-        let kernel = device.kernel(Kernel::LINEAR, &options)?;
+        if wide.unwrap_or_else(|| self.gains_by_wide(device)) {
+            self.wide(device)
+        } else {
+            self.narrow(device)
+        }
+    }
+
+    /// The arguments of a kernel whose tiles have so many outputs, and the number of tiles; a projection begins at a multiple of
+    /// `aligned` tiles.
+    pub(super) fn arguments(&self, tile_outputs: usize, aligned: usize) -> (LinearArgs, u32) {
         let mut projections = [ProjectionArgs {
             weight: 0,
             bias: 0,
@@ -158,13 +166,12 @@ impl Product<'_> {
                 weight: p.weight.address(),
                 bias: p.bias.as_ref().map_or(0, Weight::address),
                 outputs: outputs as u32,
-                first_tile: tiles as u32,
+                first_tile: tiles,
             };
+            let own = outputs.div_ceil(tile_outputs).next_multiple_of(aligned) as u32;
             // Gate and up are computed by the same blocks; others begin on a block of their own.
-            let own = outputs
-                .div_ceil(TILE_OUTPUTS)
-                .next_multiple_of(warp_tiles as usize);
-            tiles = if matrices == 2 { own } else { tiles + own };
+            let shared = self.epilogue == Epilogue::SwiGlu;
+            tiles = if shared { own } else { tiles + own };
         }
         let args = LinearArgs {
             x: self.x,
@@ -174,9 +181,24 @@ impl Product<'_> {
             inputs: self.inputs() as u32,
             out_stride: out_width(self.projections, self.epilogue) as u32,
         };
+        (args, tiles)
+    }
+
+    /// Weights are streamed once per 64 rows, x once per tile or two of outputs.
+    fn narrow(&self, device: &Device) -> Result<(), CudaError> {
+        let column_tiles = self.rows.div_ceil(8).min(MAX_COLUMN_TILES as usize) as u32;
+        let Tiling {
+            matrices,
+            warp_tiles,
+            stages,
+        } = Tiling::of(self.epilogue, column_tiles);
+        let warps = SPLITS * matrices;
+        let options = options(self.half_is_f16, self.epilogue, column_tiles);
+        let kernel = device.kernel(Kernel::LINEAR, &options)?;
+        let (args, tiles) = self.arguments(TILE_OUTPUTS, warp_tiles as usize);
         let launch = LaunchShape {
             grid: (
-                tiles as u32 / warp_tiles,
+                tiles / warp_tiles,
                 (self.rows as u32).div_ceil(8 * column_tiles),
                 1,
             ),

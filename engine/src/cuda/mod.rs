@@ -8,6 +8,7 @@
 //!
 //! The driver, NVRTC and cuBLAS are loaded when a device is opened, NCCL when a model is split, so a binary with this backend runs on hosts without them.
 
+mod argmax;
 mod attention;
 mod backend;
 mod batch;
@@ -18,6 +19,7 @@ mod hand_out;
 mod kernel_cache;
 mod kv_store;
 mod linear;
+mod linear_wide;
 mod memory;
 mod nccl;
 mod pinned;

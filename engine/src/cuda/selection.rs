@@ -1,4 +1,4 @@
-//! Masks on the device: top-p, union and granularity, index lists.
+//! Top-p selections of rows on the device.
 
 use std::sync::Arc;
 
@@ -49,21 +49,17 @@ struct TopPArgs {
 // SAFETY: plain numbers in the kernel's layout.
 unsafe impl DeviceRepr for TopPArgs {}
 
-/// Selections and lists of one device, with their memory.
+/// Selections of one device, with their memory.
 pub struct Selector {
     device: Arc<Device>,
     /// What the device was told of the rows: two words each.
     specs: DeviceMemory,
     described: Vec<RowSpec>,
-    /// Words per row and mask.
+    /// Words per row.
     words: usize,
     /// `[rows, words]`.
     selected: DeviceMemory,
     thresholds: DeviceMemory,
-    /// `[sources, words]`.
-    masks: DeviceMemory,
-    lists: DeviceMemory,
-    lengths: DeviceMemory,
 }
 
 /// A row to select from: its entries, and the share of its mass to reach. Mirrors `RowSpec` in selection.cu.
@@ -73,17 +69,6 @@ pub struct RowSpec {
     pub length: usize,
     /// Share of the row's mass.
     pub p: f32,
-}
-
-/// What is kept beside a selection.
-#[derive(Debug, Clone, Copy)]
-pub struct ListShape {
-    /// Lists are below this position.
-    pub cached: usize,
-    /// First positions always kept.
-    pub sinks: usize,
-    /// Positions from here on are always kept.
-    pub window_start: usize,
 }
 
 impl Selector {
@@ -97,9 +82,6 @@ impl Selector {
             words: 0,
             selected: memory(),
             thresholds: memory(),
-            masks: memory(),
-            lists: memory(),
-            lengths: memory(),
         }
     }
 
@@ -177,93 +159,6 @@ impl Selector {
         Ok(())
     }
 
-    /// Unites the last selection over its steps, rows being `[steps, sources]`, and coarsens it: packed masks, `[sources, words]`.
-    ///
-    /// # Errors
-    /// [`CudaError`].
-    pub fn unite(
-        &mut self,
-        (steps, sources): (usize, usize),
-        length: usize,
-        granularity: usize,
-    ) -> Result<(), CudaError> {
-        let words = self.words;
-        assert!(
-            length <= words * 32
-                && self.selected.bytes() >= steps * sources * words * 4
-                && granularity > 0,
-            "a selection of that shape"
-        );
-        self.masks.grow(sources * words * 4)?;
-        let kernel = self.device.kernel(Kernel::UNITE_STEPS, &[])?;
-        let (selected, masks) = (self.selected.address(), self.masks.address());
-        let (steps, word_count, length, granularity) = (
-            steps as u32,
-            words as u32,
-            length as u32,
-            granularity as u32,
-        );
-        let launch = LaunchShape {
-            grid: (word_count.div_ceil(128), sources as u32, 1),
-            threads: 128,
-            shared_bytes: 0,
-        };
-        // SAFETY: sizes were checked or made above.
-        unsafe {
-            self.device.launch(&kernel, launch, |l| {
-                l.arg(&selected)
-                    .arg(&masks)
-                    .arg(&steps)
-                    .arg(&word_count)
-                    .arg(&length)
-                    .arg(&granularity);
-            })
-        }
-    }
-
-    /// Turns the masks into index lists with sinks and window.
-    ///
-    /// # Errors
-    /// [`CudaError`].
-    pub fn lists(&mut self, sources: usize, shape: ListShape) -> Result<(), CudaError> {
-        let words = self.words as u32;
-        assert!(
-            self.masks.bytes() >= sources * words as usize * 4,
-            "masks of that shape"
-        );
-        self.lists.grow(sources * shape.cached.max(1) * 4)?;
-        self.lengths.grow(sources * 4)?;
-        let kernel = self.device.kernel(Kernel::BUILD_LISTS, &[])?;
-        let (masks, lists, lengths) = (
-            self.masks.address(),
-            self.lists.address(),
-            self.lengths.address(),
-        );
-        let (cached, sinks, window) = (
-            shape.cached as u32,
-            shape.sinks as u32,
-            shape.window_start as u32,
-        );
-        let launch = LaunchShape {
-            grid: (sources as u32, 1, 1),
-            threads: 1024,
-            shared_bytes: 0,
-        };
-        // SAFETY: a list has at most `cached` positions, which is its stride.
-        unsafe {
-            self.device.launch(&kernel, launch, |l| {
-                l.arg(&masks)
-                    .arg(&lists)
-                    .arg(&lengths)
-                    .arg(&words)
-                    .arg(&cached)
-                    .arg(&sinks)
-                    .arg(&window)
-                    .arg(&cached);
-            })
-        }
-    }
-
     /// 32-bit words of a row of the last selection; even.
     pub fn words(&self) -> usize {
         self.words
@@ -272,15 +167,5 @@ impl Selector {
     /// Selected bits: `[rows, words]`, of which those past a row's end are 0.
     pub fn selected(&self) -> &DeviceMemory {
         &self.selected
-    }
-
-    /// Packed masks: `[sources, words]`, the bytes that go to the host.
-    pub fn masks(&self) -> &DeviceMemory {
-        &self.masks
-    }
-
-    /// Index lists, `[sources, cached]`, and their lengths.
-    pub fn index_lists(&self) -> (&DeviceMemory, &DeviceMemory) {
-        (&self.lists, &self.lengths)
     }
 }

@@ -50,9 +50,10 @@ impl Sampler {
         &self.params
     }
 
-    /// Whether a row's most probable token is all that [`Sampler::greedy`] needs to know of it.
+    /// Whether a row's most probable token, once [`SamplingParams::logit_bias`] is added, is all that [`Sampler::greedy`] needs to
+    /// know of it.
     pub fn needs_argmax_only(&self) -> bool {
-        self.params.is_greedy() && !self.params.adjusts_logits()
+        self.params.is_greedy() && !self.params.repeats_matter() && !self.params.output_matters()
     }
 
     /// The distribution of a row whose most probable token is known, where [`Sampler::needs_argmax_only`].

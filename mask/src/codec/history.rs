@@ -4,7 +4,7 @@
 //! round alone: the count gives the group's *class*. Counts that behave alike share a class, since each class costs time
 //! and bytes. Counting goes by bit slices, 64 groups at a time.
 
-use crate::position_set::PositionSet;
+use specattn_positions::PositionSet;
 
 /// Rounds remembered: as many as three bits count.
 pub(super) const ROUNDS: usize = 7;

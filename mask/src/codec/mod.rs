@@ -18,8 +18,8 @@ use history::History;
 use crate::error::MaskError;
 use crate::layer_map::MAX_SOURCES;
 use crate::policy::MAX_GRANULARITY;
-use crate::position_set::PositionSet;
 use crate::round::RoundMask;
+use specattn_positions::PositionSet;
 
 /// What a decoder accepts. Its memory stays proportional to `max_sources * max_context` bits, whatever it is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

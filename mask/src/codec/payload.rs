@@ -18,7 +18,7 @@
 use super::bits::{BitReader, BitWriter, MAX_PARAMETER};
 use super::history::{CLASSES, History};
 use super::select::Ranked;
-use crate::position_set::PositionSet;
+use specattn_positions::PositionSet;
 
 /// Stands for the Rice parameter of a class without exceptions.
 const NO_EXCEPTIONS: u32 = MAX_PARAMETER + 1;

@@ -27,7 +27,7 @@ pub struct Oracle {
 }
 
 impl KeyChooser for Oracle {
-    fn choose(&mut self, _layer: usize, layer: &LayerKeys<'_>) -> Vec<Vec<u32>> {
+    fn choose(&mut self, _layer: usize, layer: &LayerKeys<'_>) -> Vec<PositionSet> {
         let of_head = |kv_head| read_by_mass(&attention(layer, kv_head), &self.policy);
         (0..layer.num_kv_heads).map(of_head).collect()
     }
@@ -45,11 +45,12 @@ pub struct Previous {
 }
 
 impl KeyChooser for Previous {
-    fn choose(&mut self, index: usize, layer: &LayerKeys<'_>) -> Vec<Vec<u32>> {
+    fn choose(&mut self, index: usize, layer: &LayerKeys<'_>) -> Vec<PositionSet> {
         let now = (0..layer.num_kv_heads).map(|kv_head| attention(layer, kv_head));
         let now: Vec<Vec<f32>> = now.collect();
         if self.last.len() <= index {
-            let all = (0..now[0].len() as u32).collect();
+            let mut all = PositionSet::new(now[0].len());
+            all.insert_range(0, now[0].len());
             self.last.push(now);
             return vec![all; layer.num_kv_heads];
         }
@@ -66,7 +67,7 @@ impl KeyChooser for Previous {
 }
 
 /// The top-p set of a row over the cached positions, with the policy's sinks and window.
-fn read_by_mass(row: &[f32], policy: &MaskPolicy) -> Vec<u32> {
+fn read_by_mass(row: &[f32], policy: &MaskPolicy) -> PositionSet {
     let mut selection = PositionSet::new(row.len());
     select_top_p(row, policy.p, &mut selection);
     read_list(&selection, policy, row.len() + 1)
@@ -110,7 +111,7 @@ pub struct Quest {
 }
 
 impl KeyChooser for Quest {
-    fn choose(&mut self, _layer: usize, layer: &LayerKeys<'_>) -> Vec<Vec<u32>> {
+    fn choose(&mut self, _layer: usize, layer: &LayerKeys<'_>) -> Vec<PositionSet> {
         let cached = layer.keys.len() / (layer.num_kv_heads * layer.width);
         let room = (cached as f64 * self.budget) as usize;
         (0..layer.num_kv_heads)
@@ -127,7 +128,7 @@ impl KeyChooser for Quest {
                 for (_, page) in pages {
                     selection.insert_range(page * PAGE, (page + 1) * PAGE);
                     let wider = read_list(&selection, &self.policy, cached + 1);
-                    if wider.len() > room {
+                    if wider.count() > room {
                         break;
                     }
                     list = wider;

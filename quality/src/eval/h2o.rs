@@ -2,6 +2,7 @@
 //! they have gathered so far. What is evicted never comes back.
 
 use specattn_engine::{HeadLists, StepOutput};
+use specattn_mask::PositionSet;
 
 use crate::error::QualityError;
 use crate::eval::method::{Choice, Masker};
@@ -15,6 +16,8 @@ pub struct HeavyHitters {
     budget: f64,
     /// Attention gathered; `[heads][positions]`.
     sums: Vec<Vec<f32>>,
+    /// What each head has not evicted, in order.
+    alive: Vec<Vec<u32>>,
     lists: HeadLists,
 }
 
@@ -24,6 +27,7 @@ impl HeavyHitters {
         Self {
             budget,
             sums: prompt.clone(),
+            alive: Vec::new(),
             lists: HeadLists {
                 lists: Vec::new(),
                 of_head: (0..prompt.len() as u32).collect(),
@@ -47,17 +51,21 @@ impl HeavyHitters {
 
 impl Masker for HeavyHitters {
     fn start(&mut self, cached: usize) {
-        self.lists.lists = vec![(0..cached as u32).collect(); self.sums.len()];
+        self.alive = vec![(0..cached as u32).collect(); self.sums.len()];
     }
 
     fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError> {
         let cached = base - 1;
         let room = (cached as f64 * self.budget) as usize;
-        for (alive, sums) in self.lists.lists.iter_mut().zip(&mut self.sums) {
+        self.lists.lists.clear();
+        for (alive, sums) in self.alive.iter_mut().zip(&mut self.sums) {
             let new = sums.len()..cached;
             alive.extend(new.map(|p| p as u32));
             sums.resize(cached, 0.0);
             Self::evict(alive, sums, room);
+            let kept = alive.iter().map(|&position| position as usize);
+            let list = PositionSet::from_positions(cached, kept);
+            self.lists.lists.push(list);
         }
         Ok(Choice::Lists(&self.lists))
     }
@@ -70,8 +78,8 @@ impl Masker for HeavyHitters {
         let Some(masses) = &output.masses else { return };
         let heads = self.sums.iter_mut().zip(&self.lists.lists);
         for ((sums, list), masses) in heads.zip(&masses.of_head) {
-            for (&position, mass) in list.iter().zip(masses) {
-                sums[position as usize] += mass;
+            for (position, mass) in list.iter().zip(masses) {
+                sums[position] += mass;
             }
         }
     }

@@ -1,6 +1,7 @@
 //! StreamingLLM (Xiao et al. 2024): the first positions and a sliding window, the same for every head.
 
 use specattn_engine::HeadLists;
+use specattn_mask::PositionSet;
 
 use crate::error::QualityError;
 use crate::eval::method::{Choice, Masker};
@@ -21,7 +22,7 @@ impl Streaming {
             sink_tokens,
             budget,
             lists: HeadLists {
-                lists: vec![Vec::new()],
+                lists: vec![PositionSet::default()],
                 of_head: vec![0; heads],
             },
         }
@@ -36,7 +37,9 @@ impl Masker for Streaming {
         let from = cached.saturating_sub(window).max(sinks);
         let list = &mut self.lists.lists[0];
         list.clear();
-        list.extend((0..sinks).chain(from..cached).map(|p| p as u32));
+        list.resize(cached);
+        list.insert_range(0, sinks);
+        list.insert_range(from, cached);
         Ok(Choice::Lists(&self.lists))
     }
 }

@@ -118,7 +118,7 @@ fn check(mode: Mode, model: &mut Model, map: &Arc<LayerMap>, text: &[u32]) -> Ve
             // What the mask keeps, sinks and window, and whatever else was heavy.
             let window = past.saturating_sub(session.spec.policy.window_tokens as usize);
             let of_head = lists.of_head.iter().map(|&n| &lists.lists[n as usize]);
-            let far = of_head.map(|l| l.iter().filter(|&&p| (p as usize) < window).count());
+            let far = of_head.map(|l| l.iter().filter(|&p| p < window).count());
             remembered += usize::from(far.max() > Some(window / SPARSE + 8));
         }
         sequence.truncate(past);

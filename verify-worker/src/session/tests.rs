@@ -581,7 +581,7 @@ fn masks_steer_rounds_and_their_loss_is_told() {
     let lists = bench.session.lists().unwrap();
     assert_eq!(
         (lists.lists.clone(), lists.of_head.clone()),
-        (vec![vec![1]], vec![0, 0])
+        (vec![PositionSet::from_positions(2, [1])], vec![0, 0])
     );
     settle_planned(&mut bench);
     assert!(!draft.verdict().need_full_mask);

@@ -37,12 +37,12 @@ pub(crate) struct Keys<'a> {
 impl<'a> Keys<'a> {
     /// The keys of KV head `head`, counted through all layers: layer · num_kv_heads + KV head.
     pub(crate) fn of(
-        lists: Option<&SpanLists<'a>>,
+        lists: Option<&'a SpanLists<'_>>,
         head: usize,
         past: usize,
         tokens: usize,
     ) -> Self {
-        let list = lists.map(|lists| lists.of(head));
+        let list = lists.map(|lists| lists.of(head).positions());
         Self { list, past, tokens }
     }
 

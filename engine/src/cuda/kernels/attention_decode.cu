@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         if (key < end_key) {
             u32 slot;
             if (list != nullptr && key < cached) {
-                slot = __ldg(list + key);
+                slot = __ldcg(list + key); // this pass's own work: not by the read-only path
             } else {
                 const u32 position = unit.past + key - cached; // for a dense span, the key itself
                 slot = __ldg(table + position / BLOCK_TOKENS) * BLOCK_TOKENS + position % BLOCK_TOKENS;

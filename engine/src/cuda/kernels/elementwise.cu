@@ -183,6 +183,21 @@ extern "C" __global__ void entry_masses(const float* scores, const float2* stati
     }
 }
 
+// Mirrors `Bias` in backend.rs.
+struct Bias {
+    u32 row, column;
+    float value;
+};
+
+// x[row][column] += value, of distinct entries; one thread each.
+extern "C" __global__ void add_biases(float* x, u32 width, const Bias* biases, u32 count) {
+    begin_kernel();
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const Bias bias = biases[i];
+    x[u64(bias.row) * width + bias.column] += bias.value;
+}
+
 // The first of the largest of each f32 row: its column, ~0 for a row that holds a NaN or an infinity, and its value's bits above
 // that. One block of 1,024 threads per row.
 extern "C" __global__ void __launch_bounds__(1024) row_argmax(const float* x, u64* out, u32 width) {

@@ -1,4 +1,4 @@
-// Masks on the device: top-p selection, union over steps, granularity, packed bits, index lists.
+// Masks on the device: mixtures of attention rows, means of a round, top-p selection, packed bits.
 //
 // Top-p works on fixed-point masses, units of 2^-31: sums are exact and free of order, so the mass condition holds exactly in
 // this arithmetic and a row's selection never depends on how it was summed. A row is read from memory once, into
@@ -254,79 +254,4 @@ extern "C" __global__ void __launch_bounds__(256) spread_means(const MeanRow* me
         total /= gain * float(mean.steps + 1);
     }
     rows[u64(mean.row) * row_stride + at] = total;
-}
-
-// Union over steps, then granularity: a group of `granularity` positions is kept when any member is. The result is the packed
-// mask that goes to the host. selected: [steps, sources, words]; masks: [sources, words]. Blocks are [words / threads, sources].
-extern "C" __global__ void unite_steps(const u32* selected, u32* masks, u32 steps, u32 words, u32 length, u32 granularity) {
-    begin_kernel();
-    const u32 word = blockIdx.x * blockDim.x + threadIdx.x, source = blockIdx.y, sources = gridDim.y;
-    if (word >= words) return;
-    auto united = [&](u32 w) {
-        u32 bits = 0;
-        for (u32 step = 0; step < steps; ++step) bits |= selected[(u64(step) * sources + source) * words + w];
-        return bits;
-    };
-    u32 bits = 0;
-    if (granularity == 1) {
-        bits = united(word);
-    } else {
-        u32 bit = 0;
-        while (bit < 32) {
-            const u32 position = word * 32 + bit;
-            const u32 first = position / granularity * granularity, end = min(first + granularity, length);
-            bool kept = false;
-            for (u32 w = first / 32; w * 32 < end && !kept; ++w) {
-                u32 wanted = FULL_WARP;
-                if (w == first / 32) wanted &= FULL_WARP << first % 32;
-                if (end < (w + 1) * 32) wanted &= (1u << end % 32) - 1;
-                kept = (united(w) & wanted) != 0;
-            }
-            const u32 next = min(first + granularity - word * 32, 32u);
-            if (kept) bits |= (next == 32 ? FULL_WARP : (1u << next) - 1) & FULL_WARP << bit;
-            bit = next;
-        }
-        if (length < (word + 1) * 32) bits &= length > word * 32 ? (1u << length % 32) - 1 : 0;
-    }
-    masks[u64(source) * words + word] = bits;
-}
-
-// The index list of a mask: its positions, the first `sinks` and those from `window_start` on, below `cached`. One block of 1,024 threads
-// per source; lists: [sources, list_stride].
-extern "C" __global__ void __launch_bounds__(1024) build_lists(const u32* masks, u32* lists, u32* lengths, u32 words, u32 cached, u32 sinks,
-                                                                u32 window_start, u32 list_stride) {
-    begin_kernel();
-    __shared__ u32 warp_totals[32];
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32* const list = lists + u64(blockIdx.x) * list_stride;
-    // Bits of a word at positions below `end`.
-    auto below = [](u32 word, u32 end) -> u32 {
-        if (end <= word * 32) return 0;
-        return end >= (word + 1) * 32 ? FULL_WARP : (1u << end % 32) - 1;
-    };
-    u32 done = 0;
-    for (u32 first = 0; first * 32 < cached; first += 1024) {
-        const u32 word = first + threadIdx.x;
-        u32 bits = word < words ? masks[u64(blockIdx.x) * words + word] : 0;
-        bits |= below(word, sinks) | ~below(word, window_start);
-        bits &= below(word, cached);
-        const u32 count = __popc(bits);
-        u32 before = count;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const u32 other = __shfl_up_sync(FULL_WARP, before, step);
-            if (lane >= step) before += other;
-        }
-        __syncthreads();
-        if (lane == 31) warp_totals[warp] = before;
-        __syncthreads();
-        u32 at = done + before - count;
-        for (u32 w = 0; w < warp; ++w) at += warp_totals[w];
-        for (u32 w = 0; w < 32; ++w) done += warp_totals[w];
-        while (bits) {
-            list[at++] = word * 32 + __ffs(bits) - 1;
-            bits &= bits - 1;
-        }
-    }
-    if (threadIdx.x == 0) lengths[blockIdx.x] = done;
 }

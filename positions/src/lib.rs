@@ -1,7 +1,12 @@
 //! [`PositionSet`]: a set of KV cache positions as a bitmap.
 //!
+//! What masks select, what heads are told to read and what crosses to a GPU are such sets: a bit per position, where an index list
+//! would take 32 per entry. The crate stands below `mask` and `engine`, which share nothing else.
+//!
 //! Position `i` is bit `i % 64` of word `i / 64`. Invariant: there are `ceil(len / 64)` words, and bits at and past
 //! `len` are zero, so that words can be compared, counted and combined without masking.
+
+#![forbid(unsafe_code)]
 
 /// Bits per word.
 const WORD: usize = u64::BITS as usize;
@@ -137,7 +142,10 @@ impl PositionSet {
     }
 
     /// Adds the members of a bitmap word that starts at position `64 * index`.
-    pub(crate) fn union_word(&mut self, index: usize, bits: u64) {
+    ///
+    /// # Panics
+    /// When the universe has no such word.
+    pub fn union_word(&mut self, index: usize, bits: u64) {
         self.words[index] |= bits;
         if index + 1 == self.words.len() {
             self.clear_tail();
@@ -190,6 +198,20 @@ impl PositionSet {
         {
             *last &= u64::MAX >> (WORD - used);
         }
+    }
+}
+
+impl FromIterator<usize> for PositionSet {
+    /// The positions, within the smallest universe that holds them.
+    fn from_iter<I: IntoIterator<Item = usize>>(positions: I) -> Self {
+        let mut set = Self::default();
+        for position in positions {
+            if position >= set.len {
+                set.resize(position + 1);
+            }
+            set.insert(position);
+        }
+        set
     }
 }
 
@@ -257,6 +279,9 @@ mod tests {
             model.retain(|&m| m < resized);
             prop_assert!(set.iter().eq(model.iter().copied()));
             prop_assert_eq!(&PositionSet::from_words(resized, set.words().to_vec()), &set);
+            let collected: PositionSet = model.iter().copied().collect();
+            prop_assert!(collected.iter().eq(model.iter().copied()));
+            prop_assert_eq!(collected.len(), model.last().map_or(0, |&last| last + 1));
         }
 
         #[test]

@@ -1,0 +1,206 @@
+// Products of many rows with streamed weights: y = x · Wᵀ for up to ROWS rows of x a block, to the last bit what linear.cu gives.
+//
+// There, eight warps split an output's inputs between them, each holds its own sum, and x is loaded anew for every 16 or 32 outputs;
+// beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs and copies weights and x into one
+// ring that its warps share; a warp walks through the eight splits one after another and adds their sums in the same
+// order. Instructions, and which inputs each of them takes, are linear.cu's too, so the bits are.
+//
+// Blocks of the same outputs are neighbours: their weights come from memory once.
+//
+// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each); STAGES; EPILOGUE.
+
+#ifndef COLUMN_TILES
+#define COLUMN_TILES 4
+#endif
+#ifndef OUTPUT_WARPS
+#define OUTPUT_WARPS 4
+#endif
+#ifndef STAGES
+#define STAGES 4
+#endif
+// 0: store f32 side by side; 1: add to f32; 2: silu(first) * second, 16-bit.
+#ifndef EPILOGUE
+#define EPILOGUE 0
+#endif
+
+#define SPLITS 8
+#define TILE_INPUTS 64
+#define ROW_WARPS 2
+#define WARPS (OUTPUT_WARPS * ROW_WARPS)
+#define BLOCK_OUTPUTS (OUTPUT_WARPS * 32)
+#define ROWS (ROW_WARPS * COLUMN_TILES * 8)
+// 128 bytes of inputs of each output and row.
+#define STAGE_BYTES ((BLOCK_OUTPUTS + ROWS) * 128)
+#define MATRICES (EPILOGUE == 2 ? 2 : 1)
+// Outputs of a block per matrix.
+#define OWN_OUTPUTS (BLOCK_OUTPUTS / MATRICES)
+
+struct Projection {
+    const half_bits* weight; // [outputs, inputs]
+    const float* bias;       // [outputs] or null
+    u32 outputs;
+    u32 first_tile;          // of OWN_OUTPUTS outputs, among all projections'
+};
+
+struct LinearArgs {
+    const half_bits* x;      // [rows, inputs]
+    void* out;               // [rows, out_stride]
+    Projection projections[3]; // unused ones begin at tile ~0
+    u32 rows, inputs;        // inputs: a multiple of 8
+    u32 out_stride;
+};
+
+// Where 16 bytes of a row of a stage lie, so that eight lanes which read two rows meet no bank twice.
+__device__ __forceinline__ u32 place(u32 row, u32 part) { return row * 128 + (part ^ (row % 2 * 4)) * 16; }
+
+// A step of a block through the tiles of inputs: split after split, and of each every eighth tile.
+struct Step {
+    u32 number, split, tile;
+
+    __device__ __forceinline__ void advance(u32 input_tiles) {
+        ++number;
+        tile += SPLITS;
+        if (tile >= input_tiles) tile = ++split;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, COLUMN_TILES <= 4 ? 2 : 1) linear_wide(const LinearArgs a) {
+    extern __shared__ __align__(16) u8 shared[];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 output_warp = warp % OUTPUT_WARPS, row_warp = warp / OUTPUT_WARPS;
+    // Row groups first, so that those of the same outputs run side by side.
+    const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y;
+    const u32 rows = min(a.rows - first_row, ROWS);
+    const half_bits* const x = a.x + u64(first_row) * a.inputs;
+    const u32 number = EPILOGUE == 2 ? 0 : (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
+    // By selection: an index would copy the arguments to local memory.
+    const Projection p = number == 0 ? a.projections[0] : number == 1 ? a.projections[1] : a.projections[2];
+    const u32 first_out = (tile - p.first_tile) * OWN_OUTPUTS;
+
+    const u32 input_tiles = (a.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
+    const u32 ring = shared_address(shared);
+    auto fetch_weights = [&](const Step& step) {
+        const u32 to = ring + step.number % STAGES * STAGE_BYTES, first = step.tile * TILE_INPUTS;
+#pragma unroll
+        for (u32 i = threadIdx.x; i < BLOCK_OUTPUTS * 8; i += WARPS * 32) {
+            const u32 row = i / 8, part = i % 8, input = first + part * 8;
+            const u32 out = first_out + (EPILOGUE == 2 ? row % OWN_OUTPUTS : row);
+            const half_bits* const weight = EPILOGUE == 2 && row >= OWN_OUTPUTS ? a.projections[1].weight : p.weight;
+            const bool valid = out < p.outputs && input < a.inputs;
+            copy_async(to + place(row, part), weight + (valid ? u64(out) * a.inputs + input : 0), valid);
+        }
+    };
+    auto fetch_x = [&](const Step& step) {
+        const u32 to = ring + step.number % STAGES * STAGE_BYTES + BLOCK_OUTPUTS * 128, first = step.tile * TILE_INPUTS;
+#pragma unroll
+        for (u32 i = threadIdx.x; i < ROWS * 8; i += WARPS * 32) {
+            const u32 row = i / 8, part = i % 8, input = first + part * 8;
+            const bool valid = row < rows && input < a.inputs;
+            copy_async(to + place(row, part), x + (valid ? u64(row) * a.inputs + input : 0), valid);
+        }
+    };
+    // Weights stand still; x is what the kernel before writes.
+    Step ahead = {0, 0, 0};
+    for (; ahead.number < min(STAGES - 1, input_tiles); ahead.advance(input_tiles)) fetch_weights(ahead);
+    wait_for_previous();
+    ahead = {0, 0, 0};
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (ahead.number < input_tiles) {
+            fetch_x(ahead);
+            ahead.advance(input_tiles);
+        }
+        copy_commit();
+    }
+
+    float sums[2][COLUMN_TILES][4], totals[2][COLUMN_TILES][4];
+    auto clear = [](float (&v)[2][COLUMN_TILES][4]) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[o][c][i] = 0.0f;
+    };
+    clear(sums);
+    clear(totals);
+    const u32 row = lane / 4;
+    u32 s = 0;
+    for (u32 split = 0; split < SPLITS; ++split) {
+        const u32 tiles = input_tiles > split ? (input_tiles - split + SPLITS - 1) / SPLITS : 0;
+        for (u32 t = 0; t < tiles; ++t, ++s) {
+            copy_wait<STAGES - 2>();
+            // All of the stage has come, and nobody reads the one that is filled next.
+            __syncthreads();
+            if (ahead.number < input_tiles) {
+                fetch_weights(ahead);
+                fetch_x(ahead);
+                ahead.advance(input_tiles);
+            }
+            copy_commit();
+            const u8* const stage = shared + s % STAGES * STAGE_BYTES;
+            const u8* const weights = stage + output_warp * 32 * 128;
+            const u8* const columns = stage + (BLOCK_OUTPUTS + row_warp * COLUMN_TILES * 8) * 128;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const u32 part = half * 4 + lane % 4;
+                uint4 v[COLUMN_TILES];
+#pragma unroll
+                for (int c = 0; c < COLUMN_TILES; ++c) v[c] = *(const uint4*)(columns + place(c * 8 + row, part));
+#pragma unroll
+                for (int o = 0; o < 2; ++o) {
+                    const uint4 low = *(const uint4*)(weights + place(o * 16 + row, part));
+                    const uint4 high = *(const uint4*)(weights + place(o * 16 + row + 8, part));
+                    const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+                    for (int c = 0; c < COLUMN_TILES; ++c) {
+                        mma(sums[o][c], first, v[c].x, v[c].y);
+                        mma(sums[o][c], second, v[c].z, v[c].w);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) totals[o][c][i] += sums[o][c][i];
+        clear(sums);
+    }
+    copy_wait<0>();
+    let_next_start();
+    __syncthreads();
+
+    // [rows][outputs], padded against bank conflicts; gate and up outputs meet here.
+    float* const block = (float*)shared;
+    const u32 pitch = BLOCK_OUTPUTS + 4;
+#pragma unroll
+    for (int o = 0; o < 2; ++o)
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                block[((row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8] =
+                    totals[o][c][i];
+    __syncthreads();
+    u32 before = 0;
+    if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
+    if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
+    for (u32 i = threadIdx.x; i < ROWS * OWN_OUTPUTS; i += WARPS * 32) {
+        const u32 o = i % OWN_OUTPUTS, column = i / OWN_OUTPUTS, out = first_out + o;
+        if (column >= rows || out >= p.outputs) continue;
+        const u64 at = u64(first_row + column) * a.out_stride + before + out;
+        if (EPILOGUE == 2) {
+            float gate = block[column * pitch + o], up = block[column * pitch + OWN_OUTPUTS + o];
+            if (a.projections[0].bias) gate += a.projections[0].bias[out];
+            if (a.projections[1].bias) up += a.projections[1].bias[out];
+            ((half_bits*)a.out)[at] = to_half(gate / (1.0f + __expf(-gate)) * up);
+        } else {
+            float y = block[column * pitch + o];
+            if (p.bias) y += p.bias[out];
+            float* const to = (float*)a.out + at;
+            *to = EPILOGUE == 1 ? *to + y : y;
+        }
+    }
+}
