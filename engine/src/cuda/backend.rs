@@ -292,6 +292,10 @@ impl Backend for CudaBackend {
             .upload(pass, chunk, &pass.captures)
             .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
+        // From here on there is little but launches. Bulk passes mix them with a library's, and are long enough.
+        if !pass.bulk {
+            self.device.record();
+        }
         turn
     }
 

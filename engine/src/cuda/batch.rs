@@ -3,9 +3,13 @@
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
 //! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists are turned from
 //! positions into places in the cache here, which spares every block of every layer the look-up.
+//!
+//! Sections whose sizes follow from the pass's shape come first. Those that grow with the context come last and begin where room for
+//! more ends, so that the next pass of the same sessions has its sections where this one has them.
 
 use std::sync::Arc;
 
+use super::bucket::bucket;
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::DeviceMemory;
@@ -20,6 +24,10 @@ pub(super) const NONE: u32 = u32::MAX;
 const SPAN_WORDS: usize = 4;
 /// Words of a unit; mirrors `Unit` in attention_decode.cu.
 const UNIT_WORDS: usize = 8;
+/// A unit whose blocks have nothing to do.
+const PADDING_UNIT: [u32; UNIT_WORDS] = [NONE, 0, 0, 0, 0, 0, 0, 0];
+/// Block tables get room in steps of so many blocks.
+const TABLE_STEP: usize = 64;
 
 /// Where a section begins, in words.
 #[derive(Debug, Clone, Copy, Default)]
@@ -100,10 +108,6 @@ impl DeviceBatch {
             blocks += span.blocks.len();
         }
         debug_assert_eq!(words.len() - self.at.spans, SPAN_WORDS * pass.spans.len());
-        self.at.block_tables = section(words);
-        for span in &pass.spans {
-            words.extend_from_slice(span.blocks);
-        }
         self.at.list_ranges = section(words);
         let mut first = 0;
         for lists in pass.spans.iter().filter_map(|s| s.lists.as_ref()) {
@@ -121,16 +125,6 @@ impl DeviceBatch {
                 words.extend([starts[number] as u32, lists.lists[number].len() as u32]);
             }
             first += lists.lists.iter().map(|list| list.len()).sum::<usize>();
-        }
-        self.at.list_slots = section(words);
-        for span in &pass.spans {
-            for list in span.lists.iter().flat_map(|lists| &lists.lists) {
-                words.extend(list.iter().map(|&position| {
-                    let position = position as usize;
-                    let offset = position % BLOCK_TOKENS;
-                    span.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + offset as u32
-                }));
-            }
         }
         self.at.units = section(words);
         self.num_spans = pass.spans.len();
@@ -163,7 +157,26 @@ impl DeviceBatch {
             ranges += span.lists.as_ref().map_or(0, |l| l.of_head.len());
             self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
-        self.num_units = (words.len() - self.at.units) / UNIT_WORDS;
+        self.num_units = bucket((words.len() - self.at.units) / UNIT_WORDS, 1);
+        while words.len() < self.at.units + self.num_units * UNIT_WORDS {
+            words.extend(PADDING_UNIT);
+        }
+        self.at.block_tables = section(words);
+        for span in &pass.spans {
+            words.extend_from_slice(span.blocks);
+        }
+        debug_assert_eq!(words.len() - self.at.block_tables, blocks);
+        words.resize(self.at.block_tables + bucket(blocks, TABLE_STEP), 0);
+        self.at.list_slots = section(words);
+        for span in &pass.spans {
+            for list in span.lists.iter().flat_map(|lists| &lists.lists) {
+                words.extend(list.iter().map(|&position| {
+                    let position = position as usize;
+                    let offset = position % BLOCK_TOKENS;
+                    span.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + offset as u32
+                }));
+            }
+        }
         let bytes = size_of_val(words.as_slice());
         self.memory.grow(bytes)?;
         self.memory.write_pinned(0, &self.words, &mut self.host)
