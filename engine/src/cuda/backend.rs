@@ -17,6 +17,7 @@ use super::linear::{self, Product, out_width};
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
+use super::staging::Staging;
 use super::weights::WeightMaker;
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, Cut, DType, Epilogue, HandOut, KvShape, Linear, Masses,
@@ -35,6 +36,8 @@ pub struct CudaBackend {
     half: DType,
     /// Keys per unit of decode attention, where it is not the shape's own.
     decode_chunk: Option<usize>,
+    /// The way of weights, until all are there.
+    staging: RefCell<Staging>,
     state: RefCell<State>,
 }
 
@@ -75,6 +78,7 @@ impl CudaBackend {
             host: device.pinned(),
         };
         Ok(Self {
+            staging: RefCell::new(Staging::new(&device)),
             state: RefCell::new(state),
             decode_chunk: None,
             device,
@@ -157,6 +161,7 @@ impl CudaBackend {
             device: &self.device,
             half: self.half,
             rows: self.rows(),
+            staging: &self.staging,
         }
     }
 
@@ -341,6 +346,7 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, shape: &AttentionShape) -> Result<(), EngineError> {
+        self.staging.borrow_mut().release();
         let is_f16 = self.half == DType::F16;
         let chunk = self.chunk_for(shape);
         let mut variants = attention::variants(shape, u32::from(is_f16), chunk);

@@ -28,6 +28,7 @@ mod recording;
 mod round_sums;
 mod row_mixer;
 pub mod selection;
+mod staging;
 mod topology;
 mod weights;
 
