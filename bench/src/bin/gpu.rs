@@ -10,7 +10,7 @@ use specattn_bench::gpu::forwards::{self, ForwardCase};
 use specattn_bench::gpu::graphs::{Launching, name_of};
 use specattn_bench::gpu::{
     check_attention, check_company, check_graphs, check_hand_outs, check_linear, check_selection,
-    check_sharing, draft_steps, pair, tensor_parallel, time_kernels, timer,
+    check_sharing, draft_steps, load, pair, tensor_parallel, time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count, keep_multicast_off};
 use specattn_engine::{DType, DeviceChoice};
@@ -30,6 +30,8 @@ enum Part {
     Forwards,
     /// Draft steps with and without capture.
     DraftSteps,
+    /// Loading a checkpoint.
+    Load,
     /// A model split over the GPUs that `--split` lists against the same model on the first of them.
     TensorParallel,
 }
@@ -142,6 +144,10 @@ fn main() -> Result<()> {
                 let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
                 let contexts = [4096, 16_384, 32_000];
                 draft_steps::table(&config, &device, &contexts, args.launching)?;
+            }
+            Part::Load => {
+                let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
+                load::report(&config, &device)?;
             }
             Part::TensorParallel => {
                 fine &= tensor_parallel::report(&args.root, &args.split)?;

@@ -11,6 +11,7 @@ pub mod check_sharing;
 pub mod draft_steps;
 pub mod forwards;
 pub mod graphs;
+pub mod load;
 pub mod numbers;
 pub mod pair;
 pub mod tensor_parallel;
