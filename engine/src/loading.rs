@@ -35,6 +35,8 @@ pub struct LoadOptions {
     pub gpu_memory_utilization: Option<f32>,
     /// Folder for compiled GPU kernels.
     pub kernel_cache: Option<PathBuf>,
+    /// Whether GPUs may replay passes as CUDA graphs. A model that asks for none turns them off for all models on its GPUs.
+    pub cuda_graphs: bool,
 }
 
 impl Default for LoadOptions {
@@ -48,6 +50,7 @@ impl Default for LoadOptions {
             tensor_parallel: None,
             gpu_memory_utilization: None,
             kernel_cache: None,
+            cuda_graphs: true,
         }
     }
 }
@@ -90,7 +93,8 @@ pub(crate) fn load(
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(numbers) => {
             let half = source.half_type()?;
-            let ends = crate::cuda::ranks(numbers, half, options.kernel_cache.as_deref())?;
+            let gpus = crate::cuda::open(numbers, options)?;
+            let ends = crate::cuda::ranks(gpus, half)?;
             let devices = crate::cuda::describe(numbers)?;
             loading(half).run(shares, ends, devices, progress)
         }

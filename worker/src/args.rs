@@ -81,6 +81,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     pub kernel_cache: Option<PathBuf>,
 
+    /// Launch every kernel on its own, also where a GPU could replay a pass as a CUDA graph; for measuring
+    #[arg(long, env = "SPECATTN_NO_CUDA_GRAPHS")]
+    pub no_cuda_graphs: bool,
+
     /// Threads of the engine; 0 takes all cores
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -257,6 +261,7 @@ impl ModelArgs {
                 tensor_parallel: self.tensor_parallel,
                 gpu_memory_utilization: self.gpu_memory_utilization,
                 kernel_cache: self.kernel_cache.clone().or_else(default_kernel_cache),
+                cuda_graphs: !self.no_cuda_graphs,
                 ..LoadOptions::default()
             },
             max_sessions: self.max_sessions,
@@ -289,6 +294,7 @@ mod tests {
             tensor_parallel: None,
             gpu_memory_utilization: None,
             kernel_cache: None,
+            no_cuda_graphs: false,
             threads: 1,
             max_sessions: 2,
             batch_tokens: 64,

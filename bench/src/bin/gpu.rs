@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Parser, ValueEnum};
 use specattn_bench::gpu::forwards::{self, ForwardCase};
+use specattn_bench::gpu::graphs::{Launching, name_of};
 use specattn_bench::gpu::{
-    check_attention, check_company, check_hand_outs, check_linear, check_selection, check_sharing,
-    draft_steps, listed_steps, pair, tensor_parallel, time_kernels, timer,
+    check_attention, check_company, check_graphs, check_hand_outs, check_linear, check_selection,
+    check_sharing, draft_steps, listed_steps, load, pair, tensor_parallel, time_kernels, timer,
 };
 use specattn_engine::cuda::{CudaBackend, Device, device_count, keep_multicast_off};
 use specattn_engine::{DType, DeviceChoice};
@@ -29,6 +30,8 @@ enum Part {
     Forwards,
     /// Draft steps with and without capture, dense and by lists.
     DraftSteps,
+    /// Loading a checkpoint.
+    Load,
     /// A model split over the GPUs that `--split` lists against the same model on the first of them.
     TensorParallel,
 }
@@ -51,6 +54,9 @@ struct Args {
     /// Keys per unit of decode attention, in place of the default.
     #[arg(long)]
     chunk: Option<usize>,
+    /// How passes of `pair`, `forwards` and `draft-steps` are launched.
+    #[arg(long, value_enum, default_value_t = Launching::Both)]
+    launching: Launching,
     /// The repository's root.
     #[arg(long, default_value = ".")]
     root: PathBuf,
@@ -73,6 +79,7 @@ fn main() -> Result<()> {
     let choice = &DeviceChoice::gpu(args.gpu);
     let mut fine = true;
     for part in args.parts {
+        device.use_graphs(true);
         match part {
             Part::Check => {
                 fine &= check_selection::check(&bf16)?;
@@ -83,6 +90,7 @@ fn main() -> Result<()> {
                 fine &= check_hand_outs::check(&args.root, choice)?;
                 fine &= check_company::check(&args.root, choice)?;
                 fine &= check_sharing::check(&args.root, choice)?;
+                fine &= check_graphs::check(&args.root, &device)?;
                 println!(
                     "{}\n",
                     if fine {
@@ -99,7 +107,11 @@ fn main() -> Result<()> {
             }
             Part::Pair => {
                 let reference = args.root.join("tests/fixtures/greedy_bundled.json");
-                fine &= pair::compare(&args.root.join("models/target"), &reference, choice)?;
+                for graphs in args.launching.ways() {
+                    device.use_graphs(graphs);
+                    println!("Launched {}:", name_of(graphs));
+                    fine &= pair::compare(&args.root.join("models/target"), &reference, &device)?;
+                }
             }
             Part::Forwards => {
                 let bandwidth = timer::copy_bandwidth(&device)?;
@@ -127,18 +139,25 @@ fn main() -> Result<()> {
                     .collect();
                 for name in ["llama-3-8b", "llama-2-7b"] {
                     let config = configs.join(format!("{name}.json"));
-                    forwards::table(&config, choice, &verify, bandwidth)?;
+                    forwards::table(&config, &device, (&verify, args.launching), bandwidth)?;
                 }
             }
             Part::DraftSteps => {
                 let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
-                draft_steps::table(&config, choice, &[4096, 16_384, 32_000])?;
-                listed_steps::table(&config, choice, &[4096, 16_384])?;
+                let contexts = [4096, 16_384, 32_000];
+                draft_steps::table(&config, &device, &contexts, args.launching)?;
+                listed_steps::table(&config, choice, &contexts[..2])?;
+            }
+            Part::Load => {
+                let config = args.root.join("bench/gpu/configs/tinyllama-1.1b.json");
+                load::report(&config, &device)?;
             }
             Part::TensorParallel => {
                 fine &= tensor_parallel::report(&args.root, &args.split)?;
             }
             Part::Time => {
+                // Kernels are timed, and captured, one by one.
+                device.use_graphs(false);
                 let bandwidth = timer::copy_bandwidth(&device)?;
                 println!(
                     "Copy: {:.2} TB/s, bytes read and written.\n",

@@ -5,12 +5,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
+use specattn_engine::cuda::Device;
 use specattn_engine::{
     DeviceChoice, LoadOptions, LogitRows, Model, Round, RowSelection, Sequence, Step, StepOutput,
 };
 use specattn_mask::{LayerMap, MaskPolicy};
 
 use super::forwards::prefill;
+use super::graphs::{Launching, name_of};
 
 const RUNS: usize = 15;
 const WARM_UP: usize = 5;
@@ -110,9 +112,14 @@ fn use_rows(
 ///
 /// # Errors
 /// When the device fails or has no room.
-pub fn table(config: &Path, device: &DeviceChoice, contexts: &[usize]) -> Result<()> {
+pub fn table(
+    config: &Path,
+    device: &Device,
+    contexts: &[usize],
+    launching: Launching,
+) -> Result<()> {
     let options = LoadOptions {
-        device: device.clone(),
+        device: DeviceChoice::gpu(device.ordinal()),
         gpu_memory_utilization: Some(0.9),
         ..LoadOptions::default()
     };
@@ -124,26 +131,32 @@ pub fn table(config: &Path, device: &DeviceChoice, contexts: &[usize]) -> Result
         MaskPolicy::default().p,
         OwnPolicy::default().p
     );
-    println!("| context | captured step | forward ms | ÷ plain | then on the host ms |");
-    println!("| --- | --- | --- | --- | --- |");
+    println!("| context | launched | captured step | forward ms | ÷ plain | then on the host ms |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    let before = device.graph_counts();
     for &context in contexts {
         let mut sequence = model.new_sequence(context + 1)?;
         prefill(&mut model, &mut sequence, context)?;
-        let (plain, _) = time(&mut model, &mut sequence, context, Kind::Plain)?;
-        println!("| {context} | none | {plain:.2} | | |");
-        for (kind, name) in [
-            (Kind::Rows, "rows to the host"),
-            (Kind::Masks, "selections for masks"),
-            (Kind::Means, "the same, from means"),
-            (Kind::MasksAndOwn, "those and the draft's own"),
-        ] {
-            let (forward, host) = time(&mut model, &mut sequence, context, kind)?;
-            println!(
-                "| {context} | {name} | {forward:.2} | {:.2} | {host:.2} |",
-                forward / plain
-            );
+        for graphs in launching.ways() {
+            device.use_graphs(graphs);
+            let way = name_of(graphs);
+            let (plain, _) = time(&mut model, &mut sequence, context, Kind::Plain)?;
+            println!("| {context} | {way} | none | {plain:.2} | | |");
+            for (kind, name) in [
+                (Kind::Rows, "rows to the host"),
+                (Kind::Masks, "selections for masks"),
+                (Kind::Means, "the same, from means"),
+                (Kind::MasksAndOwn, "those and the draft's own"),
+            ] {
+                let (forward, host) = time(&mut model, &mut sequence, context, kind)?;
+                println!(
+                    "| {context} | {way} | {name} | {forward:.2} | {:.2} | {host:.2} |",
+                    forward / plain
+                );
+            }
         }
     }
+    println!("\n{}", device.graph_counts().since(before));
     println!();
     Ok(())
 }

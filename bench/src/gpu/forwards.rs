@@ -4,14 +4,17 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
+use specattn_engine::cuda::Device;
 use specattn_engine::{DeviceChoice, HeadLists, LoadOptions, LogitRows, Model, Sequence, Step};
 
+use super::graphs::{Launching, name_of};
 use super::numbers::Numbers;
 
 /// The share of positions that the paper keeps.
 const KEPT: f32 = 0.216;
 const RUNS: usize = 9;
-const WARM_UP: usize = 3;
+/// The first sizes memory, the third is captured.
+const WARM_UP: usize = 5;
 /// Tokens per prompt chunk.
 const CHUNK: usize = 2048;
 
@@ -105,12 +108,12 @@ pub(super) fn time(
 /// When the device fails or has no room.
 pub fn table(
     config: &Path,
-    device: &DeviceChoice,
-    cases: &[ForwardCase],
+    device: &Device,
+    (cases, launching): (&[ForwardCase], Launching),
     bandwidth: f64,
 ) -> Result<()> {
     let options = LoadOptions {
-        device: device.clone(),
+        device: DeviceChoice::gpu(device.ordinal()),
         gpu_memory_utilization: Some(0.9),
         ..LoadOptions::default()
     };
@@ -131,9 +134,10 @@ pub fn table(
         model.kv_blocks().1
     );
     println!(
-        "| batch | context | tokens | attention | layers ms | floor ms | ÷ floor | with logits ms | floor ms | ÷ floor |"
+        "| batch | context | tokens | attention | launched | layers ms | floor ms | ÷ floor | with logits ms | floor ms | ÷ floor |"
     );
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+    let before = device.graph_counts();
     let entry = (4 * c.head_dim) as f64;
     let heads = c.num_layers * c.num_kv_heads;
     let mut numbers = Numbers(31);
@@ -143,7 +147,7 @@ pub fn table(
             .collect();
         let Ok(mut sequences) = sequences else {
             println!(
-                "| {} | {} | {} | | no room | | |",
+                "| {} | {} | {} | | | no room | | |",
                 case.batch, case.context, case.tokens
             );
             continue;
@@ -159,27 +163,34 @@ pub fn table(
                 Kind::Sparse => lists.iter().map(|l| l.lists[0].count() + case.tokens).sum(),
                 _ => case.batch * (case.context + case.tokens),
             };
-            let mut cells = Vec::new();
-            for (logits, weights) in [(LogitRows::None, layers), (LogitRows::All, layers + head)] {
-                let asked = Asked {
-                    kind,
-                    logits,
-                    argmax: false,
-                };
-                let ms = time(&mut model, &mut sequences, case, asked, &lists)?;
-                let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
-                cells.push(format!("{ms:.2} | {floor:.2} | {:.2}", ms / floor));
+            for graphs in launching.ways() {
+                device.use_graphs(graphs);
+                let mut cells = Vec::new();
+                for (logits, weights) in
+                    [(LogitRows::None, layers), (LogitRows::All, layers + head)]
+                {
+                    let asked = Asked {
+                        kind,
+                        logits,
+                        argmax: false,
+                    };
+                    let ms = time(&mut model, &mut sequences, case, asked, &lists)?;
+                    let floor = (weights + (entries * heads) as f64 * entry) / bandwidth * 1e3;
+                    cells.push(format!("{ms:.2} | {floor:.2} | {:.2}", ms / floor));
+                }
+                println!(
+                    "| {} | {} | {} | {} | {} | {} |",
+                    case.batch,
+                    case.context,
+                    case.tokens,
+                    format!("{kind:?}").to_lowercase(),
+                    name_of(graphs),
+                    cells.join(" | ")
+                );
             }
-            println!(
-                "| {} | {} | {} | {} | {} |",
-                case.batch,
-                case.context,
-                case.tokens,
-                format!("{kind:?}").to_lowercase(),
-                cells.join(" | ")
-            );
         }
     }
+    println!("\n{}", device.graph_counts().since(before));
     println!();
     Ok(())
 }

@@ -3,13 +3,16 @@
 pub mod attention_case;
 pub mod check_attention;
 pub mod check_company;
+pub mod check_graphs;
 pub mod check_hand_outs;
 pub mod check_linear;
 pub mod check_selection;
 pub mod check_sharing;
 pub mod draft_steps;
 pub mod forwards;
+pub mod graphs;
 pub mod listed_steps;
+pub mod load;
 pub mod numbers;
 pub mod pair;
 pub mod tensor_parallel;

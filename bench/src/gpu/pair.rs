@@ -1,9 +1,11 @@
 //! Greedy text of a checkpoint on the GPU against the CPU's, token for token.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use specattn_engine::cuda::Device;
 use specattn_engine::{DeviceChoice, EngineError, LoadOptions, LogitRows, Model, Sequence, Step};
 
 #[derive(Deserialize)]
@@ -90,7 +92,9 @@ pub(super) fn decode(
 ///
 /// # Errors
 /// When a model cannot be loaded or the device fails.
-pub fn compare(folder: &Path, reference: &Path, device: &DeviceChoice) -> Result<bool> {
+pub fn compare(folder: &Path, reference: &Path, gpu: &Device) -> Result<bool> {
+    let device = &DeviceChoice::gpu(gpu.ordinal());
+    let before = gpu.graph_counts();
     let reference = Reference::read(reference)?;
     let options = |device: &DeviceChoice| LoadOptions {
         device: device.clone(),
@@ -101,9 +105,12 @@ pub fn compare(folder: &Path, reference: &Path, device: &DeviceChoice) -> Result
     let mut cpu = Model::load(folder, &options(&DeviceChoice::Cpu), &mut |_, _| {})?;
     let (mut equal, mut drafted_equal, mut worst_gap) = (0, 0, 0.0f32);
     let (mut tokens, mut matched) = (0, 0);
+    let mut decoding = Duration::ZERO;
     for entry in &reference.prompts {
         let count = entry.greedy.len();
+        let start = Instant::now();
         let plain = decode(&mut model, &entry.prompt, count, None)?;
+        decoding += start.elapsed();
         let drafted = decode(&mut model, &entry.prompt, count, Some(&plain))?;
         let on_cpu = decode(&mut cpu, &entry.prompt, count, None)?;
         drafted_equal += usize::from(plain == drafted);
@@ -124,8 +131,13 @@ pub fn compare(folder: &Path, reference: &Path, device: &DeviceChoice) -> Result
     }
     let prompts = reference.prompts.len();
     println!(
-        "\ngreedy, dense, {}: {equal} of {prompts} prompts equal the CPU's tokens to the end; {matched} of {tokens} tokens before a first difference; largest logit gap at one {worst_gap}; with drafts {drafted_equal} of {prompts} equal without\n",
+        "\ngreedy, dense, {}: {equal} of {prompts} prompts equal the CPU's tokens to the end; {matched} of {tokens} tokens before a first difference; largest logit gap at one {worst_gap}; with drafts {drafted_equal} of {prompts} equal without",
         device
+    );
+    println!(
+        "without drafts {:.0} tokens/s, prompts and logits on the host included; {}\n",
+        tokens as f64 / decoding.as_secs_f64(),
+        gpu.graph_counts().since(before)
     );
     Ok(drafted_equal == prompts && worst_gap < 0.1)
 }

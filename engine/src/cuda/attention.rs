@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::DeviceRepr;
+use bytemuck::{Pod, Zeroable};
 
 use super::batch::DeviceBatch;
-use super::device::{Device, LaunchShape};
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::kv_store::KvStore;
 use super::memory::DeviceMemory;
+use super::recording::LaunchShape;
 use crate::backend::AttentionShape;
 
 /// Warps per block, in both kernels.
@@ -58,7 +59,7 @@ pub(super) struct ScoreTarget {
 
 /// Mirrors `DecodeArgs` in attention_decode.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct DecodeArgs {
     q: u64,
     kv: u64,
@@ -80,12 +81,9 @@ struct DecodeArgs {
     scale_log2: f32,
 }
 
-// SAFETY: plain numbers in the kernel's layout.
-unsafe impl DeviceRepr for DecodeArgs {}
-
 /// Mirrors `PrefillArgs` in attention_prefill.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct PrefillArgs {
     q: u64,
     kv: u64,
@@ -95,10 +93,8 @@ struct PrefillArgs {
     num_heads: u32,
     num_kv_heads: u32,
     scale_log2: f32,
+    unused: u32,
 }
-
-// SAFETY: plain numbers in the kernel's layout.
-unsafe impl DeviceRepr for PrefillArgs {}
 
 /// Partial results of heads that several blocks work on.
 pub(super) struct DecodeScratch {
@@ -266,6 +262,7 @@ pub(super) fn prefill(device: &Device, call: &AttentionCall<'_>) -> Result<(), C
         num_heads: shape.num_heads as u32,
         num_kv_heads: shape.num_kv_heads as u32,
         scale_log2: call.scale_log2(),
+        unused: 0,
     };
     let rows = WARPS * 16 * row_tiles;
     let launch = LaunchShape {

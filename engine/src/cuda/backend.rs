@@ -19,6 +19,7 @@ use super::linear_wide;
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
+use super::staging::Staging;
 use super::weights::WeightMaker;
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, Bias, Cut, DType, Epilogue, HandOut, KvShape, Linear,
@@ -39,6 +40,8 @@ pub struct CudaBackend {
     decode_chunk: Option<usize>,
     /// Whether products take the kernel for many rows, where it is not to be the faster one.
     wide: Cell<Option<bool>>,
+    /// The way of weights, until all are there.
+    staging: RefCell<Staging>,
     state: RefCell<State>,
 }
 
@@ -79,6 +82,7 @@ impl CudaBackend {
             host: device.pinned(),
         };
         Ok(Self {
+            staging: RefCell::new(Staging::new(&device)),
             state: RefCell::new(state),
             decode_chunk: None,
             wide: Cell::new(None),
@@ -167,6 +171,7 @@ impl CudaBackend {
             device: &self.device,
             half: self.half,
             rows: self.rows(),
+            staging: &self.staging,
         }
     }
 
@@ -302,6 +307,10 @@ impl Backend for CudaBackend {
             .upload(&self.device, pass, chunk, &pass.captures)
             .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
+        // From here on there is little but launches. Bulk passes mix them with a library's, and are long enough.
+        if !pass.bulk {
+            self.device.record();
+        }
         turn
     }
 
@@ -347,6 +356,7 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, shape: &AttentionShape) -> Result<(), EngineError> {
+        self.staging.borrow_mut().release();
         let is_f16 = self.half == DType::F16;
         let chunk = self.chunk_for(shape);
         let mut variants = attention::variants(shape, u32::from(is_f16), chunk);

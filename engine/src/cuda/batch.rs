@@ -3,14 +3,19 @@
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
 //! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists cross as bitmaps;
 //! a kernel expands them to places in the cache, once, which spares every block of every layer the look-up.
+//!
+//! Sections whose sizes follow from the pass's shape come first. Those that grow with the context come last and begin where room for
+//! more ends, so that the next pass of the same sessions has its sections where this one has them.
 
 use std::sync::Arc;
 
-use super::device::{Device, LaunchShape};
+use super::bucket::bucket;
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
+use super::recording::LaunchShape;
 use crate::attention::{SpanList, SpanLists};
 use crate::backend::Pass;
 
@@ -34,6 +39,10 @@ pub(super) fn variants() -> [Variant; 1] {
         options: Vec::new(),
     }]
 }
+/// A unit whose blocks have nothing to do.
+const PADDING_UNIT: [u32; UNIT_WORDS] = [NONE, 0, 0, 0, 0, 0, 0, 0];
+/// Block tables get room in steps of so many blocks.
+const TABLE_STEP: usize = 64;
 
 /// Where a section begins, in words.
 #[derive(Debug, Clone, Copy, Default)]
@@ -121,10 +130,6 @@ impl DeviceBatch {
             blocks += span.blocks.len();
         }
         debug_assert_eq!(words.len() - self.at.spans, SPAN_WORDS * pass.spans.len());
-        self.at.block_tables = section(words);
-        for span in &pass.spans {
-            words.extend_from_slice(span.blocks);
-        }
         self.at.list_ranges = section(words);
         let mut first = 0;
         for lists in pass.spans.iter().filter_map(|s| s.lists.as_ref()) {
@@ -142,26 +147,6 @@ impl DeviceBatch {
                 words.extend([starts[number] as u32, lists.lists()[number].len() as u32]);
             }
             first += lists.lists().iter().map(SpanList::len).sum::<usize>();
-        }
-        self.list_slots.grow(first * 4)?;
-        self.at.lists = section(words);
-        let (mut bitmap, mut slot, mut blocks) = (0, 0, 0);
-        for span in &pass.spans {
-            for list in span.lists.iter().flat_map(SpanLists::lists) {
-                let length = 2 * list.set().words().len();
-                words.extend([bitmap, length, slot, blocks].map(|x| x as u32));
-                bitmap += length;
-                slot += list.len();
-            }
-            blocks += span.blocks.len();
-        }
-        self.num_lists = (words.len() - self.at.lists) / LIST_WORDS;
-        self.at.bitmaps = section(words);
-        for list in pass.spans.iter().flat_map(|span| &span.lists) {
-            for list in list.lists() {
-                let halves = |&word: &u64| [word as u32, (word >> 32) as u32];
-                words.extend(list.set().words().iter().flat_map(halves));
-            }
         }
         self.at.units = section(words);
         self.num_spans = pass.spans.len();
@@ -191,7 +176,36 @@ impl DeviceBatch {
             ranges += span.lists.as_ref().map_or(0, |l| l.of_head().len());
             self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
-        self.num_units = (words.len() - self.at.units) / UNIT_WORDS;
+        self.num_units = bucket((words.len() - self.at.units) / UNIT_WORDS, 1);
+        while words.len() < self.at.units + self.num_units * UNIT_WORDS {
+            words.extend(PADDING_UNIT);
+        }
+        self.at.block_tables = section(words);
+        for span in &pass.spans {
+            words.extend_from_slice(span.blocks);
+        }
+        debug_assert_eq!(words.len() - self.at.block_tables, blocks);
+        words.resize(self.at.block_tables + bucket(blocks, TABLE_STEP), 0);
+        self.list_slots.grow(first * 4)?;
+        self.at.lists = section(words);
+        let (mut bitmap, mut slot, mut blocks) = (0, 0, 0);
+        for span in &pass.spans {
+            for list in span.lists.iter().flat_map(SpanLists::lists) {
+                let length = 2 * list.set().words().len();
+                words.extend([bitmap, length, slot, blocks].map(|x| x as u32));
+                bitmap += length;
+                slot += list.len();
+            }
+            blocks += span.blocks.len();
+        }
+        self.num_lists = (words.len() - self.at.lists) / LIST_WORDS;
+        self.at.bitmaps = section(words);
+        for list in pass.spans.iter().flat_map(|span| &span.lists) {
+            for list in list.lists() {
+                let halves = |&word: &u64| [word as u32, (word >> 32) as u32];
+                words.extend(list.set().words().iter().flat_map(halves));
+            }
+        }
         let bytes = size_of_val(words.as_slice());
         self.memory.grow(bytes)?;
         self.memory.write_pinned(0, &self.words, &mut self.host)?;

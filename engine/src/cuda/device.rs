@@ -2,36 +2,38 @@
 //!
 //! All work of a device goes down one stream, in order; nothing waits for it but reads. Calls inside a forward return nothing:
 //! the first failure is kept and reported by the read that ends the forward, as the driver itself does with asynchronous
-//! failures.
+//! failures. Launches of a forward may be held back to go as one graph ([`Recorder`]).
 
-use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cudarc::cublas::sys as cublas;
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DeviceRepr, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, sys};
 
 use super::error::CudaError;
+use super::graph_cache::GraphCounts;
 use super::kernel_cache::{Kernel, KernelCache, Variant};
 use super::pinned::PinnedMemory;
+use super::recorder::Recorder;
+use super::recording::{Arguments, LaunchShape};
 
 /// A GPU that is ready for use.
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Dropped before the kernels that its graphs launch.
+    recorder: Mutex<Recorder>,
     kernels: KernelCache,
     cublas: cublas::cublasHandle_t,
     multiprocessors: u32,
-    /// Whether a kernel may start while the one before it ends: see prelude.cuh.
-    overlaps: bool,
     failure: Mutex<Option<CudaError>>,
-    turn: Arc<Turnstile>,
+    turn: Turnstile,
 }
 
-// SAFETY: the cuBLAS handle is the only field that is not Send of itself; cuBLAS handles may move between threads.
+// SAFETY: the cuBLAS handle and the recorder's functions and graphs are all that is not Send of itself; the driver's and cuBLAS's
+// handles may move between threads.
 unsafe impl Send for Device {}
-// SAFETY: every use of the handle happens in a turn, which one thread has at a time.
+// SAFETY: every use of the cuBLAS handle happens in a turn, which one thread has at a time; the recorder is behind a mutex.
 unsafe impl Sync for Device {}
 
 impl std::fmt::Debug for Device {
@@ -59,7 +61,7 @@ struct Tickets {
 
 impl Turnstile {
     /// Waits until everybody who came before has left.
-    fn enter(self: &Arc<Self>) -> Turn {
+    fn enter(&self) {
         let mut tickets = self.tickets.lock().unwrap_or_else(PoisonError::into_inner);
         let own = tickets.drawn;
         tickets.drawn += 1;
@@ -69,19 +71,24 @@ impl Turnstile {
                 .wait(tickets)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        Turn(Arc::clone(self))
+    }
+
+    /// Lets the next one in.
+    fn leave(&self) {
+        let tickets = self.tickets.lock();
+        tickets.unwrap_or_else(PoisonError::into_inner).serving += 1;
+        self.freed.notify_all();
     }
 }
 
 /// The right to use the device, until dropped.
 #[derive(Debug)]
-pub struct Turn(Arc<Turnstile>);
+pub struct Turn(Arc<Device>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let tickets = self.0.tickets.lock();
-        tickets.unwrap_or_else(PoisonError::into_inner).serving += 1;
-        self.0.freed.notify_all();
+        self.0.recorder().end();
+        self.0.turn.leave();
     }
 }
 
@@ -158,15 +165,17 @@ impl Device {
             .map_err(CudaError::Cublas)?;
         // Hopper's own instructions need the target with an `a`.
         let architecture = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
+        let recorder = Recorder::new(&context, &stream, major >= 9)
+            .map_err(CudaError::driver("opening the GPU"))?;
         Ok(Arc::new(Self {
+            recorder: Mutex::new(recorder),
             kernels: KernelCache::new(Arc::clone(&context), architecture, kernel_cache),
             context,
             stream,
             cublas: handle,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
-            overlaps: major >= 9,
             failure: Mutex::new(None),
-            turn: Arc::default(),
+            turn: Turnstile::default(),
         }))
     }
 
@@ -232,8 +241,9 @@ impl Device {
     }
 
     /// Waits until nobody else uses the device, in turn.
-    pub(super) fn turn(&self) -> Turn {
-        self.turn.enter()
+    pub(super) fn turn(self: &Arc<Self>) -> Turn {
+        self.turn.enter();
+        Turn(Arc::clone(self))
     }
 
     /// Keeps the first failure for [`Device::take_failure`].
@@ -255,7 +265,7 @@ impl Device {
     }
 
     /// Its number.
-    pub(super) fn ordinal(&self) -> usize {
+    pub fn ordinal(&self) -> usize {
         self.context.ordinal()
     }
 
@@ -286,86 +296,68 @@ impl Device {
         self.kernels.prepare(variants)
     }
 
-    /// Launches a kernel with the arguments that `push` adds. It may start before the one ahead of it has ended; what it touches
-    /// of that one's comes after its `wait_for_previous`.
+    fn recorder(&self) -> MutexGuard<'_, Recorder> {
+        self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets passes be replayed as graphs, or not; it is allowed at first. For models that ask for none, and for measuring.
+    pub fn use_graphs(&self, allowed: bool) {
+        self.recorder().enable(allowed);
+    }
+
+    /// What has become of passes since the device was opened.
+    pub fn graph_counts(&self) -> GraphCounts {
+        self.recorder().counts()
+    }
+
+    /// Holds back what this thread launches, to be launched as a graph; for the rest of its turn.
+    pub(super) fn record(&self) {
+        self.recorder().begin();
+    }
+
+    /// Sends what was held back on its way: whoever waits for the device or reads from it does this first.
+    pub(super) fn flush(&self) {
+        let result = self.recorder().flush();
+        self.note_launches(result);
+    }
+
+    /// Sends what was held back on its way and holds nothing back for the rest of the turn: whoever puts anything but a launch on the
+    /// stream, or gives memory back, does this first.
+    pub(super) fn interrupt(&self) {
+        let result = self.recorder().interrupt();
+        self.note_launches(result);
+    }
+
+    fn note_launches(&self, result: Result<(), DriverError>) {
+        self.note(result.map_err(CudaError::driver("launching a kernel")));
+    }
+
+    /// Launches a kernel with the arguments that `push` adds, now or with the pass it is part of. It may start before the one ahead of
+    /// it has ended; what it touches of that one's comes after its `wait_for_previous`.
     ///
     /// # Safety
-    /// The arguments must be those of the kernel, and every address in them must be device memory of the size that the kernel
-    /// touches.
-    pub(super) unsafe fn launch<'a>(
+    /// The kernel is this device's. The arguments must be those of the kernel, and every address in them must be memory of a
+    /// [`DeviceMemory`](super::DeviceMemory), which is not given back before the launch, of the size that the kernel touches.
+    pub(super) unsafe fn launch(
         &self,
         function: &CudaFunction,
         shape: LaunchShape,
-        push: impl FnOnce(&mut Arguments<'a>),
+        push: impl FnOnce(&mut Arguments<'_>),
     ) -> Result<(), CudaError> {
-        let mut arguments = Arguments::default();
-        push(&mut arguments);
-        // SAFETY: zeros are a value of this plain C structure.
-        let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        overlap.id =
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        let (x, y, z) = shape.grid;
-        let config = sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: shape.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shape.shared_bytes,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(self.overlaps),
-        };
-        let mut launch = || {
-            self.context.bind_to_thread()?;
-            // SAFETY: the caller's promise; the configuration and the arguments live until the call returns, which copies them.
-            unsafe {
-                sys::cuLaunchKernelEx(
-                    &raw const config,
-                    function.cu_function(),
-                    arguments.addresses.as_mut_ptr(),
-                    std::ptr::null_mut(),
-                )
-            }
-            .result()
-        };
-        launch().map_err(CudaError::driver("launching a kernel"))
+        // SAFETY: functions live as long as the kernel cache, and memory interrupts the recorder before it is given back; the
+        // rest is the caller's promise.
+        let launched = unsafe { self.recorder().launch(function.cu_function(), shape, push) };
+        launched.map_err(CudaError::driver("launching a kernel"))
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
+        // Graphs are given back with the device's context at hand.
+        let _ = self.context.bind_to_thread();
         // SAFETY: the handle is live and not used again. A failure at the end of the process helps nobody.
         let _ = unsafe { cudarc::cublas::result::destroy_handle(self.cublas) };
     }
-}
-
-/// What a kernel is called with: addresses of values, in the order of its parameters.
-#[derive(Default)]
-pub(super) struct Arguments<'a> {
-    addresses: Vec<*mut c_void>,
-    values: PhantomData<&'a ()>,
-}
-
-impl<'a> Arguments<'a> {
-    /// Adds a value.
-    pub(super) fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
-        self.addresses.push((&raw const *value).cast_mut().cast());
-        self
-    }
-}
-
-/// The shape of a launch.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LaunchShape {
-    /// Blocks.
-    pub(super) grid: (u32, u32, u32),
-    /// Threads per block.
-    pub(super) threads: u32,
-    /// Dynamic shared memory per block.
-    pub(super) shared_bytes: u32,
 }
 
 #[cfg(test)]
@@ -375,21 +367,22 @@ mod tests {
     #[test]
     fn turns_are_taken_in_the_order_of_asking() {
         let turnstile = Arc::new(Turnstile::default());
-        let first = turnstile.enter();
+        turnstile.enter();
         let had_a_turn = Arc::new(Mutex::new(false));
         let other = std::thread::spawn({
             let (turnstile, had_a_turn) = (Arc::clone(&turnstile), Arc::clone(&had_a_turn));
             move || {
-                let _turn = turnstile.enter();
+                turnstile.enter();
                 *had_a_turn.lock().unwrap() = true;
+                turnstile.leave();
             }
         });
         while turnstile.tickets.lock().unwrap().drawn < 2 {
             std::thread::yield_now();
         }
-        drop(first);
+        turnstile.leave();
         // Asked for at once, and yet behind the one that waits.
-        let _again = turnstile.enter();
+        turnstile.enter();
         assert!(*had_a_turn.lock().unwrap());
         other.join().unwrap();
     }

@@ -1,11 +1,12 @@
 //! Launches of the kernels that work row by row.
 
-use cudarc::driver::DeviceRepr;
+use bytemuck::{Pod, Zeroable};
 
 use super::batch::DeviceBatch;
-use super::device::{Device, LaunchShape};
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
+use super::recording::LaunchShape;
 use crate::backend::AttentionShape;
 
 /// Blocks of 256 threads, one per row or as many as cover the elements.
@@ -26,7 +27,7 @@ pub(super) struct RowKernels<'a> {
 
 /// Mirrors `RotateArgs` in elementwise.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct RotateArgs {
     pub(super) qkv: u64,
     pub(super) angles: u64,
@@ -42,9 +43,6 @@ pub(super) struct RotateArgs {
     pub(super) head_dim: u32,
     pub(super) eps: f32,
 }
-
-// SAFETY: plain numbers in the kernel's layout.
-unsafe impl DeviceRepr for RotateArgs {}
 
 /// Everything that [`RowKernels`] may launch in a forward.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {

@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use super::attention::ScoreTarget;
 use super::batch::DeviceBatch;
+use super::bucket::bucket;
 use super::device::Device;
 use super::elementwise::RowKernels;
 use super::error::CudaError;
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
 use super::row_mixer::RowMixer;
+use super::selection::ROW_STEP;
 use crate::attention::SpanLists;
 use crate::backend::{AttentionShape, Capture, HandOut, Masses, Pass};
 use crate::row_selection::SelectedRows;
@@ -116,6 +118,10 @@ impl HandOuts {
             let captured = at_row(target, first);
             kernels.entry_masses(captured, tokens, layer.shape, target.stride, to)?;
         }
+        if !wanted.captures.is_empty() {
+            // The host waits in every layer: no graph would cover more than one.
+            kernels.device.interrupt();
+        }
         for wanted in &mut wanted.captures {
             self.rows_to_host(kernels, pass, (target, layer), wanted)?;
         }
@@ -212,7 +218,7 @@ fn stride(pass: &Pass<'_>) -> usize {
         let span = &pass.spans[span];
         span.lists.as_ref().map_or(span.past, SpanLists::longest) + span.rows.len()
     });
-    keys.max().unwrap_or(0).next_multiple_of(4)
+    bucket(keys.max().unwrap_or(0), ROW_STEP)
 }
 
 /// Whether selections of last tokens are all that the pass hands out of its attention.

@@ -69,15 +69,16 @@ pub(super) struct Variant {
 /// Most threads that compile at a time.
 const COMPILER_THREADS: usize = 16;
 
-/// Entry point and options; names are unique among the files, and hashing a source at every launch would cost more than the launch.
-type Key = (&'static str, Vec<(&'static str, u32)>);
+/// The functions of an entry point, by options. Looking one up is part of every launch, so nothing is allocated or hashed but the
+/// entry point's name, which is unique among the files.
+type Functions = Vec<(Vec<(&'static str, u32)>, CudaFunction)>;
 
 /// Compiled kernels of one device.
 pub(super) struct KernelCache {
     context: Arc<CudaContext>,
     architecture: String,
     folder: Option<PathBuf>,
-    functions: RwLock<HashMap<Key, CudaFunction>>,
+    functions: RwLock<HashMap<&'static str, Functions>>,
 }
 
 impl KernelCache {
@@ -101,17 +102,24 @@ impl KernelCache {
         kernel: Kernel,
         options: &[(&'static str, u32)],
     ) -> Result<CudaFunction, CudaError> {
-        let key = (kernel.name, options.to_vec());
-        if let Some(function) = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-        {
-            return Ok(function.clone());
+        if let Some(function) = self.loaded(kernel, options) {
+            return Ok(function);
         }
         let image = self.image(kernel, options)?;
         self.load(kernel, options, image)
+    }
+
+    fn loaded(&self, kernel: Kernel, options: &[(&'static str, u32)]) -> Option<CudaFunction> {
+        let functions = self.functions.read();
+        let functions = functions.unwrap_or_else(PoisonError::into_inner);
+        let mut of_kernel = functions.get(kernel.name)?.iter();
+        // Values first: they tell variants apart, and names are longer to compare.
+        let same = |own: &[(&'static str, u32)]| {
+            let values = own.iter().map(|option| option.1);
+            values.eq(options.iter().map(|option| option.1)) && own == options
+        };
+        let (_, function) = of_kernel.find(|(own, _)| same(own))?;
+        Some(function.clone())
     }
 
     /// Compiles all that is not there yet, on several threads: a host's first start takes seconds, later ones read the folder.
@@ -159,13 +167,19 @@ impl KernelCache {
             Ok(function)
         };
         let function: CudaFunction = load().map_err(CudaError::driver("loading a kernel"))?;
-        // Another thread may have been first; its function is as good.
         let mut functions = self
             .functions
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        functions.insert((kernel.name, options.to_vec()), function.clone());
-        Ok(function)
+        let of_kernel = functions.entry(kernel.name).or_default();
+        // Another thread may have been first. Its function stays, since graphs may launch it already.
+        match of_kernel.iter().find(|(own, _)| own == options) {
+            Some((_, first)) => Ok(first.clone()),
+            None => {
+                of_kernel.push((options.to_vec(), function.clone()));
+                Ok(function)
+            }
+        }
     }
 
     /// Machine code, from the folder or from NVRTC.

@@ -2,13 +2,14 @@
 
 use std::ffi::c_void;
 
+use bytemuck::{Pod, Zeroable};
 use cudarc::cublas::sys as cublas;
-use cudarc::driver::DeviceRepr;
 
-use super::device::{Device, LaunchShape};
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::memory::Weight;
+use super::recording::LaunchShape;
 use crate::backend::{Epilogue, Linear};
 
 /// Outputs of a tile, and inputs that the kernel handles in one tile.
@@ -101,7 +102,7 @@ pub(super) struct Product<'a> {
 
 /// Mirrors `Projection` in linear.cu and linear_wide.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct ProjectionArgs {
     weight: u64,
     bias: u64,
@@ -111,7 +112,7 @@ struct ProjectionArgs {
 
 /// Mirrors `LinearArgs` in linear.cu and linear_wide.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct LinearArgs {
     x: u64,
     out: u64,
@@ -119,10 +120,8 @@ pub(super) struct LinearArgs {
     rows: u32,
     inputs: u32,
     out_stride: u32,
+    unused: u32,
 }
-
-// SAFETY: plain numbers in the kernel's layout.
-unsafe impl DeviceRepr for LinearArgs {}
 
 /// Elements per row that a product writes.
 pub(super) fn out_width(projections: &[&Linear<Weight>], epilogue: Epilogue) -> usize {
@@ -180,6 +179,7 @@ impl Product<'_> {
             rows: self.rows as u32,
             inputs: self.inputs() as u32,
             out_stride: out_width(self.projections, self.epilogue) as u32,
+            unused: 0,
         };
         (args, tiles)
     }
@@ -216,6 +216,7 @@ impl Product<'_> {
     /// cuBLAS: `out` rows take f32 products side by side, added to what is there for [`Epilogue::Add`]. For [`Epilogue::SwiGlu`] they are
     /// `[gate | up]` and go to `out` as f32, without biases or activation.
     pub(super) fn library(&self, device: &Device) -> Result<(), CudaError> {
+        device.interrupt();
         let inputs = self.inputs();
         let stride = match self.epilogue {
             Epilogue::SwiGlu => 2 * self.projections[0].weight.shape().0,

@@ -2,10 +2,11 @@
 //!
 //! Its bits are those of the kernel for few rows, so that which of them serves a batch is a matter of speed alone.
 
-use super::device::{Device, LaunchShape};
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::linear::{EPILOGUES, Product, epilogue_number};
+use super::recording::LaunchShape;
 use crate::backend::Epilogue;
 
 /// Rows from which this kernel is the faster one, for products of many outputs.

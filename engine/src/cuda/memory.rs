@@ -61,7 +61,7 @@ impl DeviceMemory {
         if bytes <= self.bytes() {
             return Ok(false);
         }
-        self.slice = None;
+        self.release();
         // SAFETY: uninitialised bytes; every user writes before it reads.
         let slice = unsafe { self.device.stream().alloc::<u8>(bytes) };
         self.slice = Some(slice.map_err(|source| {
@@ -82,6 +82,14 @@ impl DeviceMemory {
         Ok(true)
     }
 
+    /// Gives the bytes back, behind the launches that were promised them.
+    fn release(&mut self) {
+        if self.slice.is_some() {
+            self.device.interrupt();
+            self.slice = None;
+        }
+    }
+
     /// Where the bytes begin; 0 without any.
     pub fn address(&self) -> u64 {
         self.slice
@@ -93,11 +101,13 @@ impl DeviceMemory {
     pub(super) fn zero(&mut self) -> Result<(), CudaError> {
         match &mut self.slice {
             None => Ok(()),
-            Some(slice) => self
-                .device
-                .stream()
-                .memset_zeros(slice)
-                .map_err(CudaError::driver("clearing memory")),
+            Some(slice) => {
+                self.device.interrupt();
+                let stream = self.device.stream();
+                stream
+                    .memset_zeros(slice)
+                    .map_err(CudaError::driver("clearing memory"))
+            }
         }
     }
 
@@ -115,6 +125,7 @@ impl DeviceMemory {
             "a write inside the buffer"
         );
         let stream = self.device.stream();
+        self.device.interrupt();
         self.device_bound()?;
         // SAFETY: the range is inside the buffer, and the host slice outlives the copy: pageable memory is staged before the
         // call returns, and pinned memory is left alone until the device was waited for.
@@ -140,6 +151,7 @@ impl DeviceMemory {
             "two ranges of the buffer"
         );
         let stream = self.device.stream();
+        self.device.interrupt();
         self.device_bound()?;
         // SAFETY: both ranges are inside the buffer and apart, as was just checked.
         unsafe {
@@ -155,6 +167,7 @@ impl DeviceMemory {
 
     /// Copies `out.len()` elements from `offset`, which is in bytes, and waits for them.
     pub fn read<T: DeviceRepr>(&self, offset: usize, out: &mut [T]) -> Result<(), CudaError> {
+        self.device.flush();
         if !out.is_empty() {
             assert!(
                 offset + size_of_val(out) <= self.bytes(),
@@ -208,6 +221,12 @@ impl DeviceMemory {
             .context()
             .bind_to_thread()
             .map_err(CudaError::driver("binding the GPU"))
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

@@ -7,7 +7,6 @@
 //! from an element's place in the buffer, so larger groups gather the parts and add them rank by rank. Prompt chunks run
 //! alone, and are summed by NCCL.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::nccl::{result, sys};
@@ -20,7 +19,7 @@ use super::memory::{Buffer, DeviceMemory};
 use crate::backend::DType;
 use crate::communicator::Communicator;
 use crate::error::EngineError;
-use crate::loading::Group;
+use crate::loading::{Group, LoadOptions};
 
 /// NCCL's switch for NVLink multicast.
 const MULTICAST: &str = "NCCL_NVLS_ENABLE";
@@ -36,17 +35,32 @@ pub fn keep_multicast_off() {
     }
 }
 
-/// Backends on the GPUs of these numbers, and what joins them where they are several.
+/// The GPUs of these numbers, as a model's options want them.
 ///
 /// # Errors
-/// Those of [`Device::open`]; [`CudaError::LibraryMissing`] or [`CudaError::Nccl`] where ranks cannot be joined.
-pub(crate) fn ranks(
+/// Those of [`Device::open`].
+pub(crate) fn open(
     numbers: &[usize],
+    options: &LoadOptions,
+) -> Result<Vec<Arc<Device>>, CudaError> {
+    let open = |&number| {
+        let device = Device::shared(number, options.kernel_cache.clone())?;
+        if !options.cuda_graphs {
+            device.use_graphs(false);
+        }
+        Ok(device)
+    };
+    numbers.iter().map(open).collect()
+}
+
+/// Backends on these GPUs, and what joins them where they are several.
+///
+/// # Errors
+/// [`CudaError::LibraryMissing`] or [`CudaError::Nccl`] where ranks cannot be joined.
+pub(crate) fn ranks(
+    devices: Vec<Arc<Device>>,
     half: DType,
-    kernel_cache: Option<&Path>,
 ) -> Result<Vec<(CudaBackend, Group<Buffer>)>, EngineError> {
-    let open = |&number| Device::shared(number, kernel_cache.map(Path::to_owned));
-    let devices: Vec<Arc<Device>> = numbers.iter().map(open).collect::<Result<_, _>>()?;
     let groups: Vec<Group<Buffer>> = if devices.len() == 1 {
         vec![None]
     } else {
@@ -154,6 +168,7 @@ impl NcclGroup {
         let Some(Communication(handle)) = &*handle else {
             return Err(CudaError::RankLeft);
         };
+        self.device.interrupt();
         let stream = self.device.stream();
         stream
             .context()

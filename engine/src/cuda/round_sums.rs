@@ -6,10 +6,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::device::{Device, LaunchShape};
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::Kernel;
 use super::memory::DeviceMemory;
+use super::recording::LaunchShape;
 use crate::row_selection::{Round, RoundId, Spread};
 
 /// Words of a row of means; mirrors `MeanRow` in selection.cu.
@@ -36,8 +37,6 @@ pub(super) struct RoundSums {
     pass: u64,
     /// Rows of means of the pass at hand.
     rows: usize,
-    /// Positions of the longest row.
-    longest: usize,
 }
 
 impl RoundSums {
@@ -48,14 +47,13 @@ impl RoundSums {
             of: HashMap::new(),
             pass: 0,
             rows: 0,
-            longest: 0,
         }
     }
 
     /// A new pass.
     pub(super) fn begin(&mut self) {
         self.pass += 1;
-        (self.rows, self.longest) = (0, 0);
+        self.rows = 0;
     }
 
     /// Describes the means of one span to the kernels, appending to `words`: `rows` gives their numbers among the mixed rows, each
@@ -100,7 +98,6 @@ impl RoundSums {
             words.extend(mean);
         }
         self.rows += rows.len();
-        self.longest = self.longest.max(length);
         Ok(())
     }
 
@@ -126,11 +123,7 @@ impl RoundSums {
         for (kernel, positions) in [(Kernel::ADD_TO_MEANS, 1024), (Kernel::SPREAD_MEANS, 256)] {
             let kernel = self.device.kernel(kernel, &[])?;
             let launch = LaunchShape {
-                grid: (
-                    (self.longest as u32).div_ceil(positions),
-                    self.rows as u32,
-                    1,
-                ),
+                grid: (row_stride.div_ceil(positions), self.rows as u32, 1),
                 threads: 256,
                 shared_bytes: 0,
             };

@@ -8,13 +8,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::attention::ScoreTarget;
-use super::device::{Device, LaunchShape};
+use super::bucket::bucket;
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::Kernel;
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
+use super::recording::LaunchShape;
 use super::round_sums::RoundSums;
-use super::selection::{RowSpec, Selector};
+use super::selection::{ROW_STEP, RowSpec, Selector};
 use crate::backend::Pass;
 use crate::row_selection::SelectedRows;
 
@@ -117,7 +119,8 @@ impl RowMixer {
         words.extend_from_slice(&means);
         self.first_term = words.len();
         words.extend_from_slice(&terms);
-        self.stride = longest.next_multiple_of(4);
+        self.stride = bucket(longest, ROW_STEP);
+        self.selector.describe(&self.specs)?;
         self.rows.grow(self.specs.len() * self.stride * 4)?;
         self.plan.grow(words.len() * 4)?;
         self.plan.write_pinned(0, &words, &mut self.upload)

@@ -2,12 +2,17 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::DeviceRepr;
+use bytemuck::{Pod, Zeroable};
 
-use super::device::{Device, LaunchShape};
+use super::bucket::bucket;
+use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::memory::DeviceMemory;
+use super::recording::LaunchShape;
+
+/// Rows' strides and words are multiples of so many entries, and of [`bucket`]s: few passes differ in them.
+pub(super) const ROW_STEP: usize = 256;
 
 /// Longest row that [`Selector::top_p`] takes.
 pub const MAX_ROW: usize = 32_768;
@@ -35,7 +40,7 @@ pub(super) fn variants() -> impl Iterator<Item = Variant> {
 
 /// Mirrors `TopPArgs` in selection.cu.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 struct TopPArgs {
     rows: u64,
     specs: u64,
@@ -44,10 +49,8 @@ struct TopPArgs {
     num_rows: u32,
     stride: u32,
     words: u32,
+    unused: u32,
 }
-
-// SAFETY: plain numbers in the kernel's layout.
-unsafe impl DeviceRepr for TopPArgs {}
 
 /// Selections of one device, with their memory.
 pub struct Selector {
@@ -111,7 +114,7 @@ impl Selector {
         );
         self.describe(specs)?;
         // Even, so that the host may take them for 64-bit words.
-        self.words = longest.div_ceil(64) * 2;
+        self.words = bucket(longest, ROW_STEP) / 32;
         self.selected.grow(specs.len() * self.words * 4)?;
         self.thresholds.grow(specs.len() * 4)?;
         let tiling = TILINGS.iter().find(|t| longest <= (t.0 * t.1) as usize);
@@ -127,6 +130,7 @@ impl Selector {
             num_rows: specs.len() as u32,
             stride: stride as u32,
             words: self.words as u32,
+            unused: 0,
         };
         // As many blocks as are resident at a time; each takes rows in turn.
         let resident = self.device.multiprocessors() * (1024 / threads);
@@ -143,8 +147,9 @@ impl Selector {
         }
     }
 
-    /// Tells the device of the rows, unless they are those it knows.
-    fn describe(&mut self, specs: &[RowSpec]) -> Result<(), CudaError> {
+    /// Tells the device of the rows, unless they are those it knows: [`Selector::top_p`] does it too, but within a pass it would
+    /// interrupt it.
+    pub(super) fn describe(&mut self, specs: &[RowSpec]) -> Result<(), CudaError> {
         if self.described == specs {
             return Ok(());
         }

@@ -1,5 +1,6 @@
 //! [`WeightMaker`]: what a checkpoint's tensors, or pseudo-random numbers, become on a device.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -7,6 +8,7 @@ use half::{bf16, f16};
 use super::device::Device;
 use super::elementwise::{RandomGrid, RowKernels};
 use super::memory::{DeviceMemory, Weight};
+use super::staging::Staging;
 use crate::backend::{Cut, DType, random_spread};
 use crate::checkpoint::Tensor;
 use crate::error::EngineError;
@@ -16,6 +18,7 @@ pub(super) struct WeightMaker<'a> {
     pub(super) device: &'a Arc<Device>,
     pub(super) half: DType,
     pub(super) rows: RowKernels<'a>,
+    pub(super) staging: &'a RefCell<Staging>,
 }
 
 impl WeightMaker<'_> {
@@ -32,8 +35,7 @@ impl WeightMaker<'_> {
         };
         if rows > 1 && tensor.dtype() == self.half {
             check_width(cols)?;
-            let memory = DeviceMemory::from_slice(self.device, bytes)?;
-            return Ok(Weight::new(memory, rows, cols));
+            return Ok(Weight::new(self.on_device(bytes)?, rows, cols));
         }
         let pairs = || {
             bytes
@@ -69,8 +71,15 @@ impl WeightMaker<'_> {
                 .map(|&x| bf16::from_f32(x).to_bits())
                 .collect(),
         };
-        let memory = DeviceMemory::from_slice(self.device, &bits)?;
+        let memory = self.on_device(bytemuck::cast_slice(&bits))?;
         Ok(Weight::new(memory, rows, cols))
+    }
+
+    fn on_device(&self, bytes: &[u8]) -> Result<DeviceMemory, EngineError> {
+        let mut memory = DeviceMemory::new(self.device);
+        memory.reserve(bytes.len())?;
+        self.staging.borrow_mut().copy(bytes, &mut memory)?;
+        Ok(memory)
     }
 
     /// The part `cut` of a weight of this shape: a matrix of pseudo-random numbers, or a row of ones.
