@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "bench/gpu/configs"
 PORT = 7471
 URL = f"http://127.0.0.1:{PORT}"
+# Tokens of the requests that process prompts beforehand: enough for drafts to have joined and processed them too.
+WARM_UP_TOKENS = 64
 # (name, biased tokens, temperature, tokens drafted)
 LOADS = [
     ("no draft", 1, 0.0, 0),
@@ -78,6 +80,7 @@ def parser():
     p.add_argument("--loads", nargs="+", choices=[load[0] for load in LOADS], help="some of the loads only")
     p.add_argument("--kv-mib", type=int, default=16384, help="KV memory of each verify worker")
     p.add_argument("--draft-kv-mib", type=int, default=8192, help="KV memory of each draft worker")
+    p.add_argument("--timeline", action="store_true", help="let workers log their forwards, for timeline.py")
     p.add_argument("--share-prefixes", action="store_true", help="process prompts before the clock starts")
     p.add_argument("--bandwidth", type=float, default=2.9, help="copy bandwidth of one GPU for the cost model, TB/s")
     p.add_argument("--mode", choices=["dense", "sparse", "exact"], default="dense", help="mode of the requests")
@@ -106,6 +109,8 @@ def start(args, verify, draft, work):
 
     worker("specattn-gateway", PORT, "--tokenizer", ROOT / "models/target")
     common = ["--gateway", URL] + ([] if args.share_prefixes else ["--no-prefix-sharing"])
+    if args.timeline:
+        common += ["--log-json", "--log-level", "info,specattn_worker::scheduler=trace"]
     for port, device in zip(verify_ports(len(verify)), verify):
         worker("specattn-verify", port, "--random-weights", CONFIGS / "llama-3-8b.json", "--device", device, "--kv-cache-mib", args.kv_mib,
               *common, *args.verify_flags)
@@ -148,7 +153,7 @@ def draft_ports(count):
 def measure(args, load, sessions, workers, ports):
     """Rates are those after each session's first token."""
     if args.share_prefixes:
-        every(sessions, lambda index: request(args, load, index, 1))
+        every(sessions, lambda index: request(args, load, index, WARM_UP_TOKENS))
     before = [work(side) for side in ports]
     start = time.monotonic()
     results = every(sessions, lambda index: request(args, load, index, args.tokens))

@@ -35,6 +35,7 @@ fn plan() -> Plan {
             batch_tokens: 512,
             prefill_share: 0.5,
             share_prefixes: true,
+            gather: false,
             forward_delay: Duration::ZERO,
         },
         draft_timeout: ms(100),

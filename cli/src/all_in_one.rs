@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, ValueEnum};
 use specattn_draft::LookaheadMode;
-use specattn_engine::DeviceChoice;
 use specattn_gateway::{AccessConfig, HttpArgs, LogConfig};
 use specattn_proto::Fault;
 use specattn_proto::v1;
@@ -94,6 +93,11 @@ impl Plan {
         })
     }
 
+    /// Whether a draft worker is part of it.
+    fn has_draft(&self) -> bool {
+        self.folders.draft.is_some() || self.models.random_draft_weights.is_some()
+    }
+
     /// A worker's checked arguments, as its own program would get them; `model` is a flag and its value.
     fn worker_args<A: CommandFactory + FromArgMatches>(
         &self,
@@ -132,6 +136,9 @@ impl Plan {
         flag("--listen", "127.0.0.1:0".to_owned());
         let drain_timeout = self.server.drain_timeout.as_millis();
         flag("--drain-timeout-ms", drain_timeout.to_string());
+        if service == Service::Verify && self.has_draft() && self.models.share_a_device() {
+            line.push("--draft-shares-device".into());
+        }
         if !self.share_prefixes {
             line.push("--no-prefix-sharing".into());
         }
@@ -289,12 +296,8 @@ impl AllInOne {
     ) -> Result<(), CliError> {
         let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
-        let on_cpu = |device: Option<DeviceChoice>| {
-            device.unwrap_or(DeviceChoice::Auto).decided() == DeviceChoice::Cpu
-        };
-        let (target, draft) = (plan.models.device.clone(), plan.models.draft_device());
-        if on_cpu(target) && on_cpu(draft) && config.drafting.lookahead == LookaheadMode::Auto {
-            // Both models have the same cores: whatever the draft does ahead, the target waits for.
+        if plan.models.share_a_device() && config.drafting.lookahead == LookaheadMode::Auto {
+            // Whatever the draft does ahead, the target waits for.
             config.drafting.lookahead = LookaheadMode::Off;
         }
         own.protect(&mut config.server);

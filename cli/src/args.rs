@@ -224,6 +224,13 @@ impl ModelArgs {
         let first = || self.device.as_ref().map(DeviceChoice::first);
         self.draft_device.clone().or_else(first)
     }
+
+    /// Whether both models compute on the same device, or on the host's cores.
+    pub fn share_a_device(&self) -> bool {
+        let decided = |device: Option<DeviceChoice>| device.unwrap_or(DeviceChoice::Auto).decided();
+        let target = decided(self.device.as_ref().map(DeviceChoice::first));
+        target == decided(self.draft_device())
+    }
 }
 
 /// `specattn serve`.

@@ -47,6 +47,11 @@ pub struct SpeculationArgs {
     #[arg(long, value_name = "MS", default_value_t = 100)]
     pub draft_timeout_ms: u64,
 
+    /// Drafts compute on this worker's own device: a batch then waits a little for sessions whose drafts are at work, instead of
+    /// keeping them from it
+    #[arg(long)]
+    pub draft_shares_device: bool,
+
     /// Calibrated layer map [default: alignment.json in the model folder, if there is one]
     #[arg(long, value_name = "FILE")]
     pub alignment: Option<PathBuf>,
@@ -85,8 +90,10 @@ impl Args {
     /// # Errors
     /// [`ServiceError::Argument`] names the one that is out of range.
     pub fn config(&self) -> Result<Config, ServiceError> {
+        let mut model = self.model.config()?;
+        model.limits.gather = self.speculation.draft_shares_device;
         Ok(Config {
-            model: self.model.config()?,
+            model,
             draft_timeout: Duration::from_millis(self.speculation.draft_timeout_ms),
             commit_interval: Duration::from_millis(self.sessions.commit_interval_ms),
             alignment: self.speculation.alignment.clone(),

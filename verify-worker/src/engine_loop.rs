@@ -10,7 +10,7 @@ use specattn_engine::StepOutput;
 use specattn_mask::LayerMap;
 use specattn_proto::{Capability, Fault, SessionId, limits};
 use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
-use specattn_worker::{Inbox, Received};
+use specattn_worker::{Inbox, Readiness, Received};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::draft_link::{LinkEvent, LinkId, NewLink, ProposalPart};
@@ -108,6 +108,10 @@ impl scheduler::Session for Session {
 
     fn plan(&mut self, now: Instant) -> Plan {
         self.plan(now)
+    }
+
+    fn readiness(&self, now: Instant) -> Readiness {
+        self.readiness(now)
     }
 
     fn work(&self) -> Work<'_> {

@@ -20,7 +20,7 @@ use specattn_engine::{CHUNK_TOKENS, EngineError, HeadLists, LogitRows};
 use specattn_mask::MaskPolicy;
 use specattn_proto::validate::CheckedCheckPolicy;
 use specattn_proto::{Capability, Fault, SessionId};
-use specattn_worker::Plan;
+use specattn_worker::{Plan, Readiness};
 use tracing::Span;
 
 use crate::draft_link::{DraftLink, LinkEvent};
@@ -289,11 +289,7 @@ impl Session {
             self.pass = Pass::Prefill;
             return Plan::Run;
         }
-        // The last token needs no draft: a round could add no more than a dense pass does. Behind a stop token nothing
-        // is worth a round before it stands.
-        let rests = self.link.as_ref().is_some_and(|link| link.trust.rests());
-        let worth = !rests && self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
-        if worth && self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped() {
+        if self.wants_round() {
             if let Some((draft, masked)) = self.next_round() {
                 self.begin(draft, masked);
                 return Plan::Run;
@@ -312,6 +308,24 @@ impl Session {
         }
         self.begin(Vec::new(), false);
         Plan::Run
+    }
+
+    /// Whether a round is worth having now.
+    fn wants_round(&self) -> bool {
+        let rests = self.link.as_ref().is_some_and(|link| link.trust.rests());
+        let pays = !rests && self.payoff.as_ref().is_none_or(Payoff::wants_drafts);
+        // The last token needs no draft: a round could add no more than a dense pass does. Behind a stop token nothing
+        // is worth a round before it stands.
+        pays && self.spec.limit - self.tokens.len() > 1 && !self.run.is_stopped()
+    }
+
+    /// Whether it has a round, waits for one, or goes on alone.
+    pub(crate) fn readiness(&self, now: Instant) -> Readiness {
+        match &self.link {
+            Some(link) if self.wants_round() && link.first().is_some() => Readiness::Ready,
+            Some(link) if self.wants_round() && link.trust.expects(now) => Readiness::Expected,
+            _ => Readiness::Alone,
+        }
     }
 
     /// Where the chunk of known tokens that is processed next ends; all of them end at `first`.

@@ -89,6 +89,12 @@ impl Trust {
         self.waiting_since = None;
     }
 
+    /// Whether the next proposal is worth waiting for, and may still come in time.
+    pub(crate) fn expects(&self, now: Instant) -> bool {
+        let in_time = |since: Instant| now < since + self.timeout;
+        self.proposed && self.solo_first == 0 && self.waiting_since.is_none_or(in_time)
+    }
+
     /// Until when to wait for a proposal; no longer than `most`, where that is known.
     pub(crate) fn patience(&mut self, now: Instant, most: Option<Duration>) -> Patience {
         if !self.proposed || self.solo_first > 0 {
@@ -118,7 +124,9 @@ mod tests {
         let mut trust = Trust::new(TIMEOUT);
         let now = Instant::now();
         assert_eq!(trust.patience(now, None), Patience::Unwarranted);
+        assert!(!trust.expects(now));
         trust.proposal_arrived();
+        assert!(trust.expects(now));
         assert_eq!(trust.patience(now, None), Patience::Until(now + TIMEOUT));
         // Asking again, or a stale proposal, does not lengthen the wait.
         trust.proposal_arrived();
@@ -141,6 +149,7 @@ mod tests {
             trust.proposal_arrived();
             assert_eq!(trust.patience(now, None), Patience::Until(now + TIMEOUT));
             now += TIMEOUT;
+            assert!(!trust.expects(now));
             assert_eq!(trust.patience(now, None), Patience::Over);
             trust.proposal_arrived();
             let mut alone = 0;

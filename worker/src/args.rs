@@ -269,6 +269,7 @@ impl ModelArgs {
                 batch_tokens: self.batch_tokens,
                 prefill_share: self.prefill_share,
                 share_prefixes: !self.no_prefix_sharing,
+                gather: false,
                 forward_delay: Duration::from_millis(self.inject_forward_delay_ms),
             },
         })

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod convert;
 pub mod engine_thread;
 mod error;
+pub mod gathering;
 pub mod host;
 pub mod inbox;
 mod load;
@@ -19,6 +20,7 @@ pub mod served_model;
 
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
+pub use gathering::Readiness;
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
 pub use scheduler::{Limits, Plan, Scheduler, Session, Work};

@@ -20,6 +20,7 @@ use specattn_engine::{
 use specattn_proto::Fault;
 
 use crate::clock;
+use crate::gathering::{Gathering, Readiness};
 use crate::load::LoadGauge;
 use crate::metrics::Forward;
 use crate::prefill_share::PrefillShare;
@@ -77,6 +78,11 @@ pub trait Session {
     fn plan(&mut self, now: Instant) -> Plan;
     /// The planned forward.
     fn work(&self) -> Work<'_>;
+    /// How it stands to a batch that may wait; asked of sessions that generate.
+    fn readiness(&self, _now: Instant) -> Readiness {
+        Readiness::Alone
+    }
+
     /// Takes the output of the planned forward. Says how the session ended, if it did.
     ///
     /// # Errors
@@ -93,6 +99,8 @@ pub struct Limits {
     pub prefill_share: f64,
     /// Whether sessions take over what others have processed of a common beginning.
     pub share_prefixes: bool,
+    /// Whether a batch waits for sessions whose drafts are at work: see [`crate::gathering`].
+    pub gather: bool,
     /// Added to every forward, for tests of slow models.
     pub forward_delay: Duration,
 }
@@ -130,6 +138,7 @@ pub struct Scheduler<S> {
     load: Arc<LoadGauge>,
     limits: Limits,
     share: PrefillShare,
+    gathering: Gathering,
     /// By age, the oldest first.
     slots: Vec<Slot<S>>,
     /// How many of them hold blocks.
@@ -154,6 +163,7 @@ impl<S: Session> Scheduler<S> {
             load,
             limits,
             share: PrefillShare::new(limits.prefill_share),
+            gathering: Gathering::default(),
             slots: Vec::new(),
             admitted: 0,
             decode_turn: 0,
@@ -226,11 +236,16 @@ impl<S: Session> Scheduler<S> {
         self.find_prefixes();
         let mut wake = None;
         if !self.share.allows() || self.next_prompt().is_none() {
-            let (batch, until) = self.plan_batch();
+            let (batch, until) = match self.hold() {
+                Some(until) => (Vec::new(), Some(until)),
+                None => self.plan_batch(),
+            };
             if !batch.is_empty() {
                 let start = clock::now();
                 let gone = self.run(&batch);
-                self.share.decoded(clock::now() - start);
+                let time = clock::now() - start;
+                self.share.decoded(time);
+                self.gathering.ran(time);
                 return Stepped::Ran(gone);
             }
             wake = until;
@@ -325,6 +340,18 @@ impl<S: Session> Scheduler<S> {
             .min_by_key(|&at| (at < turn, at))
     }
 
+    /// Until when the next batch waits for sessions to join it.
+    fn hold(&mut self) -> Option<Instant> {
+        if !self.limits.gather {
+            return None;
+        }
+        let now = clock::now();
+        let sessions = self.slots[..self.admitted].iter().map(|slot| &slot.session);
+        let generating = sessions.filter(|session| !session.is_prefilling());
+        let readiness = generating.map(|session| session.readiness(now));
+        self.gathering.until(now, readiness)
+    }
+
     /// Plans a batch of sessions that generate: their slots in ascending order; without any, when to look again.
     fn plan_batch(&mut self) -> (Vec<usize>, Option<Instant>) {
         let now = clock::now();
@@ -389,9 +416,12 @@ impl<S: Session> Scheduler<S> {
         if !self.limits.forward_delay.is_zero() {
             std::thread::sleep(self.limits.forward_delay);
         }
+        let (time, sessions) = (clock::now() - start, batch.len());
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        tracing::trace!(us, sessions, tokens, is_prompt, "forward");
         self.load.add_forward(&Forward {
-            time: clock::now() - start,
-            sessions: batch.len(),
+            time,
+            sessions,
             tokens,
             is_prompt,
         });

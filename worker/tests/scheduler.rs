@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, StepOutput};
 use specattn_proto::Fault;
-use specattn_worker::LoadGauge;
 use specattn_worker::scheduler::{Exit, Limits, Plan, Scheduler, Session, Stepped, Work};
+use specattn_worker::{LoadGauge, Readiness};
 
 /// Decodes greedily from a prompt.
 struct Greedy {
@@ -19,6 +19,7 @@ struct Greedy {
     limit: usize,
     cached: usize,
     input: Vec<u32>,
+    readiness: Readiness,
 }
 
 impl Greedy {
@@ -30,6 +31,7 @@ impl Greedy {
             limit: prompt.len() + more,
             cached: 0,
             input: Vec::new(),
+            readiness: Readiness::Alone,
         }
     }
 }
@@ -55,7 +57,13 @@ impl Session for Greedy {
     fn set_cached(&mut self, cached: usize) {
         self.cached = cached;
     }
+    fn readiness(&self, _now: Instant) -> Readiness {
+        self.readiness
+    }
     fn plan(&mut self, _now: Instant) -> Plan {
+        if self.readiness == Readiness::Expected {
+            return Plan::Wait(None);
+        }
         let mut end = self.tokens.len();
         if self.is_prefilling() {
             end = (end - 1).min((self.cached / CHUNK_TOKENS + 1) * CHUNK_TOKENS);
@@ -105,6 +113,7 @@ fn scheduler(kv_blocks: usize, batch_tokens: usize) -> (Scheduler<Greedy>, Arc<L
         batch_tokens,
         prefill_share: 0.5,
         share_prefixes: true,
+        gather: true,
         forward_delay: Duration::ZERO,
     };
     (Scheduler::new(model, Arc::clone(&load), limits), load)
@@ -135,6 +144,39 @@ fn run(scheduler: &mut Scheduler<Greedy>, sessions: Vec<Greedy>) -> Vec<Vec<u32>
         }
     }
     texts
+}
+
+#[test]
+fn a_ready_session_waits_for_one_that_is_expected_but_not_for_ever() {
+    let (mut scheduler, _) = scheduler(64, 64);
+    for (name, readiness) in [Readiness::Ready, Readiness::Expected]
+        .into_iter()
+        .enumerate()
+    {
+        let mut session = Greedy::new(name, &text(20, 1), 8);
+        session.readiness = readiness;
+        scheduler.open(session, 64).unwrap();
+    }
+    let (mut forwards, mut waits) = (0, 0);
+    let ended = loop {
+        match scheduler.step() {
+            Stepped::Ran(gone) if gone.is_empty() => forwards += 1,
+            Stepped::Ran(gone) => break gone,
+            Stepped::Idle(until) => {
+                // The expected one never comes: it is given up, not waited for without an end.
+                let until =
+                    until.expect("a ready session is never left without a time to look again");
+                std::thread::sleep(until.saturating_duration_since(Instant::now()));
+                waits += 1;
+            }
+        }
+    };
+    assert_eq!(ended[0].0.name, 0);
+    // The prompts, then eight tokens; all but the first, whose time nobody knows, were waited for.
+    assert!(
+        forwards >= 7 && waits >= 7,
+        "{forwards} forwards, {waits} waits"
+    );
 }
 
 /// Sessions of all lengths, some of which begin alike.

@@ -186,6 +186,7 @@ impl Args {
                 batch_tokens: 512,
                 prefill_share: 0.5,
                 share_prefixes: true,
+                gather: false,
                 forward_delay: Duration::ZERO,
             },
             draft_timeout: Duration::from_millis(100),

@@ -16,7 +16,7 @@ use super::pair::{Reference, decode};
 use super::timer::launched_us;
 
 /// Share of each GPU's memory that a model and its cache may take.
-const MEMORY: f32 = 0.6;
+const MEMORY: f32 = 0.85;
 /// Sums between two looks at the clock.
 const SUMS: usize = 64;
 
