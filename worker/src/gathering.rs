@@ -1,4 +1,4 @@
-//! [`Gathering`]: whether a batch waits for more sessions.
+//! `Gathering`: whether a batch waits for more sessions.
 //!
 //! Where drafts compute on the worker's own device, a forward for the few sessions whose rounds are there keeps that device from the
 //! drafts of all others, whose rounds then come late and few again: each takes a forward of its own, and a forward costs almost the same

@@ -20,6 +20,7 @@ use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
 use super::staging::Staging;
+use super::turnstile::UserId;
 use super::weights::WeightMaker;
 use crate::backend::{
     AttentionArgs, AttentionShape, Backend, Bias, Cut, DType, Epilogue, HandOut, KvShape, Linear,
@@ -36,6 +37,8 @@ const HEAD_DIMS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 256];
 pub struct CudaBackend {
     device: Arc<Device>,
     half: DType,
+    /// This model among those that share the device.
+    user: UserId,
     /// Keys per unit of decode attention, where it is not the shape's own.
     decode_chunk: Option<usize>,
     /// Whether products take the kernel for many rows, where it is not to be the faster one.
@@ -84,6 +87,7 @@ impl CudaBackend {
         Ok(Self {
             staging: RefCell::new(Staging::new(&device)),
             state: RefCell::new(state),
+            user: device.register(),
             decode_chunk: None,
             wide: Cell::new(None),
             device,
@@ -297,7 +301,7 @@ impl Backend for CudaBackend {
     type Turn = Turn;
 
     fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Turn {
-        let turn = self.device.turn();
+        let turn = self.device.turn(self.user);
         let chunk = self.chunk_for(shape);
         let mut state = self.state.borrow_mut();
         let State {
@@ -351,7 +355,7 @@ impl Backend for CudaBackend {
     }
 
     fn copy_blocks(&self, kv: &mut KvStore, copies: &[(u32, u32)]) -> Result<(), EngineError> {
-        let _turn = self.device.turn();
+        let _turn = self.device.turn(self.user);
         Ok(kv.copy_blocks(copies)?)
     }
 

@@ -16,6 +16,7 @@ use super::kernel_cache::{Kernel, KernelCache, Variant};
 use super::pinned::PinnedMemory;
 use super::recorder::Recorder;
 use super::recording::{Arguments, LaunchShape};
+use super::turnstile::{Turnstile, UserId};
 
 /// A GPU that is ready for use.
 pub struct Device {
@@ -41,43 +42,6 @@ impl std::fmt::Debug for Device {
         f.debug_struct("Device")
             .field("name", &self.name())
             .finish_non_exhaustive()
-    }
-}
-
-/// Lets one forward at a time use the device, in the order in which they came: a model that always has work would else keep
-/// the device from the one that it waits for.
-#[derive(Debug, Default)]
-pub(super) struct Turnstile {
-    tickets: Mutex<Tickets>,
-    freed: std::sync::Condvar,
-}
-
-/// Numbers drawn, and the one whose turn it is.
-#[derive(Debug, Default)]
-struct Tickets {
-    drawn: u64,
-    serving: u64,
-}
-
-impl Turnstile {
-    /// Waits until everybody who came before has left.
-    fn enter(&self) {
-        let mut tickets = self.tickets.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = tickets.drawn;
-        tickets.drawn += 1;
-        while tickets.serving != own {
-            tickets = self
-                .freed
-                .wait(tickets)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Lets the next one in.
-    fn leave(&self) {
-        let tickets = self.tickets.lock();
-        tickets.unwrap_or_else(PoisonError::into_inner).serving += 1;
-        self.freed.notify_all();
     }
 }
 
@@ -240,9 +204,14 @@ impl Device {
         self.cublas
     }
 
-    /// Waits until nobody else uses the device, in turn.
-    pub(super) fn turn(self: &Arc<Self>) -> Turn {
-        self.turn.enter();
+    /// A name for a model that will use the device.
+    pub(super) fn register(&self) -> UserId {
+        self.turn.register()
+    }
+
+    /// Waits until it is the turn of `user`.
+    pub(super) fn turn(self: &Arc<Self>, user: UserId) -> Turn {
+        self.turn.enter(user);
         Turn(Arc::clone(self))
     }
 
@@ -357,33 +326,5 @@ impl Drop for Device {
         let _ = self.context.bind_to_thread();
         // SAFETY: the handle is live and not used again. A failure at the end of the process helps nobody.
         let _ = unsafe { cudarc::cublas::result::destroy_handle(self.cublas) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn turns_are_taken_in_the_order_of_asking() {
-        let turnstile = Arc::new(Turnstile::default());
-        turnstile.enter();
-        let had_a_turn = Arc::new(Mutex::new(false));
-        let other = std::thread::spawn({
-            let (turnstile, had_a_turn) = (Arc::clone(&turnstile), Arc::clone(&had_a_turn));
-            move || {
-                turnstile.enter();
-                *had_a_turn.lock().unwrap() = true;
-                turnstile.leave();
-            }
-        });
-        while turnstile.tickets.lock().unwrap().drawn < 2 {
-            std::thread::yield_now();
-        }
-        turnstile.leave();
-        // Asked for at once, and yet behind the one that waits.
-        turnstile.enter();
-        assert!(*had_a_turn.lock().unwrap());
-        other.join().unwrap();
     }
 }

@@ -32,6 +32,7 @@ mod row_mixer;
 pub mod selection;
 mod staging;
 mod topology;
+mod turnstile;
 mod weights;
 
 pub use backend::CudaBackend;
