@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use specattn_engine::backend::{Backend, DType, Epilogue, Linear};
-use specattn_engine::cuda::{Buffer, CudaBackend, Weight};
+use specattn_engine::cuda::{Buffer, CudaBackend, ProductKernel, Weight};
 
 use super::numbers::{Numbers, relative_error, round};
 
@@ -139,12 +139,17 @@ pub fn check_shape(
         // The last row alone takes the kernel for few rows.
         let last = &x[(rows - 1) * inputs..];
         let (last, _, _) = normed(backend, last, &weight, dtype)?;
-        for (wide, bulk, slot) in [(false, false, 1), (true, false, 1), (false, true, 4)] {
+        for (kernel, bulk, slot) in [
+            (ProductKernel::FewRows, false, 1),
+            (ProductKernel::ManyRows, false, 1),
+            (ProductKernel::ManyRowsSplit, false, 1),
+            (ProductKernel::FewRows, true, 4),
+        ] {
             let linear =
                 |x: &Buffer, projections: &[&Linear<Weight>], epilogue, bulk, out: &mut Buffer| {
-                    backend.force_wide(Some(wide));
+                    backend.force_product_kernel(Some(kernel));
                     backend.linear(x, projections, epilogue, bulk, out);
-                    backend.force_wide(Some(false));
+                    backend.force_product_kernel(Some(ProductKernel::FewRows));
                 };
             linear(&a, &refs, Epilogue::Store, bulk, &mut out);
             backend.read(&out, &mut got)?;
@@ -195,7 +200,7 @@ pub fn check_shape(
             worst[slot] = worst[slot].max(relative_error(&got, &want));
         }
     }
-    backend.force_wide(None);
+    backend.force_product_kernel(None);
     let fine = alone && worst.iter().all(|&e| e < 1e-2);
     let cells: Vec<String> = worst.iter().map(|e| format!("{e:.1e}")).collect();
     println!(

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
-use specattn_engine::cuda::CudaBackend;
 use specattn_engine::cuda::selection::{RowSpec, Selector};
+use specattn_engine::cuda::{CudaBackend, ProductKernel};
 
 use super::attention_case::AttentionCase;
 use super::check_selection::attention_row;
@@ -227,7 +227,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
         "Products, Llama-3-8B shapes, in a graph. Floor: weights read once at the copy's rate.\n"
     );
     println!(
-        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | better ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     type Shape = (&'static str, usize, &'static [usize], Epilogue);
     let shapes: [Shape; 5] = [
@@ -272,18 +272,29 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
                     Ok(())
                 })
             };
-            backend.force_wide(Some(false));
-            let few = us(backend, false)?;
-            backend.force_wide(Some(true));
-            let many = us(backend, false)?;
+            let kernels = [
+                ProductKernel::FewRows,
+                ProductKernel::ManyRows,
+                ProductKernel::ManyRowsSplit,
+            ];
+            let of_kernel = |kernel| {
+                backend.force_product_kernel(Some(kernel));
+                us(backend, false)
+            };
+            let own = kernels.map(of_kernel);
+            backend.force_product_kernel(None);
+            let own: Vec<f64> = own.into_iter().collect::<Result<_>>()?;
+            let chosen = us(backend, false)?;
             // cuBLAS may need work space that capture refuses: a figure or none.
             let library = us(backend, true).map_or("-".to_owned(), |us| format!("{us:.1}"));
-            backend.force_wide(None);
             backend.finish()?;
             let floor = bytes as f64 / bandwidth * 1e6;
             println!(
-                "| {name} | {inputs} → {outputs:?} | {rows} | {floor:.1} | {few:.1} | {many:.1} | {:.2} | {library} |",
-                few.min(many) / floor
+                "| {name} | {inputs} → {outputs:?} | {rows} | {floor:.1} | {:.1} | {:.1} | {:.1} | {chosen:.1} | {:.2} | {library} |",
+                own[0],
+                own[1],
+                own[2],
+                chosen / floor
             );
         }
     }

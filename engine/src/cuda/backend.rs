@@ -14,7 +14,7 @@ use super::elementwise::{self, RandomGrid, RotateArgs as KernelRotateArgs, RowKe
 use super::error::CudaError;
 use super::hand_out::{HandOuts, Layer};
 use super::kv_store::KvStore;
-use super::linear::{self, Product, out_width};
+use super::linear::{self, Product, ProductKernel, out_width};
 use super::linear_wide;
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
@@ -41,8 +41,8 @@ pub struct CudaBackend {
     user: UserId,
     /// Keys per unit of decode attention, where it is not the shape's own.
     decode_chunk: Option<usize>,
-    /// Whether products take the kernel for many rows, where it is not to be the faster one.
-    wide: Cell<Option<bool>>,
+    /// Which kernel products take, where it is not to be the fastest one.
+    product_kernel: Cell<Option<ProductKernel>>,
     /// The way of weights, until all are there.
     staging: RefCell<Staging>,
     state: RefCell<State>,
@@ -89,7 +89,7 @@ impl CudaBackend {
             state: RefCell::new(state),
             user: device.register(),
             decode_chunk: None,
-            wide: Cell::new(None),
+            product_kernel: Cell::new(None),
             device,
             half,
         })
@@ -100,9 +100,9 @@ impl CudaBackend {
         self.decode_chunk = Some(keys.next_multiple_of(64));
     }
 
-    /// Lets all products take the kernel for many rows, or none; `None`: the faster one. For tuning and for checks.
-    pub fn force_wide(&self, wide: Option<bool>) {
-        self.wide.set(wide);
+    /// Lets all products take one kernel; `None`: the fastest for each. For tuning and for checks.
+    pub fn force_product_kernel(&self, kernel: Option<ProductKernel>) {
+        self.product_kernel.set(kernel);
     }
 
     fn chunk_for(&self, shape: &AttentionShape) -> usize {
@@ -205,7 +205,7 @@ impl CudaBackend {
             half_is_f16: self.half == DType::F16,
         };
         if !bulk {
-            return product.stream(&self.device, self.wide.get());
+            return product.stream(&self.device, self.product_kernel.get());
         }
         if epilogue != Epilogue::SwiGlu {
             return product.library(&self.device);

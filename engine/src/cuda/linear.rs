@@ -8,6 +8,7 @@ use cudarc::cublas::sys as cublas;
 use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
+use super::linear_wide as wide;
 use super::memory::Weight;
 use super::recording::LaunchShape;
 use crate::backend::{Epilogue, Linear};
@@ -63,6 +64,17 @@ fn options(half_is_f16: bool, epilogue: Epilogue, column_tiles: u32) -> [(&'stat
         ("STAGES", tiling.stages),
         ("EPILOGUE", epilogue_number(epilogue)),
     ]
+}
+
+/// The kernels that stream weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProductKernel {
+    /// For few rows.
+    FewRows,
+    /// For many rows and many outputs.
+    ManyRows,
+    /// For many rows and few outputs: groups of warps share the inputs.
+    ManyRowsSplit,
 }
 
 /// All epilogues.
@@ -136,16 +148,25 @@ impl Product<'_> {
         self.projections[0].weight.shape().1
     }
 
-    /// The kernels that stream weights: a row's bits depend on nothing but the row. `wide` says which, where it is not to be the
+    /// The kernels that stream weights: a row's bits depend on nothing but the row. `kernel` says which, where it is not to be the
     /// faster one.
-    pub(super) fn stream(&self, device: &Device, wide: Option<bool>) -> Result<(), CudaError> {
+    pub(super) fn stream(
+        &self,
+        device: &Device,
+        kernel: Option<ProductKernel>,
+    ) -> Result<(), CudaError> {
         if self.rows == 0 {
             return Ok(());
         }
-        if wide.unwrap_or_else(|| self.gains_by_wide(device)) {
-            self.wide(device)
-        } else {
-            self.narrow(device)
+        let tiling = match kernel {
+            None => self.wide_tiling(device),
+            Some(ProductKernel::FewRows) => None,
+            Some(ProductKernel::ManyRows) => Some(wide::Tiling::of(self.rows, false)),
+            Some(ProductKernel::ManyRowsSplit) => Some(wide::Tiling::of(self.rows, true)),
+        };
+        match tiling {
+            Some(tiling) => self.wide(device, tiling),
+            None => self.narrow(device),
         }
     }
 

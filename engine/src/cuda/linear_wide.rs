@@ -9,57 +9,89 @@ use super::linear::{EPILOGUES, Product, epilogue_number};
 use super::recording::LaunchShape;
 use crate::backend::Epilogue;
 
-/// Rows from which this kernel is the faster one, for products of many outputs.
+/// Rows from which this kernel is the faster one, where there are blocks enough.
 const WIDE_FROM: usize = 33;
+/// Fewest blocks for which it is.
+const BLOCKS_LEAST: u32 = 48;
 
-/// Warps of a block: those that share its rows, and those that share its outputs.
-const OUTPUT_WARPS: u32 = 4;
+/// Warps of a group that share its outputs.
 const ROW_WARPS: u32 = 2;
-/// Outputs of a block, of all matrices.
-const OUTPUTS: u32 = 32 * OUTPUT_WARPS;
 /// Eights of rows that a warp may take. With more, one block would fill a multiprocessor, and no other would work while its warps
 /// wait for each other.
 const COLUMN_TILES: [u32; 2] = [3, 4];
 /// Most rows of a block.
 const ROWS_MOST: u32 = ROW_WARPS * 8 * COLUMN_TILES[1];
-/// Shared memory of a block's ring: two blocks share a multiprocessor.
-const RING_BYTES: u32 = 100 << 10;
+/// Shared memory of a multiprocessor for rings.
+const RING_BYTES: u32 = 200 << 10;
 
-/// How a product is cut: eights of rows per warp.
+/// How a product is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Tiling(u32);
+pub(super) struct Tiling {
+    /// Eights of rows per warp.
+    column_tiles: u32,
+    /// Whether a block has few outputs, and groups of warps that share the inputs.
+    split: bool,
+}
 
 impl Tiling {
-    /// For so many rows, in groups of about the same size.
-    fn of(rows: u32) -> Self {
+    /// For so many rows, in row groups of about the same size.
+    pub(super) fn of(rows: usize, split: bool) -> Self {
+        let rows = rows as u32;
         let of_group = rows.div_ceil(rows.div_ceil(ROWS_MOST).max(1));
         let fits = |&tiles: &u32| of_group <= ROW_WARPS * 8 * tiles;
-        Self(
-            COLUMN_TILES
-                .into_iter()
-                .find(fits)
-                .unwrap_or(COLUMN_TILES[1]),
-        )
+        let column_tiles = COLUMN_TILES.into_iter().find(fits);
+        Self {
+            column_tiles: column_tiles.unwrap_or(COLUMN_TILES[1]),
+            split,
+        }
+    }
+
+    /// Thirty-twos of outputs per block.
+    fn output_warps(self) -> u32 {
+        if self.split { 2 } else { 4 }
+    }
+
+    /// Groups of warps.
+    fn groups(self) -> u32 {
+        if self.split { 4 } else { 1 }
     }
 
     /// Rows of a block.
     fn rows(self) -> u32 {
-        ROW_WARPS * 8 * self.0
+        ROW_WARPS * 8 * self.column_tiles
+    }
+
+    /// Outputs of a block, of all matrices.
+    fn outputs(self) -> u32 {
+        32 * self.output_warps()
+    }
+
+    /// Blocks of a product of so many rows and outputs.
+    fn blocks(self, rows: usize, outputs: usize) -> u32 {
+        (outputs as u32).div_ceil(self.outputs()) * (rows as u32).div_ceil(self.rows())
     }
 
     fn stage_bytes(self) -> u32 {
-        (OUTPUTS + self.rows()) * 128
+        (self.outputs() + self.rows()) * 128
     }
 
+    /// Stages of a group's ring: two blocks of one group share a multiprocessor, one of four has it alone.
     fn stages(self) -> u32 {
-        RING_BYTES / self.stage_bytes()
+        let rings = if self.split { 4 } else { 2 };
+        RING_BYTES / rings / self.stage_bytes()
     }
 
-    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 5] {
+    /// Shared memory of a block.
+    fn shared_bytes(self) -> u32 {
+        self.groups() * self.stages() * self.stage_bytes()
+    }
+
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 6] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
-            ("COLUMN_TILES", self.0),
-            ("OUTPUT_WARPS", OUTPUT_WARPS),
+            ("COLUMN_TILES", self.column_tiles),
+            ("OUTPUT_WARPS", self.output_warps()),
+            ("GROUPS", self.groups()),
             ("STAGES", self.stages()),
             ("EPILOGUE", epilogue_number(epilogue)),
         ]
@@ -68,38 +100,51 @@ impl Tiling {
 
 /// Everything that [`Product::wide`] may launch.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    COLUMN_TILES.into_iter().flat_map(move |column_tiles| {
+    let tilings = COLUMN_TILES.into_iter().flat_map(|column_tiles| {
+        [false, true].map(|split| Tiling {
+            column_tiles,
+            split,
+        })
+    });
+    tilings.flat_map(move |tiling| {
         EPILOGUES.map(|epilogue| Variant {
             kernel: Kernel::LINEAR_WIDE,
-            options: Tiling(column_tiles).options(half_is_f16, epilogue).to_vec(),
+            options: tiling.options(half_is_f16, epilogue).to_vec(),
         })
     })
 }
 
 impl Product<'_> {
-    /// Whether this kernel is the faster one. It needs blocks enough for all multiprocessors: with fewer outputs the kernel for few
-    /// rows, which has finer blocks, is faster for any number of rows.
-    pub(super) fn gains_by_wide(&self, device: &Device) -> bool {
+    /// How this kernel is to cut the product; `None` where the one for few rows is faster.
+    pub(super) fn wide_tiling(&self, device: &Device) -> Option<Tiling> {
         if self.rows < WIDE_FROM {
-            return false;
+            return None;
         }
-        let outputs: usize = self.projections.iter().map(|p| p.weight.shape().0).sum();
-        let groups = (self.rows as u32).div_ceil(Tiling::of(self.rows as u32).rows());
-        outputs as u32 / OUTPUTS * groups >= device.multiprocessors()
+        let outputs = self.projections.iter().map(|p| p.weight.shape().0).sum();
+        let blocks = |split| Tiling::of(self.rows, split).blocks(self.rows, outputs);
+        // Whole blocks where they keep all multiprocessors busy; finer ones where those are not too few.
+        if blocks(false) * 2 >= device.multiprocessors() * 3 {
+            Some(Tiling::of(self.rows, false))
+        } else {
+            (blocks(true) >= BLOCKS_LEAST).then(|| Tiling::of(self.rows, true))
+        }
     }
 
     /// Weights come from memory once for all rows, x once per block of outputs.
-    pub(super) fn wide(&self, device: &Device) -> Result<(), CudaError> {
-        let tiling = Tiling::of(self.rows as u32);
+    pub(super) fn wide(&self, device: &Device, tiling: Tiling) -> Result<(), CudaError> {
         let gated = self.epilogue == Epilogue::SwiGlu;
-        let own_outputs = if gated { OUTPUTS / 2 } else { OUTPUTS };
+        let own_outputs = if gated {
+            tiling.outputs() / 2
+        } else {
+            tiling.outputs()
+        };
         let (args, tiles) = self.arguments(own_outputs as usize, 1);
         let options = tiling.options(self.half_is_f16, self.epilogue);
         let kernel = device.kernel(Kernel::LINEAR_WIDE, &options)?;
         let launch = LaunchShape {
             grid: ((self.rows as u32).div_ceil(tiling.rows()), tiles, 1),
-            threads: 32 * OUTPUT_WARPS * ROW_WARPS,
-            shared_bytes: tiling.stages() * tiling.stage_bytes(),
+            threads: 32 * ROW_WARPS * tiling.output_warps() * tiling.groups(),
+            shared_bytes: tiling.shared_bytes(),
         };
         // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
         unsafe {
@@ -115,20 +160,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_has_room_for_its_ring_and_its_results() {
-        for column_tiles in COLUMN_TILES {
-            let tiling = Tiling(column_tiles);
-            assert!(tiling.stages() >= 3, "{tiling:?}");
-            let results = tiling.rows() * (OUTPUTS + 4) * 4;
-            assert!(results <= tiling.stages() * tiling.stage_bytes());
+    fn a_block_has_room_for_its_rings_and_its_results() {
+        for rows in [48, 64] {
+            for split in [false, true] {
+                let tiling = Tiling::of(rows, split);
+                assert!(tiling.stages() >= 3, "{tiling:?}");
+                let parts = if split { 8 } else { 1 };
+                let results = parts * tiling.rows() * (tiling.outputs() + 4) * 4;
+                assert!(results <= tiling.shared_bytes(), "{tiling:?}");
+            }
         }
     }
 
     #[test]
-    fn groups_of_rows_are_alike() {
-        let rows = |rows| Tiling::of(rows).rows();
+    fn row_groups_are_alike() {
+        let rows = |rows| Tiling::of(rows, false).rows();
         assert_eq!([1, 40, 48, 49, 64].map(rows), [48, 48, 48, 64, 64]);
-        // Two groups of 48, three of 54.
+        // Two of 48, three of 54.
         assert_eq!([96, 160].map(rows), [48, 64]);
+        assert_eq!(Tiling::of(160, true).blocks(160, 4096), 3 * 64);
     }
 }

@@ -40,6 +40,7 @@ pub use device::{Device, Turn, device_count};
 pub use error::CudaError;
 pub use graph_cache::GraphCounts;
 pub use kv_store::KvStore;
+pub use linear::ProductKernel;
 pub use memory::{Buffer, DeviceMemory, Weight};
 pub use nccl::{NcclGroup, keep_multicast_off};
 pub(crate) use nccl::{open, ranks};

@@ -1,19 +1,24 @@
 // Products of many rows with streamed weights: y = x · Wᵀ for up to ROWS rows of x a block, to the last bit what linear.cu gives.
 //
 // There, eight warps split an output's inputs between them, each holds its own sum, and x is loaded anew for every 16 or 32 outputs;
-// beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs and copies weights and x into one
-// ring that its warps share; a warp walks through the eight splits one after another and adds their sums in the same
-// order. Instructions, and which inputs each of them takes, are linear.cu's too, so the bits are.
+// beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs, and warps share rings of weights
+// and x. One group of warps walks through the eight splits one after another and adds their sums in the same order. Products
+// of few outputs would leave multiprocessors idle that way: they get blocks of fewer outputs, and four groups with two splits and a
+// ring each, whose sums meet at the end. Instructions, and which inputs each of them takes, are linear.cu's too, so the bits are.
 //
 // Blocks of the same outputs are neighbours: their weights come from memory once.
 //
-// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each); STAGES; EPILOGUE.
+// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each) and GROUPS, 4 and 1 or 2 and 4; STAGES of a
+// group's ring; EPILOGUE.
 
 #ifndef COLUMN_TILES
 #define COLUMN_TILES 4
 #endif
 #ifndef OUTPUT_WARPS
 #define OUTPUT_WARPS 4
+#endif
+#ifndef GROUPS
+#define GROUPS 1
 #endif
 #ifndef STAGES
 #define STAGES 4
@@ -26,7 +31,11 @@
 #define SPLITS 8
 #define TILE_INPUTS 64
 #define ROW_WARPS 2
-#define WARPS (OUTPUT_WARPS * ROW_WARPS)
+#define OWN_SPLITS (SPLITS / GROUPS)
+#define GROUP_THREADS (OUTPUT_WARPS * ROW_WARPS * 32)
+#define THREADS (GROUPS * GROUP_THREADS)
+// Sums that a warp keeps apart: those of its group's splits, or one and what has come together.
+#define KEPT 2
 #define BLOCK_OUTPUTS (OUTPUT_WARPS * 32)
 #define ROWS (ROW_WARPS * COLUMN_TILES * 8)
 // 128 bytes of inputs of each output and row.
@@ -64,9 +73,16 @@ struct Step {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, COLUMN_TILES <= 4 ? 2 : 1) linear_wide(const LinearArgs a) {
+// Waits for the threads of a group.
+__device__ __forceinline__ void sync_group(u32 group) {
+    if (GROUPS == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
+    const u32 warp = thread / 32, lane = threadIdx.x % 32;
     const u32 output_warp = warp % OUTPUT_WARPS, row_warp = warp / OUTPUT_WARPS;
     // Row groups first, so that those of the same outputs run side by side.
     const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y;
@@ -78,11 +94,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, COLUMN_TILES <= 4 ? 2 :
     const u32 first_out = (tile - p.first_tile) * OWN_OUTPUTS;
 
     const u32 input_tiles = (a.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
-    const u32 ring = shared_address(shared);
+    const u32 first_split = group * OWN_SPLITS;
+    // Tiles of the group's splits: split k has tile k and every eighth after it.
+    u32 own_tiles = 0;
+#pragma unroll
+    for (u32 k = first_split; k < first_split + OWN_SPLITS; ++k) own_tiles += input_tiles > k ? (input_tiles - k + SPLITS - 1) / SPLITS : 0;
+    const u8* const ring_bytes = shared + group * (STAGES * STAGE_BYTES);
+    const u32 ring = shared_address(ring_bytes);
     auto fetch_weights = [&](const Step& step) {
         const u32 to = ring + step.number % STAGES * STAGE_BYTES, first = step.tile * TILE_INPUTS;
 #pragma unroll
-        for (u32 i = threadIdx.x; i < BLOCK_OUTPUTS * 8; i += WARPS * 32) {
+        for (u32 i = thread; i < BLOCK_OUTPUTS * 8; i += GROUP_THREADS) {
             const u32 row = i / 8, part = i % 8, input = first + part * 8;
             const u32 out = first_out + (EPILOGUE == 2 ? row % OWN_OUTPUTS : row);
             const half_bits* const weight = EPILOGUE == 2 && row >= OWN_OUTPUTS ? a.projections[1].weight : p.weight;
@@ -93,52 +115,50 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, COLUMN_TILES <= 4 ? 2 :
     auto fetch_x = [&](const Step& step) {
         const u32 to = ring + step.number % STAGES * STAGE_BYTES + BLOCK_OUTPUTS * 128, first = step.tile * TILE_INPUTS;
 #pragma unroll
-        for (u32 i = threadIdx.x; i < ROWS * 8; i += WARPS * 32) {
+        for (u32 i = thread; i < ROWS * 8; i += GROUP_THREADS) {
             const u32 row = i / 8, part = i % 8, input = first + part * 8;
             const bool valid = row < rows && input < a.inputs;
             copy_async(to + place(row, part), x + (valid ? u64(row) * a.inputs + input : 0), valid);
         }
     };
     // Weights stand still; x is what the kernel before writes.
-    Step ahead = {0, 0, 0};
-    for (; ahead.number < min(STAGES - 1, input_tiles); ahead.advance(input_tiles)) fetch_weights(ahead);
+    Step ahead = {0, first_split, first_split};
+    for (; ahead.number < min(STAGES - 1, own_tiles); ahead.advance(input_tiles)) fetch_weights(ahead);
     wait_for_previous();
-    ahead = {0, 0, 0};
+    ahead = {0, first_split, first_split};
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        if (ahead.number < input_tiles) {
+        if (ahead.number < own_tiles) {
             fetch_x(ahead);
             ahead.advance(input_tiles);
         }
         copy_commit();
     }
 
-    float sums[2][COLUMN_TILES][4], totals[2][COLUMN_TILES][4];
-    auto clear = [](float (&v)[2][COLUMN_TILES][4]) {
+    float sums[KEPT][2][COLUMN_TILES][4];
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k)
 #pragma unroll
         for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int c = 0; c < COLUMN_TILES; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) v[o][c][i] = 0.0f;
-    };
-    clear(sums);
-    clear(totals);
+                for (int i = 0; i < 4; ++i) sums[k][o][c][i] = 0.0f;
     const u32 row = lane / 4;
     u32 s = 0;
-    for (u32 split = 0; split < SPLITS; ++split) {
+    auto add_split = [&](float (&sum)[2][COLUMN_TILES][4], u32 split) {
         const u32 tiles = input_tiles > split ? (input_tiles - split + SPLITS - 1) / SPLITS : 0;
         for (u32 t = 0; t < tiles; ++t, ++s) {
             copy_wait<STAGES - 2>();
             // All of the stage has come, and nobody reads the one that is filled next.
-            __syncthreads();
-            if (ahead.number < input_tiles) {
+            sync_group(group);
+            if (ahead.number < own_tiles) {
                 fetch_weights(ahead);
                 fetch_x(ahead);
                 ahead.advance(input_tiles);
             }
             copy_commit();
-            const u8* const stage = shared + s % STAGES * STAGE_BYTES;
+            const u8* const stage = ring_bytes + s % STAGES * STAGE_BYTES;
             const u8* const weights = stage + output_warp * 32 * 128;
             const u8* const columns = stage + (BLOCK_OUTPUTS + row_warp * COLUMN_TILES * 8) * 128;
 #pragma unroll
@@ -154,50 +174,71 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, COLUMN_TILES <= 4 ? 2 :
                     const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
                     for (int c = 0; c < COLUMN_TILES; ++c) {
-                        mma(sums[o][c], first, v[c].x, v[c].y);
-                        mma(sums[o][c], second, v[c].z, v[c].w);
+                        mma(sum[o][c], first, v[c].x, v[c].y);
+                        mma(sum[o][c], second, v[c].z, v[c].w);
                     }
                 }
             }
         }
+    };
+    if (GROUPS == 1) {
+        for (u32 split = 0; split < SPLITS; ++split) {
+            add_split(sums[0], split);
 #pragma unroll
-        for (int o = 0; o < 2; ++o)
+            for (int o = 0; o < 2; ++o)
 #pragma unroll
-            for (int c = 0; c < COLUMN_TILES; ++c)
+                for (int c = 0; c < COLUMN_TILES; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) totals[o][c][i] += sums[o][c][i];
-        clear(sums);
+                    for (int i = 0; i < 4; ++i) {
+                        sums[1][o][c][i] += sums[0][o][c][i];
+                        sums[0][o][c][i] = 0.0f;
+                    }
+        }
+    } else {
+        add_split(sums[0], first_split);
+        add_split(sums[1], first_split + 1);
     }
     copy_wait<0>();
     let_next_start();
     __syncthreads();
 
-    // [rows][outputs], padded against bank conflicts; gate and up outputs meet here.
+    // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too.
     float* const block = (float*)shared;
     const u32 pitch = BLOCK_OUTPUTS + 4;
 #pragma unroll
-    for (int o = 0; o < 2; ++o)
+    for (int k = GROUPS == 1 ? 1 : 0; k < KEPT; ++k) {
+        const u32 part = GROUPS == 1 ? 0 : first_split + k;
 #pragma unroll
-        for (int c = 0; c < COLUMN_TILES; ++c)
+        for (int o = 0; o < 2; ++o)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                block[((row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8] =
-                    totals[o][c][i];
+            for (int c = 0; c < COLUMN_TILES; ++c)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    block[(part * ROWS + (row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8] =
+                        sums[k][o][c][i];
+    }
     __syncthreads();
+    auto total = [&](u32 column, u32 o) {
+        if (GROUPS == 1) return block[column * pitch + o];
+        float y = 0.0f;
+#pragma unroll
+        for (int k = 0; k < SPLITS; ++k) y += block[(k * ROWS + column) * pitch + o];
+        return y;
+    };
     u32 before = 0;
     if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
     if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
-    for (u32 i = threadIdx.x; i < ROWS * OWN_OUTPUTS; i += WARPS * 32) {
+    for (u32 i = threadIdx.x; i < ROWS * OWN_OUTPUTS; i += THREADS) {
         const u32 o = i % OWN_OUTPUTS, column = i / OWN_OUTPUTS, out = first_out + o;
         if (column >= rows || out >= p.outputs) continue;
         const u64 at = u64(first_row + column) * a.out_stride + before + out;
         if (EPILOGUE == 2) {
-            float gate = block[column * pitch + o], up = block[column * pitch + OWN_OUTPUTS + o];
+            float gate = total(column, o), up = total(column, OWN_OUTPUTS + o);
             if (a.projections[0].bias) gate += a.projections[0].bias[out];
             if (a.projections[1].bias) up += a.projections[1].bias[out];
             ((half_bits*)a.out)[at] = to_half(gate / (1.0f + __expf(-gate)) * up);
         } else {
-            float y = block[column * pitch + o];
+            float y = total(column, o);
             if (p.bias) y += p.bias[out];
             float* const to = (float*)a.out + at;
             *to = EPILOGUE == 1 ? *to + y : y;
