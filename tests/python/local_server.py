@@ -1,9 +1,15 @@
 """`specattn serve` for a test or a benchmark: started on a free port, and its URL once it is ready."""
 
+import pathlib
 import subprocess
 import threading
 
 START_TIMEOUT_S = 300
+# The bundled models have none.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'].strip() }}\n{% endfor %}"
+    "{% if add_generation_prompt %}She answered:{% endif %}"
+)
 
 
 def serve(binary, *arguments, timeout=START_TIMEOUT_S):
@@ -21,3 +27,10 @@ def serve(binary, *arguments, timeout=START_TIMEOUT_S):
         process.kill()
         raise RuntimeError(f"specattn serve did not start (limit {timeout} s): it printed {printed!r}")
     return process, printed
+
+
+def serve_chat(binary, model, folder):
+    """`specattn serve` of the bundled models under a name, with a chat template, which is written into `folder`."""
+    template = pathlib.Path(folder) / "template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return serve(binary, "--served-model-name", model, "--chat-template", template)

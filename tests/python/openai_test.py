@@ -20,7 +20,7 @@ import unittest
 import urllib.error
 import urllib.request
 
-from local_server import serve
+from local_server import serve_chat
 
 try:
     import grpc
@@ -33,22 +33,10 @@ except ImportError as missing:
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROMPT = "It was a bright cold day in April"
 MODEL = "bundled/target"
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'].strip() }}\n{% endfor %}"
-    "{% if add_generation_prompt %}She answered:{% endif %}"
-)
 # Nothing that depends on when a draft arrives: sampled text is then fixed by the seed.
 ALONE = {"specattn": {"mode": "dense", "draft_length": 0}}
 
 binary = address = client = generation = stub = None
-
-
-def serve_model(folder):
-    """A server of the bundled models with a chat template: the process and its address."""
-    template = pathlib.Path(folder) / "template.jinja"
-    template.write_text(TEMPLATE, encoding="utf-8")
-    process, url = serve(binary, "--served-model-name", MODEL, "--chat-template", template)
-    return process, url.removeprefix("http://")
 
 
 def grpc_text(text=None, **fields):
@@ -96,6 +84,15 @@ class Completions(unittest.TestCase):
         self.assertEqual("".join(c.choices[0].text for c in chunks if c.choices), whole.choices[0].text)
         self.assertEqual(chunks[-2].choices[0].finish_reason, "length")
         self.assertEqual(chunks[-1].usage.completion_tokens, 24)
+
+    def test_a_stream_may_tell_its_usage_in_every_chunk(self):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        chunks = list(self.complete(n=2, temperature=0.8, stream=True, stream_options=options))
+        told = [chunk.usage.completion_tokens for chunk in chunks]
+        self.assertEqual((told, told[-1]), (sorted(told), 48))
+        self.assertEqual(chunks[-2].usage.total_tokens, chunks[-1].usage.total_tokens)
+        # A chunk's tokens are counted with it.
+        self.assertGreater(told[0], 0)
 
     def test_stop_strings_end_before_themselves(self):
         text = self.complete().choices[0].text
@@ -185,6 +182,7 @@ class Errors(unittest.TestCase):
         self.refused(openai.BadRequestError, max_tokens=0)
         self.refused(openai.BadRequestError, prompt=[0] * 9000)
         self.refused(openai.BadRequestError, extra_body={"specattn": {"mode": "magic"}})
+        self.assertEqual(self.refused(openai.BadRequestError, extra_body={"min_tokens": 3}).param, "min_tokens")
 
     def test_unknown_models_and_paths(self):
         self.assertEqual(self.refused(openai.NotFoundError, model="gpt-4").code, "model_not_found")
@@ -233,7 +231,8 @@ def main():
         sys.path.insert(0, folder)
         generation = importlib.import_module("specattn.v1.generation_pb2")
         generation_common = importlib.import_module("specattn.v1.common_pb2")
-        process, address = serve_model(folder)
+        process, url = serve_chat(binary, MODEL, folder)
+        address = url.removeprefix("http://")
         try:
             client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=120)
             channel = grpc.insecure_channel(address)

@@ -14,6 +14,12 @@ fn the_openai_package() {
     run_script("openai_test.py", &["openai", "grpc", "grpc_tools"]);
 }
 
+/// A load generator that speaks OpenAI's API.
+#[test]
+fn the_load_tool() {
+    run_script("load_tool_test.py", &["aiperf"]);
+}
+
 /// The console's page, in a real browser.
 #[test]
 fn the_console_in_chromium() {

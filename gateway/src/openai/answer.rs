@@ -10,7 +10,7 @@ use specattn_proto::v1::{Delta, FinishReason, Finished, SessionStats, Started};
 use tokio_stream::StreamExt;
 
 use super::error::ApiError;
-use super::request::Generation;
+use super::request::{Generation, StreamUsage};
 use super::{logprobs, now};
 use crate::listener::ClientStream;
 use crate::tokenizer::Tokenizer;
@@ -29,7 +29,7 @@ pub(super) struct Wording {
     model: String,
     created: u64,
     logprobs: bool,
-    pub(super) include_usage: bool,
+    pub(super) stream_usage: StreamUsage,
     choices_per_prompt: usize,
 }
 
@@ -48,7 +48,7 @@ impl Wording {
             model,
             created: now(),
             logprobs: generation.logprobs,
-            include_usage: generation.include_usage,
+            stream_usage: generation.stream_usage,
             choices_per_prompt: generation.choices_per_prompt,
         }
     }
@@ -128,12 +128,31 @@ impl Wording {
         }
     }
 
-    /// The usage of an answer whose choices ended so; a prompt counts once however many choices it has.
+    /// What has been used while choices are on their way, each having come so far.
+    pub(super) fn usage_so_far<'a>(
+        &self,
+        choices: impl Iterator<Item = (&'a Started, u64)> + Clone,
+    ) -> Value {
+        let prompt_tokens = self.prompt_tokens(choices.clone().map(|(started, _)| started));
+        let completion_tokens: u64 = choices.map(|(_, tokens)| tokens).sum();
+        json!({
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        })
+    }
+
+    /// Tokens of the prompts of all choices; a prompt counts once however many choices it has.
+    fn prompt_tokens<'a>(&self, choices: impl Iterator<Item = &'a Started>) -> u64 {
+        choices
+            .step_by(self.choices_per_prompt)
+            .map(|started| u64::from(started.prompt_tokens))
+            .sum()
+    }
+
+    /// The usage of an answer whose choices ended so.
     pub(super) fn usage(&self, ends: &[(Started, Finished)]) -> Value {
-        let prompts = ends.iter().step_by(self.choices_per_prompt);
-        let prompt_tokens: u64 = prompts
-            .map(|(started, _)| u64::from(started.prompt_tokens))
-            .sum();
+        let prompt_tokens = self.prompt_tokens(ends.iter().map(|(started, _)| started));
         let mut total = SessionStats::default();
         let (mut ttft, mut elapsed) = (0.0_f64, 0.0_f64);
         for (_, finished) in ends {

@@ -36,6 +36,7 @@ pub(super) struct Common {
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
     ignore_eos: Option<bool>,
+    min_tokens: Option<u32>,
     stop_token_ids: Option<Vec<u32>>,
     specattn: Option<Extension>,
 }
@@ -44,6 +45,19 @@ pub(super) struct Common {
 #[serde(default)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    // As vLLM has it: nothing without `include_usage`.
+    continuous_usage_stats: Option<bool>,
+}
+
+/// Which chunks of a stream tell the usage so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StreamUsage {
+    /// None of them.
+    Untold,
+    /// One more after all others.
+    Last,
+    /// That one, and each before it: a chunk may hold several tokens, and only the server knows how many.
+    Every,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,8 +119,7 @@ pub(super) struct Generation {
     request: v1::GenerateRequest,
     pub(super) choices_per_prompt: usize,
     pub(super) stream: bool,
-    /// A stream ends with a chunk of usage.
-    pub(super) include_usage: bool,
+    pub(super) stream_usage: StreamUsage,
     /// The prompt's text comes back before the completion's.
     pub(super) echo: bool,
     pub(super) logprobs: bool,
@@ -186,12 +199,52 @@ fn refuse(param: &'static str, value: Option<&Value>) -> Result<(), ApiError> {
     }
 }
 
+impl StreamOptions {
+    fn usage(&self) -> StreamUsage {
+        match (self.include_usage, self.continuous_usage_stats) {
+            (Some(true), Some(true)) => StreamUsage::Every,
+            (Some(true), _) => StreamUsage::Last,
+            _ => StreamUsage::Untold,
+        }
+    }
+}
+
 impl Common {
+    /// Whether the model's own end of text is passed over. `min_tokens` can be kept in that way alone: it is taken where it
+    /// says no more than that, as load generators have it, and refused where it would have to hold an end back for a while.
+    fn ends_at_its_length_only(&self, default_tokens: Option<u32>) -> Result<bool, ApiError> {
+        let ignore_eos = self.ignore_eos.unwrap_or(false);
+        let min = self.min_tokens.unwrap_or(0);
+        if min == 0 {
+            return Ok(ignore_eos);
+        }
+        let max = self.max_tokens.or(default_tokens);
+        if max.is_some_and(|max| min > max) {
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!("min_tokens is {min}, more than max_tokens"),
+            ));
+        }
+        let stops = self.stop.is_some()
+            || self
+                .stop_token_ids
+                .as_ref()
+                .is_some_and(|ids| !ids.is_empty());
+        if stops || !(ignore_eos || max == Some(min)) {
+            return Err(ApiError::invalid(
+                "min_tokens",
+                "min_tokens is supported without stops, and with ignore_eos or the same max_tokens",
+            ));
+        }
+        Ok(true)
+    }
+
     fn generation(
         self,
         default_tokens: Option<u32>,
         logprobs: Option<u32>,
     ) -> Result<Generation, ApiError> {
+        let ignore_eos = self.ends_at_its_length_only(default_tokens)?;
         let mut logit_bias = BTreeMap::new();
         for (token, bias) in self.logit_bias.unwrap_or_default() {
             let id = token.parse().map_err(|_| {
@@ -221,7 +274,7 @@ impl Common {
             limits: Some(v1::Limits {
                 max_tokens: self.max_tokens.or(default_tokens),
                 stop_token_ids: self.stop_token_ids.unwrap_or_default(),
-                ignore_eos: self.ignore_eos.unwrap_or(false),
+                ignore_eos,
             }),
             mode: match extension.mode {
                 Some(Mode::Dense) => v1::Mode::Dense,
@@ -254,11 +307,7 @@ impl Common {
             request,
             choices_per_prompt: self.n.unwrap_or(1),
             stream: self.stream.unwrap_or(false),
-            include_usage: self
-                .stream_options
-                .unwrap_or_default()
-                .include_usage
-                .unwrap_or(false),
+            stream_usage: self.stream_options.unwrap_or_default().usage(),
             echo: false,
             logprobs: logprobs.is_some(),
         })
@@ -314,12 +363,13 @@ mod tests {
             "prompt": [[1, 2], [3]], "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "n": 2, "stop": ["a", "b"],
             "seed": 7, "presence_penalty": 1, "frequency_penalty": -1, "logit_bias": {"5": -100}, "logprobs": 3,
             "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": true, "stop_token_ids": [9], "stream": true,
-            "stream_options": {"include_usage": true}, "user": "someone",
+            "stream_options": {"include_usage": true, "continuous_usage_stats": null}, "user": "someone",
             "specattn": {"mode": "sparse", "mask_p": 0.9, "draft_length": 2, "max_kl": 0.1, "deadline_ms": 5},
         }))
         .unwrap();
         assert_eq!((prompts.len(), generation.choices_per_prompt), (2, 2));
-        assert!(generation.stream && generation.include_usage && generation.logprobs);
+        assert!(generation.stream && generation.logprobs);
+        assert_eq!(generation.stream_usage, StreamUsage::Last);
         let request = generation.request(&prompts[1], 1);
         let sampling = request.sampling.clone().unwrap();
         assert_eq!(
@@ -339,6 +389,46 @@ mod tests {
         assert_eq!(request.check.unwrap().max_kl, Some(0.1));
         assert_eq!(request.limits.unwrap().stop_token_ids, [9]);
         assert_eq!(request.stop, ["a", "b"]);
+    }
+
+    #[test]
+    fn min_tokens_is_kept_or_refused() {
+        for fields in [
+            json!({"min_tokens": 9, "max_tokens": 9}),
+            json!({"min_tokens": 5, "max_tokens": 9, "ignore_eos": true}),
+            json!({"min_tokens": 16}),
+        ] {
+            let mut request = fields;
+            request["prompt"] = json!("a");
+            let (prompts, generation) = completion(request).unwrap();
+            let limits = generation.request(&prompts[0], 0).limits.unwrap();
+            assert!(limits.ignore_eos);
+        }
+        for fields in [
+            json!({"min_tokens": 5, "max_tokens": 9}),
+            json!({"min_tokens": 10, "max_tokens": 9, "ignore_eos": true}),
+            json!({"min_tokens": 9, "max_tokens": 9, "stop": "x"}),
+        ] {
+            let mut request = fields;
+            request["prompt"] = json!("a");
+            let error = completion(request).unwrap_err();
+            assert_eq!(error.body()["error"]["param"], "min_tokens");
+        }
+    }
+
+    #[test]
+    fn usage_in_every_chunk_needs_usage_at_all() {
+        for (options, usage) in [
+            (json!({"continuous_usage_stats": true}), StreamUsage::Untold),
+            (json!({"include_usage": true}), StreamUsage::Last),
+            (
+                json!({"include_usage": true, "continuous_usage_stats": true}),
+                StreamUsage::Every,
+            ),
+        ] {
+            let request = json!({"prompt": "a", "stream": true, "stream_options": options});
+            assert_eq!(completion(request).unwrap().1.stream_usage, usage);
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tonic::Status;
 
 use super::answer::Wording;
 use super::error::ApiError;
+use super::request::StreamUsage;
 use crate::listener::ClientStream;
 use crate::tokenizer::Tokenizer;
 
@@ -31,6 +32,8 @@ struct Choice {
     started: Started,
     /// Where its next token's text begins, in characters.
     offset: usize,
+    /// Tokens that came, also those whose text is held back.
+    tokens: u64,
     finished: Option<Finished>,
 }
 
@@ -107,6 +110,7 @@ impl Chunks {
                 self.wording.beginning(index, &choice.echo)
             }
             Some(Event::Delta(delta)) => {
+                choice.tokens += delta.token_ids.len() as u64;
                 let logprobs =
                     self.wording
                         .logprobs(&delta, &mut choice.offset, &self.tokenizer)?;
@@ -137,7 +141,7 @@ impl Chunks {
         let Some(ends) = ends else {
             return Err(Fault::Internal("a session ended without a word".to_owned()));
         };
-        if self.wording.include_usage {
+        if self.wording.stream_usage != StreamUsage::Untold {
             let mut chunk = self.chunk(Vec::new());
             chunk["usage"] = self.wording.usage(&ends);
             self.ready.push_back(chunk.to_string());
@@ -149,8 +153,14 @@ impl Chunks {
 
     fn push(&mut self, choices: Vec<Value>) {
         let mut chunk = self.chunk(choices);
-        if self.wording.include_usage {
-            chunk["usage"] = Value::Null;
+        match self.wording.stream_usage {
+            StreamUsage::Untold => {}
+            StreamUsage::Last => chunk["usage"] = Value::Null,
+            StreamUsage::Every => {
+                let choices = self.choices.iter();
+                let so_far = choices.map(|choice| (&choice.started, choice.tokens));
+                chunk["usage"] = self.wording.usage_so_far(so_far);
+            }
         }
         self.ready.push_back(chunk.to_string());
     }
