@@ -170,10 +170,10 @@ async fn prefix_table(prompts: Vec<usize>, others: usize) -> Result<()> {
             ms(median),
             ms(shared.others[shared.others.len() - 1]),
             ms(shared.first) / ms(median),
-            shared.target.tokens_total,
-            shared.target.prefix_tokens_total,
-            shared.draft.tokens_total,
-            shared.draft.prefix_tokens_total,
+            shared.target.processed,
+            shared.target.taken_over,
+            shared.draft.processed,
+            shared.draft.taken_over,
         );
     }
     Ok(())

@@ -21,10 +21,29 @@ pub struct Shared {
     pub first: Duration,
     /// The same of those that came at once after it, shortest first.
     pub others: Vec<Duration>,
-    /// The target's load afterwards.
-    pub target: WorkerLoad,
+    /// The target's.
+    pub target: Tokens,
     /// The draft's.
-    pub draft: WorkerLoad,
+    pub draft: Tokens,
+}
+
+/// Tokens of all sessions on one side.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokens {
+    /// Processed, generated ones included.
+    pub processed: u64,
+    /// Taken over from others' prompts.
+    pub taken_over: u64,
+}
+
+impl Tokens {
+    /// Between two reports.
+    fn between(before: &WorkerLoad, after: &WorkerLoad) -> Self {
+        Self {
+            processed: after.tokens_total - before.tokens_total,
+            taken_over: after.prefix_tokens_total - before.prefix_tokens_total,
+        }
+    }
 }
 
 /// Runs a session on a prompt of `prompt` tokens, then `others` more at the same time.
@@ -33,11 +52,29 @@ pub struct Shared {
 /// When a session fails, or there is no text of that length.
 pub async fn sessions_on(prompt: usize, others: usize) -> Result<Shared> {
     let cluster = Cluster::start(1).await;
-    let prompt = book(prompt);
-    ensure!(!prompt.is_empty() && others > 0, "nothing to measure");
-    // Weights are touched and connections made.
-    first_token(&cluster, prompt[..64].to_vec()).await?;
-    let first = first_token(&cluster, prompt.clone()).await?;
+    let mut text = book(2 * prompt);
+    let enough = text.len() == 2 * prompt && prompt > 0 && others > 0;
+    ensure!(enough, "nothing to measure");
+    // Weights and KV memory are touched and connections made, by the same on another prompt.
+    let prompt = text.split_off(prompt);
+    first_and_others(&cluster, text, others).await?;
+    let (target, draft) = (cluster.verify.load().await, cluster.drafts[0].load().await);
+    let (first, others) = first_and_others(&cluster, prompt, others).await?;
+    Ok(Shared {
+        first,
+        others,
+        target: Tokens::between(&target, &cluster.verify.load().await),
+        draft: Tokens::between(&draft, &cluster.drafts[0].load().await),
+    })
+}
+
+/// A session on `prompt`, then `others` more at the same time: how long their first tokens took, the others' shortest first.
+async fn first_and_others(
+    cluster: &Cluster,
+    prompt: Vec<u32>,
+    others: usize,
+) -> Result<(Duration, Vec<Duration>)> {
+    let first = first_token_of(cluster.channel().await, prompt.clone()).await?;
     let mut sessions = JoinSet::new();
     for _ in 0..others {
         sessions.spawn(first_token_of(cluster.channel().await, prompt.clone()));
@@ -47,16 +84,7 @@ pub async fn sessions_on(prompt: usize, others: usize) -> Result<Shared> {
         times.push(session??);
     }
     times.sort_unstable();
-    Ok(Shared {
-        first,
-        others: times,
-        target: cluster.verify.load().await,
-        draft: cluster.drafts[0].load().await,
-    })
-}
-
-async fn first_token(cluster: &Cluster, prompt: Vec<u32>) -> Result<Duration> {
-    first_token_of(cluster.channel().await, prompt).await
+    Ok((first, times))
 }
 
 /// Runs a session; how long its first token took.
