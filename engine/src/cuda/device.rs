@@ -18,6 +18,9 @@ use super::recorder::Recorder;
 use super::recording::{Arguments, LaunchShape};
 use super::turnstile::{Turnstile, UserId};
 
+/// Shared memory that a block of the most demanding kernel asks for, at most.
+const SHARED_BYTES: i32 = 210 << 10;
+
 /// A GPU that is ready for use.
 pub struct Device {
     context: Arc<CudaContext>,
@@ -111,17 +114,27 @@ impl Device {
             let stream = context.new_stream()?;
             let count = context
                 .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            let shared_bytes = context.attribute(
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?;
             Ok((
                 stream,
+                shared_bytes,
                 context.compute_capability()?,
                 context.name()?,
                 count,
                 context,
             ))
         };
-        let (stream, (major, minor), name, multiprocessors, context) = open().map_err(driver)?;
-        if major < 8 {
-            return Err(CudaError::UnsupportedArchitecture { name, major, minor });
+        let (stream, shared_bytes, (major, minor), name, multiprocessors, context) =
+            open().map_err(driver)?;
+        if major < 8 || shared_bytes < SHARED_BYTES {
+            return Err(CudaError::UnsupportedArchitecture {
+                name,
+                major,
+                minor,
+                shared_bytes,
+            });
         }
         let handle = cudarc::cublas::result::create_handle().map_err(CudaError::Cublas)?;
         // SAFETY: both handles are live; cuBLAS's stream type is the driver's.

@@ -23,7 +23,11 @@ pub enum CudaError {
         count: usize,
     },
     /// The GPU lacks what the kernels use.
-    #[error("{name} has compute capability {major}.{minor}; the kernels need 8.0 or later")]
+    #[error(
+        "{name} has compute capability {major}.{minor} and {} KiB of shared memory per block; the kernels need 8.0 and 210 KiB, \
+         which an H100 and later GPUs of data centres have: --device cpu does without",
+        shared_bytes >> 10
+    )]
     UnsupportedArchitecture {
         /// The GPU's name.
         name: String,
@@ -31,6 +35,8 @@ pub enum CudaError {
         major: i32,
         /// Compute capability.
         minor: i32,
+        /// Shared memory that a block may ask for.
+        shared_bytes: i32,
     },
     /// A kernel does not compile: a defect, or an NVRTC too old for the GPU.
     #[error("cannot compile kernel {kernel} with {options:?}: {log}")]
