@@ -73,12 +73,6 @@ struct Step {
     }
 };
 
-// Waits for the threads of a group.
-__device__ __forceinline__ void sync_group(u32 group) {
-    if (GROUPS == 1) __syncthreads();
-    else asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP_THREADS) : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     const u32 group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
@@ -146,19 +140,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
                 for (int i = 0; i < 4; ++i) sums[k][o][c][i] = 0.0f;
     const u32 row = lane / 4;
     u32 s = 0;
+    // All groups take as many turns, the longest split's, since they meet in each.
+    const u32 turns = (input_tiles + SPLITS - 1) / SPLITS;
     auto add_split = [&](float (&sum)[2][COLUMN_TILES][4], u32 split) {
-        const u32 tiles = input_tiles > split ? (input_tiles - split + SPLITS - 1) / SPLITS : 0;
-        for (u32 t = 0; t < tiles; ++t, ++s) {
-            copy_wait<STAGES - 2>();
+        for (u32 t = 0; t < turns; ++t) {
+            const bool has_tile = t * SPLITS + split < input_tiles;
+            if (has_tile) copy_wait<STAGES - 2>();
             // All of the stage has come, and nobody reads the one that is filled next.
-            sync_group(group);
+            __syncthreads();
+            if (!has_tile) continue;
             if (ahead.number < own_tiles) {
                 fetch_weights(ahead);
                 fetch_x(ahead);
                 ahead.advance(input_tiles);
             }
             copy_commit();
-            const u8* const stage = ring_bytes + s % STAGES * STAGE_BYTES;
+            const u8* const stage = ring_bytes + s++ % STAGES * STAGE_BYTES;
             const u8* const weights = stage + output_warp * 32 * 128;
             const u8* const columns = stage + (BLOCK_OUTPUTS + row_warp * COLUMN_TILES * 8) * 128;
 #pragma unroll
