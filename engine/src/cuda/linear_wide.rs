@@ -12,7 +12,7 @@ use crate::backend::Epilogue;
 /// Rows from which this kernel is the faster one, where there are blocks enough.
 const WIDE_FROM: usize = 33;
 /// Fewest blocks for which it is.
-const BLOCKS_LEAST: u32 = 48;
+const BLOCKS_LEAST: u32 = 96;
 
 /// Warps of a group that share its outputs.
 const ROW_WARPS: u32 = 2;
