@@ -93,9 +93,12 @@ impl Plan {
         })
     }
 
-    /// Whether a draft worker is part of it.
-    fn has_draft(&self) -> bool {
-        self.folders.draft.is_some() || self.models.random_draft_weights.is_some()
+    /// What the draft worker runs, as a flag and its value; `None`: there is none.
+    fn draft_model(&self) -> Option<(&'static str, &Path)> {
+        let random = self.models.random_draft_weights.as_deref();
+        let random = random.map(|config| ("--random-weights", config));
+        let folder = self.folders.draft.as_deref();
+        random.or(folder.map(|folder| ("--model", folder)))
     }
 
     /// A worker's checked arguments, as its own program would get them; `model` is a flag and its value.
@@ -136,7 +139,10 @@ impl Plan {
         flag("--listen", "127.0.0.1:0".to_owned());
         let drain_timeout = self.server.drain_timeout.as_millis();
         flag("--drain-timeout-ms", drain_timeout.to_string());
-        if service == Service::Verify && self.has_draft() && self.models.share_a_device() {
+        if service == Service::Verify
+            && self.draft_model().is_some()
+            && self.models.share_a_device()
+        {
             line.push("--draft-shares-device".into());
         }
         if !self.share_prefixes {
@@ -220,12 +226,7 @@ impl AllInOne {
             workers_stop: CancellationToken::new(),
         };
         services.start_verify_worker(&plan, &verify).await?;
-        let random = plan.models.random_draft_weights.as_deref();
-        let model = match (random, plan.folders.draft.as_deref()) {
-            (Some(config), _) => Some(("--random-weights", config)),
-            (None, folder) => folder.map(|folder| ("--model", folder)),
-        };
-        if let Some(model) = model {
+        if let Some(model) = plan.draft_model() {
             services.start_draft_worker(&plan, model, &draft).await?;
         }
         services.wait_for_workers(&verify).await?;

@@ -154,7 +154,7 @@ impl OwnReads {
     /// Adds the next head's list: its selection, sinks and window.
     fn push_list(&mut self) {
         self.selection.fill_groups(self.policy.granularity as usize);
-        let list = read_list(&self.selection, &self.policy, self.seen + 1);
+        let list = read_list(self.selection.clone(), &self.policy, self.seen + 1);
         self.lists.lists.push(list);
     }
 

@@ -17,7 +17,7 @@ pub struct HeadLists {
     pub of_head: Vec<u32>,
 }
 
-/// The lists of one span as a pass reads them: those of the KV heads of the rank that runs it.
+/// The lists of one span as a pass reads them: those that the KV heads of the rank that runs it use.
 #[derive(Debug)]
 pub struct SpanLists<'a> {
     lists: Vec<SpanList<'a>>,
@@ -66,10 +66,7 @@ impl<'a> SpanList<'a> {
 
 impl<'a> From<&'a HeadLists> for SpanLists<'a> {
     fn from(lists: &'a HeadLists) -> Self {
-        Self {
-            lists: lists.lists.iter().map(SpanList::new).collect(),
-            of_head: lists.of_head.clone(),
-        }
+        Self::of_heads(lists, lists.of_head.iter())
     }
 }
 
@@ -108,7 +105,7 @@ impl<'a> SpanLists<'a> {
         &self.of_head
     }
 
-    /// Entries of the longest list, of those in use.
+    /// Entries of the longest list.
     pub fn longest(&self) -> usize {
         self.lists.iter().map(SpanList::len).max().unwrap_or(0)
     }

@@ -60,6 +60,17 @@ pub struct Span<'a> {
     pub lists: Option<SpanLists<'a>>,
 }
 
+impl Span<'_> {
+    /// KV entries that its rows read, over all of the `heads` KV heads of all layers.
+    pub(crate) fn entries(&self, heads: usize) -> u64 {
+        let cached = match &self.lists {
+            None => heads * self.past,
+            Some(lists) => (0..heads).map(|head| lists.of(head).len()).sum(),
+        };
+        (cached + heads * self.rows.len()) as u64
+    }
+}
+
 /// The tokens of one forward, laid out as consecutive rows.
 #[derive(Debug)]
 pub struct Pass<'a> {
@@ -85,17 +96,19 @@ impl<'a> Pass<'a> {
     where
         'a: 'b,
     {
-        let mut lists = Some(lists);
-        let spans = self.spans.iter().map(|span| Span {
+        let [span] = &self.spans[..] else {
+            unreachable!("a chooser's pass has one span");
+        };
+        let span = Span {
             rows: span.rows.clone(),
             past: span.past,
             blocks: span.blocks,
-            lists: lists.take(),
-        });
+            lists: Some(lists),
+        };
         Pass {
             tokens: self.tokens.clone(),
             positions: self.positions.clone(),
-            spans: spans.collect(),
+            spans: vec![span],
             logit_rows: self.logit_rows.clone(),
             captures: self.captures.clone(),
             selections: Vec::new(),

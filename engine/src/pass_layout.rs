@@ -17,6 +17,17 @@ fn logit_rows(step: &Step<'_>) -> usize {
     }
 }
 
+/// Each step with its rows among all rows of logits.
+fn logit_ranges<'a, 's>(
+    steps: &'a [&'s Step<'s>],
+) -> impl Iterator<Item = (&'s Step<'s>, Range<usize>)> + use<'a, 's> {
+    steps.iter().scan(0, |next, &step| {
+        let rows = *next..*next + logit_rows(step);
+        *next = rows.end;
+        Some((step, rows))
+    })
+}
+
 /// Gives every step its rows of `logits`, `[rows, vocab.len()]`, or their most probable tokens; `vocab` is the rank's part of the
 /// vocabulary.
 pub(crate) fn hand_out_logits<B: Backend>(
@@ -31,10 +42,7 @@ pub(crate) fn hand_out_logits<B: Backend>(
         let biases = biases(steps, &vocab);
         backend.argmax(logits, vocab.len(), &biases, &mut most_probable)?;
     }
-    let mut first = 0;
-    for (step, output) in steps.iter().zip(outputs) {
-        let rows = first..first + logit_rows(step);
-        first = rows.end;
+    for ((step, rows), output) in logit_ranges(steps).zip(outputs) {
         if rows.is_empty() {
             continue;
         }
@@ -57,13 +65,7 @@ pub(crate) fn hand_out_logits<B: Backend>(
 /// The biases of the steps' rows of logits, of the tokens in `vocab`.
 fn biases(steps: &[&Step<'_>], vocab: &Range<usize>) -> Vec<Bias> {
     let mut biases = Vec::new();
-    let mut first = 0;
-    for step in steps {
-        let rows = first..first + logit_rows(step);
-        first = rows.end;
-        if !step.argmax {
-            continue;
-        }
+    for (step, rows) in logit_ranges(steps).filter(|(step, _)| step.argmax) {
         for row in rows {
             let own = step.bias.iter();
             let own = own.filter(|(token, _)| vocab.contains(&(*token as usize)));

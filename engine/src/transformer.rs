@@ -168,7 +168,6 @@ impl<B: Backend> Transformer<B> {
             return Ok(None);
         }
         let mut output = self.output_of(step);
-        output.step.kv.read = 0;
         self.pass(&[step], &mut [&mut output], false, Some(chooser))?;
         Ok(Some(output.step))
     }
@@ -191,14 +190,6 @@ impl<B: Backend> Transformer<B> {
         });
         let heads = c.num_layers * shape.num_kv_heads;
         let dense = (heads * kv_len) as u64;
-        let read = match step.lists {
-            None => dense,
-            Some(lists) => {
-                let own = self.place.share.lists(lists, c);
-                let listed: usize = (0..heads).map(|head| own.of(head).len()).sum();
-                (listed + heads * step.tokens.len()) as u64
-            }
-        };
         let step = StepOutput {
             logits: Vec::new(),
             argmax: Vec::new(),
@@ -210,7 +201,8 @@ impl<B: Backend> Transformer<B> {
             masses: step.masses.then(|| EntryMasses {
                 of_head: vec![Vec::new(); heads],
             }),
-            kv: KvReads { read, dense },
+            // What is read the pass's lists say.
+            kv: KvReads { read: 0, dense },
         };
         RankOutput {
             step,
@@ -230,7 +222,13 @@ impl<B: Backend> Transformer<B> {
         let pass = layout(steps, outputs, bulk, &lists);
         let shape = self.shape;
         let eps = self.config.rms_norm_eps;
+        let heads = self.config.num_layers * shape.num_kv_heads;
         let mut reads = 0;
+        if chooser.is_none() {
+            for (output, span) in outputs.iter_mut().zip(&pass.spans) {
+                output.step.kv.read = span.entries(heads);
+            }
+        }
         let (backend, kv, weights) = (&self.backend, &self.kv, &self.weights);
         let (place, a) = (&self.place, &mut self.activations);
         let _turn = backend.begin(&pass, &shape);

@@ -8,9 +8,9 @@ use specattn_positions::PositionSet;
 ///
 /// The last committed token is the round's pending input: not cached yet, it is read as one of the round's own inputs
 /// and never listed, so a window of `w` lists at most `w - 1` positions.
-pub fn read_list(selection: &PositionSet, policy: &MaskPolicy, committed: usize) -> PositionSet {
+pub fn read_list(selection: PositionSet, policy: &MaskPolicy, committed: usize) -> PositionSet {
     let cached = committed.saturating_sub(1);
-    let mut read = selection.clone();
+    let mut read = selection;
     read.resize(cached);
     read.insert_range(0, policy.sink_tokens as usize);
     read.insert_range(
@@ -45,7 +45,7 @@ mod tests {
                         || p + window_tokens as usize >= committed
                 })
                 .collect();
-            let list = read_list(&selection, &policy, committed);
+            let list = read_list(selection.clone(), &policy, committed);
             prop_assert!(list.iter().eq(expected));
         }
     }

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -116,13 +115,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--binary", type=pathlib.Path, required=True)
     binary = parser.parse_args().binary.resolve()
-    with tempfile.TemporaryDirectory() as folder:
-        process, url = serve_chat(binary, MODEL, folder)
-        try:
-            result = unittest.main(argv=["load_tool_test"], exit=False, verbosity=2).result
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+    with tempfile.TemporaryDirectory() as folder, serve_chat(binary, MODEL, folder) as url:
+        result = unittest.main(argv=["load_tool_test"], exit=False, verbosity=2).result
     sys.exit(0 if result.wasSuccessful() else 1)
 
 

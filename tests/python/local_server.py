@@ -1,6 +1,8 @@
 """`specattn serve` for a test or a benchmark: started on a free port, and its URL once it is ready."""
 
+import contextlib
 import pathlib
+import signal
 import subprocess
 import threading
 
@@ -29,8 +31,16 @@ def serve(binary, *arguments, timeout=START_TIMEOUT_S):
     return process, printed
 
 
+@contextlib.contextmanager
 def serve_chat(binary, model, folder):
-    """`specattn serve` of the bundled models under a name, with a chat template, which is written into `folder`."""
+    """`specattn serve` of the bundled models under a name, with a chat template, which is written into `folder`: its URL. It is ended
+    behind the block.
+    """
     template = pathlib.Path(folder) / "template.jinja"
     template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return serve(binary, "--served-model-name", model, "--chat-template", template)
+    process, url = serve(binary, "--served-model-name", model, "--chat-template", template)
+    try:
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)

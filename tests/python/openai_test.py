@@ -12,7 +12,6 @@ import argparse
 import importlib
 import json
 import pathlib
-import signal
 import sys
 import tempfile
 import threading
@@ -231,16 +230,12 @@ def main():
         sys.path.insert(0, folder)
         generation = importlib.import_module("specattn.v1.generation_pb2")
         generation_common = importlib.import_module("specattn.v1.common_pb2")
-        process, url = serve_chat(binary, MODEL, folder)
-        address = url.removeprefix("http://")
-        try:
+        with serve_chat(binary, MODEL, folder) as url:
+            address = url.removeprefix("http://")
             client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=120)
             channel = grpc.insecure_channel(address)
             stub = importlib.import_module("specattn.v1.generation_pb2_grpc").GenerationServiceStub(channel)
             result = unittest.main(argv=["openai_test"], exit=False, verbosity=2).result
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
     sys.exit(0 if result.wasSuccessful() else 1)
 
 

@@ -251,7 +251,7 @@ impl Replay {
                 let offset = *rule.p_offset.iter().flatten().nth(head).unwrap();
                 memory.select(shifted_mass(self.policy.p, offset), &mut selection);
             }
-            lists.lists.push(read_list(&selection, &self.policy, n));
+            lists.lists.push(read_list(selection, &self.policy, n));
             lists.of_head.push(head as u32);
         }
         self.count_reads(Some(&lists), input.len());

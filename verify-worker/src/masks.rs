@@ -210,7 +210,7 @@ impl MaskReader {
             )));
         }
         if self.memory.is_empty() {
-            let read = |set| read_list(set, &self.policy, base);
+            let read = |set: &PositionSet| read_list(set.clone(), &self.policy, base);
             self.lists.lists = mask.sources.iter().map(read).collect();
             return Ok(Masking::Ready);
         }
@@ -221,7 +221,7 @@ impl MaskReader {
             let p = shifted_mass(self.policy.p, memory.p_offset);
             memory.scores.select(p, &mut selection);
             selection.fill_groups(self.policy.granularity as usize);
-            *list = read_list(&selection, &self.policy, base);
+            *list = read_list(selection, &self.policy, base);
         }
         Ok(Masking::Ready)
     }

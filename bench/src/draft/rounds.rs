@@ -214,7 +214,7 @@ impl<'a> Pair<'a> {
             lists: round
                 .sources
                 .iter()
-                .map(|selection| read_list(selection, &mask.policy, n))
+                .map(|selection| read_list(selection.clone(), &mask.policy, n))
                 .collect(),
             of_head: self.map.of_head.iter().flatten().copied().collect(),
         };

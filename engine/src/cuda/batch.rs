@@ -39,6 +39,7 @@ pub(super) fn variants() -> [Variant; 1] {
         options: Vec::new(),
     }]
 }
+
 /// A unit whose blocks have nothing to do.
 const PADDING_UNIT: [u32; UNIT_WORDS] = [NONE, 0, 0, 0, 0, 0, 0, 0];
 /// Block tables get room in steps of so many blocks.
@@ -153,7 +154,7 @@ impl DeviceBatch {
         self.max_span_rows = 0;
         let (mut blocks, mut ranges) = (0, 0);
         for (index, span) in pass.spans.iter().enumerate() {
-            // The longest list in use: heads with shorter ones leave their last units unused.
+            // The longest list: heads with shorter ones leave their last units unused.
             let (lists, cached) = match &span.lists {
                 None => (NONE, span.past),
                 Some(lists) => (ranges as u32, lists.longest()),

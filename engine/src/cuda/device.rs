@@ -146,7 +146,12 @@ impl Device {
             .map_err(CudaError::driver("opening the GPU"))?;
         Ok(Arc::new(Self {
             recorder: Mutex::new(recorder),
-            kernels: KernelCache::new(Arc::clone(&context), architecture, kernel_cache),
+            kernels: KernelCache::new(
+                Arc::clone(&context),
+                architecture,
+                shared_bytes,
+                kernel_cache,
+            ),
             context,
             stream,
             cublas: handle,

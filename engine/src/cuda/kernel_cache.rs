@@ -77,6 +77,8 @@ type Functions = Vec<(Vec<(&'static str, u32)>, CudaFunction)>;
 pub(super) struct KernelCache {
     context: Arc<CudaContext>,
     architecture: String,
+    /// Shared memory that a block may ask for.
+    shared_bytes: i32,
     folder: Option<PathBuf>,
     functions: RwLock<HashMap<&'static str, Functions>>,
 }
@@ -86,11 +88,13 @@ impl KernelCache {
     pub(super) fn new(
         context: Arc<CudaContext>,
         architecture: String,
+        shared_bytes: i32,
         folder: Option<PathBuf>,
     ) -> Self {
         Self {
             context,
             architecture,
+            shared_bytes,
             folder,
             functions: RwLock::default(),
         }
@@ -156,13 +160,10 @@ impl KernelCache {
             let module = self.context.load_module(Ptx::from_binary(image))?;
             let function = module.load_function(kernel.name)?;
             // Beyond 48 KiB, dynamic shared memory must be asked for; what a launch takes is still its own matter.
-            let limit = self.context.attribute(
-                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-            )?;
             let own = function.shared_size_bytes()?;
             function.set_attribute(
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                limit - own,
+                self.shared_bytes - own,
             )?;
             Ok(function)
         };

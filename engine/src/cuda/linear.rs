@@ -112,7 +112,7 @@ pub(super) struct Product<'a> {
     pub(super) half_is_f16: bool,
 }
 
-/// Mirrors `Projection` in linear.cu and linear_wide.cu.
+/// Mirrors `Projection` in prelude.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct ProjectionArgs {
@@ -122,7 +122,7 @@ struct ProjectionArgs {
     first_tile: u32,
 }
 
-/// Mirrors `LinearArgs` in linear.cu and linear_wide.cu.
+/// Mirrors `LinearArgs` in prelude.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct LinearArgs {

@@ -49,8 +49,7 @@ impl KeyChooser for Previous {
         let now = (0..layer.num_kv_heads).map(|kv_head| attention(layer, kv_head));
         let now: Vec<Vec<f32>> = now.collect();
         if self.last.len() <= index {
-            let mut all = PositionSet::new(now[0].len());
-            all.insert_range(0, now[0].len());
+            let all: PositionSet = (0..now[0].len()).collect();
             self.last.push(now);
             return vec![all; layer.num_kv_heads];
         }
@@ -70,7 +69,7 @@ impl KeyChooser for Previous {
 fn read_by_mass(row: &[f32], policy: &MaskPolicy) -> PositionSet {
     let mut selection = PositionSet::new(row.len());
     select_top_p(row, policy.p, &mut selection);
-    read_list(&selection, policy, row.len() + 1)
+    read_list(selection, policy, row.len() + 1)
 }
 
 /// What a KV head attends to: the sum over the step's rows and the query heads that share it, of the cached positions.
@@ -124,10 +123,10 @@ impl KeyChooser for Quest {
                     .collect();
                 pages.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
                 let mut selection = PositionSet::new(cached);
-                let mut list = read_list(&selection, &self.policy, cached + 1);
+                let mut list = read_list(selection.clone(), &self.policy, cached + 1);
                 for (_, page) in pages {
                     selection.insert_range(page * PAGE, (page + 1) * PAGE);
-                    let wider = read_list(&selection, &self.policy, cached + 1);
+                    let wider = read_list(selection.clone(), &self.policy, cached + 1);
                     if wider.count() > room {
                         break;
                     }

@@ -16,8 +16,7 @@ pub struct HeavyHitters {
     budget: f64,
     /// Attention gathered; `[heads][positions]`.
     sums: Vec<Vec<f32>>,
-    /// What each head has not evicted, in order.
-    alive: Vec<Vec<u32>>,
+    /// What each head has not evicted.
     lists: HeadLists,
 }
 
@@ -27,7 +26,6 @@ impl HeavyHitters {
         Self {
             budget,
             sums: prompt.clone(),
-            alive: Vec::new(),
             lists: HeadLists {
                 lists: Vec::new(),
                 of_head: (0..prompt.len() as u32).collect(),
@@ -36,13 +34,13 @@ impl HeavyHitters {
     }
 
     /// What a head keeps of `alive` positions: the last half of the budget, and the heaviest of the others.
-    fn evict(alive: &mut Vec<u32>, sums: &[f32], room: usize) {
+    fn evict(alive: &mut Vec<usize>, sums: &[f32], room: usize) {
         if alive.len() <= room {
             return;
         }
         let recent = alive.split_off(alive.len() - room / 2);
         let heavy = room - recent.len();
-        alive.sort_unstable_by(|&a, &b| sums[b as usize].total_cmp(&sums[a as usize]));
+        alive.sort_unstable_by(|&a, &b| sums[b].total_cmp(&sums[a]));
         alive.truncate(heavy);
         alive.sort_unstable();
         alive.extend(recent);
@@ -51,21 +49,17 @@ impl HeavyHitters {
 
 impl Masker for HeavyHitters {
     fn start(&mut self, cached: usize) {
-        self.alive = vec![(0..cached as u32).collect(); self.sums.len()];
+        self.lists.lists = vec![(0..cached).collect(); self.sums.len()];
     }
 
     fn choose(&mut self, base: usize) -> Result<Choice<'_>, QualityError> {
         let cached = base - 1;
         let room = (cached as f64 * self.budget) as usize;
-        self.lists.lists.clear();
-        for (alive, sums) in self.alive.iter_mut().zip(&mut self.sums) {
-            let new = sums.len()..cached;
-            alive.extend(new.map(|p| p as u32));
+        for (list, sums) in self.lists.lists.iter_mut().zip(&mut self.sums) {
+            let mut alive: Vec<usize> = list.iter().chain(sums.len()..cached).collect();
             sums.resize(cached, 0.0);
-            Self::evict(alive, sums, room);
-            let kept = alive.iter().map(|&position| position as usize);
-            let list = PositionSet::from_positions(cached, kept);
-            self.lists.lists.push(list);
+            Self::evict(&mut alive, sums, room);
+            *list = PositionSet::from_positions(cached, alive);
         }
         Ok(Choice::Lists(&self.lists))
     }

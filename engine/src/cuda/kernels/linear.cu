@@ -22,33 +22,11 @@
 #define EPILOGUE 0
 #endif
 
-#define SPLITS 8
-#define TILE_INPUTS 64
 #define TILE_BYTES (16 * TILE_INPUTS * 2)
 #define STAGE_BYTES (TILES * TILE_BYTES)
 #define MATRICES (EPILOGUE == 2 ? 2 : 1)
 #define WARPS (SPLITS * MATRICES)
 #define COLUMNS (8 * COLUMN_TILES)
-
-struct Projection {
-    const half_bits* weight; // [outputs, inputs]
-    const float* bias;       // [outputs] or null
-    u32 outputs;
-    u32 first_tile;          // of 16 outputs, among all projections': a multiple of TILES
-};
-
-struct LinearArgs {
-    const half_bits* x;      // [rows, inputs]
-    void* out;               // [rows, out_stride]
-    Projection projections[3]; // unused ones begin at tile ~0
-    u32 rows, inputs;        // inputs: a multiple of 8
-    u32 out_stride;
-};
-
-// Which projection holds an output tile; unused projections begin past the last tile.
-__device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
-    return (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
-}
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 1 ? 2 : 1) linear(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];

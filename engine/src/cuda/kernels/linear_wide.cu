@@ -28,8 +28,6 @@
 #define EPILOGUE 0
 #endif
 
-#define SPLITS 8
-#define TILE_INPUTS 64
 #define ROW_WARPS 2
 #define OWN_SPLITS (SPLITS / GROUPS)
 #define GROUP_THREADS (OUTPUT_WARPS * ROW_WARPS * 32)
@@ -43,21 +41,6 @@
 #define MATRICES (EPILOGUE == 2 ? 2 : 1)
 // Outputs of a block per matrix.
 #define OWN_OUTPUTS (BLOCK_OUTPUTS / MATRICES)
-
-struct Projection {
-    const half_bits* weight; // [outputs, inputs]
-    const float* bias;       // [outputs] or null
-    u32 outputs;
-    u32 first_tile;          // of OWN_OUTPUTS outputs, among all projections'
-};
-
-struct LinearArgs {
-    const half_bits* x;      // [rows, inputs]
-    void* out;               // [rows, out_stride]
-    Projection projections[3]; // unused ones begin at tile ~0
-    u32 rows, inputs;        // inputs: a multiple of 8
-    u32 out_stride;
-};
 
 // Where 16 bytes of a row of a stage lie, so that eight lanes which read two rows meet no bank twice.
 __device__ __forceinline__ u32 place(u32 row, u32 part) { return row * 128 + (part ^ (row % 2 * 4)) * 16; }
@@ -82,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
     const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y;
     const u32 rows = min(a.rows - first_row, ROWS);
     const half_bits* const x = a.x + u64(first_row) * a.inputs;
-    const u32 number = EPILOGUE == 2 ? 0 : (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
+    const u32 number = EPILOGUE == 2 ? 0 : number_of(a, tile);
     // By selection: an index would copy the arguments to local memory.
     const Projection p = number == 0 ? a.projections[0] : number == 1 ? a.projections[1] : a.projections[2];
     const u32 first_out = (tile - p.first_tile) * OWN_OUTPUTS;

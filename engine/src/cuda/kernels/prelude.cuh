@@ -126,3 +126,29 @@ struct Span {
 // Positions per KV block, as in kv_cache.rs.
 #define BLOCK_TOKENS 64
 #define NONE 0xffffffffu
+
+// Products: warps split a row's inputs in so many ways, tile by tile in turn, in both kernels: their sums have one order.
+#define SPLITS 8
+#define TILE_INPUTS 64
+
+// Mirrors `ProjectionArgs` in linear.rs.
+struct Projection {
+    const half_bits* weight; // [outputs, inputs]
+    const float* bias;       // [outputs] or null
+    u32 outputs;
+    u32 first_tile;          // of the kernel's tiles of outputs, among all projections'
+};
+
+// What both kernels of products are called with; mirrors `LinearArgs` in linear.rs.
+struct LinearArgs {
+    const half_bits* x;      // [rows, inputs]
+    void* out;               // [rows, out_stride]
+    Projection projections[3]; // unused ones begin at tile ~0
+    u32 rows, inputs;        // inputs: a multiple of 8
+    u32 out_stride;
+};
+
+// Which projection holds an output tile; unused projections begin past the last tile.
+__device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
+    return (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
+}
