@@ -11,6 +11,7 @@ pub mod chooser;
 mod communicator;
 pub mod config;
 mod cpu;
+pub mod crew;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;
@@ -33,6 +34,7 @@ pub use backend::DType;
 pub use chooser::{KeyChooser, LayerKeys};
 pub use config::ModelConfig;
 pub use cpu::Isa as CpuIsa;
+pub use crew::Crew;
 pub use device::{DeviceChoice, DeviceInfo, DeviceLink};
 pub use error::EngineError;
 pub use kv_cache::{BLOCK_TOKENS, BlockPool, CHUNK_TOKENS, Sequence, SharingCounters};

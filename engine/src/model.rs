@@ -8,6 +8,7 @@ use crate::backend::{Backend, DType};
 use crate::checkpoint::Checkpoint;
 use crate::chooser::KeyChooser;
 use crate::config::ModelConfig;
+use crate::crew::Crew;
 use crate::device::{DeviceInfo, cpu_devices};
 use crate::error::EngineError;
 use crate::kv_cache::{BlockPool, Sequence};
@@ -97,6 +98,7 @@ pub struct Model {
     blocks: Arc<BlockPool>,
     kv_dtype: DType,
     devices: Vec<DeviceInfo>,
+    crew: Crew,
 }
 
 /// A [`Transformer`] on whichever backend, several as ranks, or a script. Lengths of sequences are the caller's to change.
@@ -183,6 +185,7 @@ impl Model {
             blocks: BlockPool::new(shape.kv_blocks),
             kv_dtype: DType::F32,
             devices: cpu_devices(1),
+            crew: Crew::alone(),
         }
     }
 
@@ -197,12 +200,18 @@ impl Model {
             blocks: BlockPool::new(loaded.num_blocks),
             kv_dtype: loaded.kv_dtype,
             devices: loaded.devices,
+            crew: Crew::new(options.threads),
         })
     }
 
     /// What the model runs on: a device per rank, so more than one where it is split.
     pub fn devices(&self) -> &[DeviceInfo] {
         &self.devices
+    }
+
+    /// The threads for what the host does between forwards; of a model by a script the caller's alone.
+    pub fn crew(&self) -> Crew {
+        self.crew.clone()
     }
 
     /// The model's shape and identity.

@@ -9,7 +9,7 @@
 //! other one out for seconds.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How often an idle worker looks for the next region of the same forward, with nothing between two looks: about 40 µs.
@@ -116,7 +116,7 @@ impl Shared {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -240,7 +240,28 @@ impl Pool {
             (0..chunks).for_each(body);
             return;
         }
-        let mut last = lock(&self.region);
+        self.run_region(lock(&self.region), chunks, body);
+    }
+
+    /// As [`Pool::run`], unless there is nobody to help: false, and nothing was done, where another region runs or the pool has no
+    /// other thread.
+    ///
+    /// # Panics
+    /// When a body panicked.
+    pub(crate) fn try_run(&self, chunks: usize, body: &Body<'_>) -> bool {
+        let region = match self.region.try_lock() {
+            Ok(region) => region,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        let helps = self.threads > 1;
+        if helps && chunks > 0 {
+            self.run_region(region, chunks, body);
+        }
+        helps
+    }
+
+    fn run_region(&self, mut last: MutexGuard<'_, u32>, chunks: usize, body: &Body<'_>) {
         let shared = &*self.shared;
         *last = last.wrapping_add(1);
         let region = *last;
