@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::draft_reads::DraftReads;
 use crate::events::Ending;
-use crate::masks::MaskReader;
+use crate::masks::{MaskReader, Masking};
 use crate::trust::Trust;
 
 /// Whole proposals that may wait for judgement: a draft that runs ahead has up to three rounds out.
@@ -95,6 +95,9 @@ pub(crate) struct Proposal {
     pub(crate) mask: Vec<u8>,
 }
 
+/// What a proposal's mask came to; `None`: it has none.
+pub(crate) type MaskRead = Option<Result<Masking, Fault>>;
+
 /// What a session allows its draft.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Terms {
@@ -118,6 +121,8 @@ pub(crate) struct DraftLink {
     sequence: u64,
     partial: Option<Proposal>,
     waiting: VecDeque<Proposal>,
+    /// What the mask of the first of them came to, once it was read.
+    masking: MaskRead,
     /// How long to wait for the draft.
     pub(crate) trust: Trust,
     /// Decodes masks, in sessions that take any.
@@ -149,6 +154,7 @@ impl DraftLink {
             sequence: 0,
             partial: None,
             waiting: VecDeque::new(),
+            masking: None,
             trust: Trust::new(new.timeout),
             masks,
             need_full_mask: false,
@@ -248,9 +254,25 @@ impl DraftLink {
         first.is_some_and(|first| waiting.any(|later| later.base <= first.base))
     }
 
-    /// The next proposal to judge, in the order of arrival.
-    pub(crate) fn next_proposal(&mut self) -> Option<Proposal> {
-        self.waiting.pop_front()
+    /// Reads the mask of the proposal that is judged next, if it has one that was not read yet.
+    pub(crate) fn read_mask(&mut self) {
+        let (Some(first), Some(masks), None) =
+            (self.waiting.front(), &mut self.masks, &self.masking)
+        else {
+            return;
+        };
+        if !first.mask.is_empty() {
+            let base = usize::try_from(first.base).unwrap_or(usize::MAX);
+            self.masking = Some(masks.read(&first.mask, base));
+        }
+    }
+
+    /// The next proposal to judge, in the order of arrival, and what its mask came to. Masks of stale proposals are read as
+    /// well: the next one builds on them.
+    pub(crate) fn next_proposal(&mut self) -> Option<(Proposal, MaskRead)> {
+        self.read_mask();
+        let proposal = self.waiting.pop_front()?;
+        Some((proposal, self.masking.take()))
     }
 
     /// Tokens from index `to` on were withdrawn: the draft must hear what came in their place.

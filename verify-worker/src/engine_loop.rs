@@ -106,6 +106,10 @@ impl scheduler::Session for Session {
         self.set_cached(cached);
     }
 
+    fn prepare(&mut self) {
+        self.prepare();
+    }
+
     fn plan(&mut self, now: Instant) -> Plan {
         self.plan(now)
     }

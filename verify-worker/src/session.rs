@@ -278,6 +278,15 @@ impl Session {
         self.cached = cached;
     }
 
+    /// Reads the mask of the round that comes next, if one is there.
+    pub(crate) fn prepare(&mut self) {
+        if self.wants_round()
+            && let Some(link) = &mut self.link
+        {
+            link.read_mask();
+        }
+    }
+
     /// Says what to do now.
     pub(crate) fn plan(&mut self, now: Instant) -> Plan {
         self.input.clear();

@@ -3,7 +3,8 @@
 //! Both workers run sessions that are state machines without a model ([`Session`]): they plan a forward and settle its
 //! output. Each [`Scheduler::step`] makes one ragged batch of whatever is ready: a forward of every session that
 //! generates, in turn, up to a bound on tokens, or one prompt chunk, as `PrefillShare` says. Nobody is waited for: what
-//! arrives while a batch runs joins the next. What a session gets does not depend on its company, since forwards do not.
+//! arrives while a batch runs joins the next. What a session gets does not depend on its company, since forwards do not; before
+//! and after a forward sessions work at the same time where that takes long ([`Crew`]).
 //!
 //! **KV blocks.** Sessions are kept by age. A session is *admitted* when all its tokens fit; from then on it holds blocks,
 //! one more whenever it has grown by one. When blocks run out the youngest admitted session gives all of its back and
@@ -14,81 +15,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use specattn_engine::{
-    BlockPool, EngineError, HeadLists, LogitRows, Model, RowSelection, Sequence, Step, StepOutput,
-};
+use specattn_engine::{BlockPool, Crew, EngineError, Model, Sequence, Step, StepOutput};
 use specattn_proto::Fault;
 
 use crate::clock;
-use crate::gathering::{Gathering, Readiness};
+use crate::gathering::Gathering;
 use crate::load::LoadGauge;
 use crate::metrics::Forward;
 use crate::prefill_share::PrefillShare;
 
-/// What a session wants to do now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Plan {
-    /// Run the forward that [`Session::work`] tells.
-    Run,
-    /// Nothing until then or, without a time, until a message comes.
-    Wait(Option<Instant>),
-}
+mod session;
 
-/// The forward that a session planned.
-#[derive(Debug)]
-pub struct Work<'a> {
-    /// Tokens behind the positions that the session says are cached.
-    pub tokens: &'a [u32],
-    /// See [`Step::lists`].
-    pub lists: Option<&'a HeadLists>,
-    /// See [`Step::logits`].
-    pub logits: LogitRows,
-    /// See [`Step::argmax`].
-    pub argmax: bool,
-    /// See [`Step::bias`].
-    pub bias: &'a [(u32, f32)],
-    /// See [`Step::capture`].
-    pub capture: &'a [usize],
-    /// See [`Step::select`].
-    pub select: Option<&'a RowSelection>,
-    /// See [`Step::masses`].
-    pub masses: bool,
-}
-
-/// A session as the scheduler sees it.
-pub trait Session {
-    /// How a session ends by itself.
-    type Ending;
-
-    /// Whether nobody wants it any more.
-    fn is_abandoned(&self) -> bool;
-    /// Positions that must have blocks: all tokens so far, and those that its next forward may add at most.
-    fn reach(&self) -> usize;
-    /// Whether its next forward is a chunk of its prompt, or of tokens that are processed again: it plans that without
-    /// waiting for anything.
-    fn is_prefilling(&self) -> bool;
-    /// The tokens that may be shared: each whole chunk of [`specattn_engine::CHUNK_TOKENS`], counted from the first, and what is left behind
-    /// them is processed by a dense forward of its own.
-    fn prompt(&self) -> &[u32];
-    /// Positions the KV cache must hold before the planned forward; more are to be forgotten.
-    fn cached(&self) -> usize;
-    /// The KV cache holds `cached` positions now: others had processed them, or it was given up (0).
-    fn set_cached(&mut self, cached: usize);
-    /// Says what to do now. A planned forward is run, or the session is gone.
-    fn plan(&mut self, now: Instant) -> Plan;
-    /// The planned forward.
-    fn work(&self) -> Work<'_>;
-    /// How it stands to a batch that may wait; asked of sessions that generate.
-    fn readiness(&self, _now: Instant) -> Readiness {
-        Readiness::Alone
-    }
-
-    /// Takes the output of the planned forward. Says how the session ended, if it did.
-    ///
-    /// # Errors
-    /// The session cannot go on.
-    fn settle(&mut self, output: &StepOutput) -> Result<Option<Self::Ending>, Fault>;
-}
+pub use session::{Plan, Session, Work};
 
 /// What bounds a step.
 #[derive(Debug, Clone, Copy)]
@@ -134,6 +72,9 @@ pub enum Stepped<S: Session> {
 #[derive(Debug)]
 pub struct Scheduler<S> {
     model: Model,
+    /// Who helps sessions prepare, and settle.
+    preparing: Crew,
+    settling: Crew,
     blocks: Arc<BlockPool>,
     load: Arc<LoadGauge>,
     limits: Limits,
@@ -159,6 +100,8 @@ impl<S: Session> Scheduler<S> {
     pub fn new(model: Model, load: Arc<LoadGauge>, limits: Limits) -> Self {
         Self {
             blocks: model.block_pool(),
+            preparing: model.crew(),
+            settling: model.crew(),
             model,
             load,
             limits,
@@ -234,6 +177,7 @@ impl<S: Session> Scheduler<S> {
         self.make_room();
         self.admit();
         self.find_prefixes();
+        self.prepare();
         let mut wake = None;
         if !self.share.allows() || self.next_prompt().is_none() {
             let (batch, until) = match self.hold() {
@@ -332,6 +276,17 @@ impl<S: Session> Scheduler<S> {
         }
     }
 
+    /// Lets sessions that generate do what needs no turn.
+    fn prepare(&mut self) {
+        let sessions = self.slots[..self.admitted].iter_mut();
+        let mut generating: Vec<&mut S> = sessions
+            .map(|slot| &mut slot.session)
+            .filter(|session| !session.is_prefilling())
+            .collect();
+        self.preparing
+            .for_each(&mut generating, |session| session.prepare());
+    }
+
     /// The slot that is to process a chunk of its prompt next.
     fn next_prompt(&self) -> Option<usize> {
         let turn = self.prefill_turn;
@@ -426,13 +381,10 @@ impl<S: Session> Scheduler<S> {
             is_prompt,
         });
         let mut gone = Vec::new();
+        let settled = self.settle(batch, &outputs);
         // From the last on, so that those before keep their places.
-        for (index, &at) in batch.iter().enumerate().rev() {
+        for (&at, settled) in batch.iter().zip(settled).rev() {
             let Slot { session, sequence } = &mut self.slots[at];
-            let settled = match &outputs {
-                Ok(outputs) => session.settle(&outputs[index]),
-                Err(error) => Err(Fault::Internal(error.to_string())),
-            };
             let exit = match settled {
                 Ok(None) => {
                     if self.limits.share_prefixes
@@ -449,7 +401,37 @@ impl<S: Session> Scheduler<S> {
         }
         gone
     }
+
+    /// Gives the sessions in the slots `batch`, ascending, their outputs; how each one took it.
+    fn settle(
+        &mut self,
+        batch: &[usize],
+        outputs: &Result<Vec<StepOutput>, EngineError>,
+    ) -> Vec<Settled<S::Ending>> {
+        let outputs = match outputs {
+            Ok(outputs) => outputs,
+            Err(error) => {
+                let failed = || Err(Fault::Internal(error.to_string()));
+                return batch.iter().map(|_| failed()).collect();
+            }
+        };
+        let mut chosen = batch.iter().peekable();
+        let slots = self.slots.iter_mut().enumerate();
+        let sessions = slots.filter(|(at, _)| chosen.next_if_eq(&at).is_some());
+        let mut settling: Vec<_> = sessions
+            .zip(outputs)
+            .map(|((_, slot), output)| (&mut slot.session, output, Ok(None)))
+            .collect();
+        self.settling
+            .for_each(&mut settling, |(session, output, settled)| {
+                *settled = session.settle(output);
+            });
+        settling.into_iter().map(|(.., settled)| settled).collect()
+    }
 }
+
+/// How a session took its forward's output: how it ended, if it did.
+type Settled<E> = Result<Option<E>, Fault>;
 
 /// Gives a session what others have processed of its prompt behind what it has.
 fn take_over<S: Session>(model: &mut Model, sequence: &mut Sequence, session: &mut S) {

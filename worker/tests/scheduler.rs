@@ -2,8 +2,10 @@
 //! processed, and however often its KV blocks are taken away.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, StepOutput};
@@ -20,6 +22,10 @@ struct Greedy {
     cached: usize,
     input: Vec<u32>,
     readiness: Readiness,
+    /// How long it takes to settle.
+    takes: Duration,
+    /// The threads on which sessions did that took long.
+    threads: Arc<Mutex<HashSet<ThreadId>>>,
 }
 
 impl Greedy {
@@ -32,6 +38,8 @@ impl Greedy {
             cached: 0,
             input: Vec::new(),
             readiness: Readiness::Alone,
+            takes: Duration::ZERO,
+            threads: Arc::default(),
         }
     }
 }
@@ -92,6 +100,10 @@ impl Session for Greedy {
         }
     }
     fn settle(&mut self, output: &StepOutput) -> Result<Option<()>, Fault> {
+        if !self.takes.is_zero() {
+            thread::sleep(self.takes);
+            self.threads.lock().unwrap().insert(thread::current().id());
+        }
         self.cached += self.input.len();
         self.tokens.extend(output.argmax.iter().flatten());
         Ok((self.tokens.len() == self.limit).then_some(()))
@@ -228,6 +240,26 @@ fn tokens_are_the_same_alone_batched_cached_and_preempted() {
     let report = load.report(false);
     assert_eq!(report.kv_blocks_used, 0);
     assert!(report.kv_blocks_evicted_total > 0, "{report:?}");
+}
+
+#[test]
+fn sessions_that_take_long_settle_at_the_same_time_and_to_the_same_tokens() {
+    let threads = Arc::new(Mutex::new(HashSet::new()));
+    let sessions = |takes| {
+        let session = |name| Greedy {
+            takes,
+            threads: Arc::clone(&threads),
+            ..Greedy::new(name, &text(20 + name, name as u32), 10 + name)
+        };
+        (0..6).map(session).collect::<Vec<_>>()
+    };
+    let (mut quick, _) = scheduler(100, 512);
+    let texts = run(&mut quick, sessions(Duration::ZERO));
+    assert_eq!(threads.lock().unwrap().len(), 0);
+    let (mut slow, _) = scheduler(100, 512);
+    assert_eq!(run(&mut slow, sessions(Duration::from_millis(2))), texts);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    assert_eq!(threads.lock().unwrap().len(), cores.min(2));
 }
 
 #[test]

@@ -1,3 +1,5 @@
+use specattn_mask::{Encoder, LayerMap, MaskPolicy, PositionSet, RoundMask};
+
 use super::*;
 
 fn link(greedy: bool) -> (DraftLink, mpsc::Receiver<LinkEvent>) {
@@ -30,8 +32,8 @@ fn part(sequence: u64, offset: usize, tokens: &[u32], last: bool) -> ProposalPar
     }
 }
 
-fn tokens(proposal: Option<Proposal>) -> Option<Vec<u32>> {
-    proposal.map(|p| p.draft.iter().map(|d| d.token).collect())
+fn tokens(next: Option<(Proposal, MaskRead)>) -> Option<Vec<u32>> {
+    next.map(|(p, _)| p.draft.iter().map(|d| d.token).collect())
 }
 
 #[test]
@@ -48,6 +50,38 @@ fn split_proposals_are_put_together_and_re_sends_dropped() {
     link.receive(part(3, 0, &[7], false)).unwrap();
     link.receive(part(4, 0, &[8], true)).unwrap();
     assert_eq!(tokens(link.next_proposal()), Some(vec![8]));
+}
+
+#[test]
+fn masks_are_read_once_and_in_order_ahead_or_when_their_turn_comes() {
+    let mask = |context_len| RoundMask {
+        context_len,
+        granularity: 1,
+        sources: vec![PositionSet::from_positions(context_len, [1])],
+    };
+    for ahead in [0, 1, 3] {
+        let map = Arc::new(LayerMap::proportional(1, 1, 1, 1));
+        let (mut link, _receiver) = link(true);
+        link.masks = Some(MaskReader::new(map, MaskPolicy::default(), 100));
+        // The second mask is a delta against the first, the third one none at all.
+        let mut encoder = Encoder::new();
+        let masks = [encoder.encode(&mask(2)), encoder.encode(&mask(6)), vec![9]];
+        for (round, mask) in masks.into_iter().enumerate() {
+            link.receive(ProposalPart {
+                base: 3 + 4 * round as u64,
+                mask,
+                ..part(1 + round as u64, 0, &[1], true)
+            })
+            .unwrap();
+        }
+        let mut read = || {
+            (0..ahead).for_each(|_| link.read_mask());
+            link.next_proposal().unwrap().1.unwrap()
+        };
+        assert_eq!(read(), Ok(Masking::Ready));
+        assert_eq!(read(), Ok(Masking::Ready));
+        assert_eq!(read().unwrap_err().label(), "invalid_argument");
+    }
 }
 
 #[test]

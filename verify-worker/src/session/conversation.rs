@@ -8,7 +8,8 @@ use specattn_proto::{Capability, Fault};
 
 use super::Session;
 use crate::draft_link::{
-    DraftLink, LinkEvent, LinkId, MAX_WAITING, NewLink, Proposal, ProposalPart, Terms, Welcome,
+    DraftLink, LinkEvent, LinkId, MAX_WAITING, MaskRead, NewLink, Proposal, ProposalPart, Terms,
+    Welcome,
 };
 use crate::events::Ending;
 use crate::masks::{MaskReader, Masking};
@@ -132,8 +133,8 @@ impl Session {
 
     /// Takes the first waiting proposal, if there is any: a round or, when it is stale, an answer to it.
     fn take_proposal(&mut self) -> Option<Option<(Vec<DraftToken>, bool)>> {
-        let proposal = self.link.as_mut()?.next_proposal()?;
-        let round = self.round(proposal).unwrap_or_else(|fault| {
+        let (proposal, masking) = self.link.as_mut()?.next_proposal()?;
+        let round = self.round(proposal, masking).unwrap_or_else(|fault| {
             self.drop_link(fault);
             None
         });
@@ -148,26 +149,25 @@ impl Session {
         Some(round)
     }
 
-    /// Checks a proposal; `None` when it is stale.
-    fn round(&mut self, proposal: Proposal) -> Result<Option<(Vec<DraftToken>, bool)>, Fault> {
+    /// Checks a proposal whose mask came to `masking`; `None` when it is stale.
+    fn round(
+        &mut self,
+        proposal: Proposal,
+        masking: MaskRead,
+    ) -> Result<Option<(Vec<DraftToken>, bool)>, Fault> {
         let Some(link) = self.link.as_mut() else {
             return Ok(None);
         };
         let m = self.tokens.len();
-        let base = usize::try_from(proposal.base).unwrap_or(usize::MAX);
-        // Masks of stale proposals are decoded as well: the next one builds on them.
-        let masked = match link.masks.as_mut() {
-            Some(masks) if !proposal.mask.is_empty() => {
-                self.stats.mask_bytes += proposal.mask.len() as u64;
-                self.stats.mask_rounds += 1;
-                let masking = masks.read(&proposal.mask, base)?;
-                link.need_full_mask |= masking == Masking::MissingBase;
-                masking == Masking::Ready
-            }
-            _ => false,
-        };
+        if masking.is_some() {
+            self.stats.mask_bytes += proposal.mask.len() as u64;
+            self.stats.mask_rounds += 1;
+        }
+        let masking = masking.transpose()?;
+        link.need_full_mask |= masking == Some(Masking::MissingBase);
+        let masked = masking == Some(Masking::Ready);
         let fresh = proposal.epoch == self.epoch
-            && base == m
+            && proposal.base == m as u64
             && proposal.pending_token == self.tokens[m - 1]
             && link.knows_all(m);
         if !fresh {
