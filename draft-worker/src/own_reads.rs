@@ -38,9 +38,8 @@ pub struct OwnReads {
     /// A list for each KV head of each layer. Invariant: of the positions `seen` and above none is in it.
     lists: HeadLists,
     seen: usize,
-    /// A KV head's row and the set selected from it: kept between captured steps.
+    /// A KV head's row: kept between captured steps.
     row: Vec<f32>,
-    selection: PositionSet,
 }
 
 impl OwnReads {
@@ -58,7 +57,6 @@ impl OwnReads {
             lists: HeadLists::default(),
             seen: 0,
             row: Vec::new(),
-            selection: PositionSet::default(),
         }
     }
 
@@ -85,19 +83,23 @@ impl OwnReads {
             return;
         }
         let group = rows.num_heads / self.num_kv_heads;
+        let mut sums = std::mem::take(&mut self.row);
         // Rows lie as [layers, num_kv_heads, group, kv_len].
-        for head in rows.probs.chunks_exact(group * rows.kv_len) {
-            self.row.clear();
-            self.row.resize(rows.kv_len, 0.0);
+        let heads = rows.probs.chunks_exact(group * rows.kv_len);
+        for (number, head) in heads.enumerate() {
+            sums.clear();
+            sums.resize(rows.kv_len, 0.0);
             for row in head.chunks_exact(rows.kv_len) {
-                for (sum, &x) in self.row.iter_mut().zip(row) {
+                for (sum, &x) in sums.iter_mut().zip(row) {
                     *sum += x;
                 }
             }
-            self.selection.clear();
-            select_top_p(&self.row, self.policy.p, &mut self.selection);
-            self.push_list();
+            let p = self.policy.p;
+            self.renew_list(number, |list| {
+                select_top_p(&sums, p, list);
+            });
         }
+        self.row = sums;
     }
 
     /// Takes a captured step's selections: those of [`OwnReads::mixed_rows`], from row `first` on.
@@ -107,9 +109,9 @@ impl OwnReads {
             return;
         }
         for row in first..rows {
-            self.selection.clear();
-            self.selection.union_with_words(selected.row(row));
-            self.push_list();
+            self.renew_list(row - first, |list| {
+                list.union_with_words(selected.row(row));
+            });
         }
     }
 
@@ -144,18 +146,20 @@ impl OwnReads {
             return false;
         }
         self.seen = kv_len;
-        self.selection.resize(kv_len);
-        self.lists.lists.clear();
+        self.lists.lists.resize_with(heads, PositionSet::default);
         self.lists.of_head.clear();
         self.lists.of_head.extend(0..heads as u32);
         true
     }
 
-    /// Adds the next head's list: its selection, sinks and window.
-    fn push_list(&mut self) {
-        self.selection.fill_groups(self.policy.granularity as usize);
-        let list = read_list(self.selection.clone(), &self.policy, self.seen + 1);
-        self.lists.lists.push(list);
+    /// Makes a head's list anew, in the memory of the one before: what `select` adds to it, sinks and window.
+    fn renew_list(&mut self, head: usize, select: impl FnOnce(&mut PositionSet)) {
+        let mut list = std::mem::take(&mut self.lists.lists[head]);
+        list.clear();
+        list.resize(self.seen);
+        select(&mut list);
+        list.fill_groups(self.policy.granularity as usize);
+        self.lists.lists[head] = read_list(list, &self.policy, self.seen + 1);
     }
 
     /// A step went by that was not captured.
