@@ -5,5 +5,6 @@ pub mod codec;
 pub mod draft;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod host;
 pub mod service;
 pub mod simulate;
