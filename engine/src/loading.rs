@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::backend::{Backend, DType, KvShape};
 use crate::communicator::Communicator;
 use crate::cpu::{Buffer as CpuBuffer, CpuBackend, Isa as CpuIsa, ThreadGroup};
+use crate::crew::Crew;
 use crate::device::{DeviceChoice, DeviceInfo, cpu_devices};
 use crate::error::EngineError;
 use crate::kv_cache::BLOCK_TOKENS;
@@ -171,6 +172,7 @@ impl Loading<'_> {
                 weights,
                 config: self.source.config().clone(),
                 place: Place { share, group },
+                crew: Crew::new(self.options.threads),
             };
             transformers.push(Transformer::new(parts)?);
         }

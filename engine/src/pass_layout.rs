@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::attention::{HeadLists, SpanLists};
 use crate::backend::{Backend, Bias, Capture, HandOut, Masses, Pass, Span};
+use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
 use crate::transformer::RankOutput;
@@ -79,12 +80,24 @@ fn biases(steps: &[&Step<'_>], vocab: &Range<usize>) -> Vec<Bias> {
     biases
 }
 
-/// Lays the steps' tokens out as rows; `own` gives the rank's part of a step's lists.
+/// Each step's lists, as far as the rank reads by them: its part is what `own` gives. To count the lists of dozens of sessions takes
+/// as long as a small kernel, so `crew` may share them out.
+pub(crate) fn span_lists<'a>(
+    steps: &[&'a Step<'_>],
+    crew: &mut Crew,
+    own: impl Fn(&'a HeadLists) -> SpanLists<'a> + Sync,
+) -> Vec<Option<SpanLists<'a>>> {
+    let mut spans: Vec<_> = steps.iter().map(|step| (step.lists, None)).collect();
+    crew.for_each(&mut spans, |(lists, span)| *span = lists.map(&own));
+    spans.into_iter().map(|(_, span)| span).collect()
+}
+
+/// Lays the steps' tokens out as rows, `lists` being theirs.
 pub(crate) fn layout<'a>(
     steps: &[&'a Step<'_>],
     outputs: &[&mut RankOutput],
     bulk: bool,
-    own: &dyn Fn(&'a HeadLists) -> SpanLists<'a>,
+    lists: Vec<Option<SpanLists<'a>>>,
 ) -> Pass<'a> {
     let mut pass = Pass {
         tokens: Vec::new(),
@@ -95,7 +108,7 @@ pub(crate) fn layout<'a>(
         selections: Vec::new(),
         bulk,
     };
-    for (step, output) in steps.iter().zip(outputs) {
+    for ((step, output), lists) in steps.iter().zip(outputs).zip(lists) {
         let (start, past) = (pass.tokens.len(), step.sequence.len());
         pass.tokens.extend_from_slice(step.tokens);
         pass.positions
@@ -114,7 +127,7 @@ pub(crate) fn layout<'a>(
             rows,
             past,
             blocks: step.sequence.blocks(),
-            lists: step.lists.map(own),
+            lists,
         });
     }
     pass

@@ -10,9 +10,10 @@ use crate::backend::{AttentionArgs, AttentionShape, Backend, Epilogue, Linear, P
 use crate::chooser::{KeyChooser, LayerKeys};
 use crate::communicator::Communicator;
 use crate::config::ModelConfig;
+use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::model::{LogitRows, Step, StepOutput};
-use crate::pass_layout::{all_masses, hand_out, hand_out_logits, layout};
+use crate::pass_layout::{all_masses, hand_out, hand_out_logits, layout, span_lists};
 use crate::row_selection::SelectedRows;
 use crate::share::Share;
 use crate::weights::Weights;
@@ -49,6 +50,7 @@ pub(crate) struct Parts<B: Backend> {
     /// Of the whole model.
     pub(crate) config: ModelConfig,
     pub(crate) place: Place<B::Buffer>,
+    pub(crate) crew: Crew,
 }
 
 /// A model's weights, KV memory and activations on a backend, or one rank's share of them.
@@ -62,6 +64,7 @@ pub(crate) struct Transformer<B: Backend> {
     /// Of this rank's heads.
     shape: AttentionShape,
     place: Place<B::Buffer>,
+    crew: Crew,
 }
 
 /// What a rank yields for a step: its heads' attention, its part of the vocabulary's logits, its KV heads' masses and reads.
@@ -84,6 +87,7 @@ impl<B: Backend> Transformer<B> {
             kv,
             config,
             place,
+            crew,
         } = parts;
         let shape = place.share.attention(&config);
         backend.prepare(&shape)?;
@@ -109,6 +113,7 @@ impl<B: Backend> Transformer<B> {
             activations,
             shape,
             place,
+            crew,
         })
     }
 
@@ -218,8 +223,9 @@ impl<B: Backend> Transformer<B> {
         bulk: bool,
         mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
-        let lists = |lists| self.place.share.lists(lists, &self.config);
-        let pass = layout(steps, outputs, bulk, &lists);
+        let own = |lists| self.place.share.lists(lists, &self.config);
+        let lists = span_lists(steps, &mut self.crew, own);
+        let pass = layout(steps, outputs, bulk, lists);
         let shape = self.shape;
         let eps = self.config.rms_norm_eps;
         let heads = self.config.num_layers * shape.num_kv_heads;
