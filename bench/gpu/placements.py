@@ -86,6 +86,7 @@ def parser():
     p.add_argument("--mode", choices=["dense", "sparse", "exact"], default="dense", help="mode of the requests")
     p.add_argument("--mask-p", type=float, help="mass that masks keep; random weights attend evenly, so this is about the share of entries kept")
     p.add_argument("--draft-flags", nargs="*", default=[], help="more arguments of the draft workers, in one word each: --own-p=0.2")
+    p.add_argument("--serve-flags", nargs="*", default=[], help="more arguments of specattn serve, in one word: --serve-flags=--io-threads=4")
     p.add_argument("--verify-flags", nargs="*", default=[], help="more arguments of the verify worker")
     return p
 
@@ -95,6 +96,7 @@ def serve(args, device, work):
             "--device", device, "--kv-cache-mib", args.kv_mib, "--draft-kv-cache-mib", args.draft_kv_mib]
     if not args.share_prefixes:
         line.append("--no-prefix-sharing")
+    line += args.serve_flags
     processes = []
     spawn(args, work, processes, "specattn", PORT, *line)
     wait(args, work, processes, 2)

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use specattn_engine::DeviceChoice;
 use specattn_gateway::{AccessArgs, HttpArgs, LogArgs};
 use specattn_service::args::{ServerArgs, TelemetryArgs, TraceArgs};
-use specattn_worker::args::KvType;
+use specattn_worker::args::{IoArgs, KvType};
 
 use crate::align::AlignArgs;
 use crate::bench::BenchArgs;
@@ -267,6 +267,10 @@ pub struct ServeArgs {
     /// Where the gateway listens; the workers take free loopback ports.
     #[command(flatten)]
     pub server: ServerArgs,
+
+    /// Threads of all three servers.
+    #[command(flatten)]
+    pub io: IoArgs,
 
     /// What to log.
     #[command(flatten)]

@@ -9,7 +9,8 @@ use specattn_cli::{
     CliError, align, bench, catalog, eval, generate, health, key, resume, serve, status, top,
 };
 use specattn_service::args::TraceArgs;
-use specattn_service::{ServiceError, telemetry};
+use specattn_service::telemetry;
+use specattn_worker::args::IoArgs;
 
 fn main() -> ExitCode {
     #[cfg(feature = "cuda")]
@@ -52,14 +53,12 @@ fn run(command: &Command) -> Result<u8, CliError> {
     let _telemetry = recorded
         .map(|(log, traces)| telemetry::init(log, traces, "specattn"))
         .transpose()?;
-    // One thread for all messages: they never change threads on their way, and the engines have the other cores.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|source| ServiceError::System {
-            what: "starting the runtime",
-            source,
-        })?;
+    // One thread for all messages, unless told otherwise: they never change threads on their way, and the engines have the
+    // other cores.
+    let runtime = match command {
+        Command::Serve(args) => args.io.runtime()?,
+        _ => IoArgs::default().runtime()?,
+    };
     let code = runtime.block_on(async {
         match command {
             Command::Generate(args) => generate::run(args).await,
