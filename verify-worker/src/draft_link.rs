@@ -254,14 +254,17 @@ impl DraftLink {
         first.is_some_and(|first| waiting.any(|later| later.base <= first.base))
     }
 
-    /// Reads the mask of the proposal that is judged next, if it has one that was not read yet.
+    /// Whether the proposal that is judged next has a mask that was not read yet.
+    pub(crate) fn has_unread_mask(&self) -> bool {
+        let has_mask = |first: &Proposal| !first.mask.is_empty();
+        self.masking.is_none() && self.waiting.front().is_some_and(has_mask)
+    }
+
+    /// Reads that mask, if there is one.
     pub(crate) fn read_mask(&mut self) {
-        let (Some(first), Some(masks), None) =
-            (self.waiting.front(), &mut self.masks, &self.masking)
-        else {
-            return;
-        };
-        if !first.mask.is_empty() {
+        if self.has_unread_mask()
+            && let (Some(first), Some(masks)) = (self.waiting.front(), &mut self.masks)
+        {
             let base = usize::try_from(first.base).unwrap_or(usize::MAX);
             self.masking = Some(masks.read(&first.mask, base));
         }

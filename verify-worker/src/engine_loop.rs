@@ -106,8 +106,12 @@ impl scheduler::Session for Session {
         self.set_cached(cached);
     }
 
+    fn has_arrivals(&self) -> bool {
+        self.has_unread_mask()
+    }
+
     fn prepare(&mut self) {
-        self.prepare();
+        self.read_mask();
     }
 
     fn plan(&mut self, now: Instant) -> Plan {

@@ -278,11 +278,15 @@ impl Session {
         self.cached = cached;
     }
 
-    /// Reads the mask of the round that comes next, if one is there.
-    pub(crate) fn prepare(&mut self) {
-        if self.wants_round()
-            && let Some(link) = &mut self.link
-        {
+    /// Whether the round that comes next is there, with a mask that was not read yet.
+    pub(crate) fn has_unread_mask(&self) -> bool {
+        let link = self.link.as_ref();
+        link.is_some_and(DraftLink::has_unread_mask) && self.wants_round()
+    }
+
+    /// Reads that mask.
+    pub(crate) fn read_mask(&mut self) {
+        if let Some(link) = &mut self.link {
             link.read_mask();
         }
     }

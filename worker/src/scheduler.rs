@@ -276,15 +276,15 @@ impl<S: Session> Scheduler<S> {
         }
     }
 
-    /// Lets sessions that generate do what needs no turn.
+    /// Lets sessions that generate take in what has arrived, which needs no turn.
     fn prepare(&mut self) {
         let sessions = self.slots[..self.admitted].iter_mut();
-        let mut generating: Vec<&mut S> = sessions
+        let mut arrived: Vec<&mut S> = sessions
             .map(|slot| &mut slot.session)
-            .filter(|session| !session.is_prefilling())
+            .filter(|session| !session.is_prefilling() && session.has_arrivals())
             .collect();
         self.preparing
-            .for_each(&mut generating, |session| session.prepare());
+            .for_each(&mut arrived, |session| session.prepare());
     }
 
     /// The slot that is to process a chunk of its prompt next.

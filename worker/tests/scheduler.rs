@@ -22,8 +22,9 @@ struct Greedy {
     cached: usize,
     input: Vec<u32>,
     readiness: Readiness,
-    /// How long it takes to settle.
+    /// How long it takes to settle, and to prepare where that is needed at all.
     takes: Duration,
+    prepared: bool,
     /// The threads on which sessions did that took long.
     threads: Arc<Mutex<HashSet<ThreadId>>>,
 }
@@ -39,7 +40,15 @@ impl Greedy {
             input: Vec::new(),
             readiness: Readiness::Alone,
             takes: Duration::ZERO,
+            prepared: false,
             threads: Arc::default(),
+        }
+    }
+
+    fn dawdle(&self) {
+        if !self.takes.is_zero() {
+            thread::sleep(self.takes);
+            self.threads.lock().unwrap().insert(thread::current().id());
         }
     }
 }
@@ -68,7 +77,15 @@ impl Session for Greedy {
     fn readiness(&self, _now: Instant) -> Readiness {
         self.readiness
     }
+    fn has_arrivals(&self) -> bool {
+        !self.takes.is_zero() && !self.prepared
+    }
+    fn prepare(&mut self) {
+        self.dawdle();
+        self.prepared = true;
+    }
     fn plan(&mut self, _now: Instant) -> Plan {
+        assert!(self.is_prefilling() || !self.has_arrivals());
         if self.readiness == Readiness::Expected {
             return Plan::Wait(None);
         }
@@ -100,10 +117,8 @@ impl Session for Greedy {
         }
     }
     fn settle(&mut self, output: &StepOutput) -> Result<Option<()>, Fault> {
-        if !self.takes.is_zero() {
-            thread::sleep(self.takes);
-            self.threads.lock().unwrap().insert(thread::current().id());
-        }
+        self.dawdle();
+        self.prepared = false;
         self.cached += self.input.len();
         self.tokens.extend(output.argmax.iter().flatten());
         Ok((self.tokens.len() == self.limit).then_some(()))
@@ -243,7 +258,7 @@ fn tokens_are_the_same_alone_batched_cached_and_preempted() {
 }
 
 #[test]
-fn sessions_that_take_long_settle_at_the_same_time_and_to_the_same_tokens() {
+fn sessions_that_take_long_work_at_the_same_time_and_come_to_the_same_tokens() {
     let threads = Arc::new(Mutex::new(HashSet::new()));
     let sessions = |takes| {
         let session = |name| Greedy {

@@ -56,8 +56,11 @@ pub trait Session: Send {
     fn cached(&self) -> usize;
     /// The KV cache holds `cached` positions now: others had processed them, or it was given up (0).
     fn set_cached(&mut self, cached: usize);
-    /// Does what takes long of what has arrived, and may be asked for again before the next plan. Sessions that generate do it at
-    /// the same time.
+    /// Whether something has arrived that takes long to take in; asked of sessions that generate.
+    fn has_arrivals(&self) -> bool {
+        false
+    }
+    /// Takes it in, ahead of the next plan. Sessions do it at the same time.
     fn prepare(&mut self) {}
     /// Says what to do now. A planned forward is run, or the session is gone.
     fn plan(&mut self, now: Instant) -> Plan;
