@@ -21,19 +21,19 @@ pub enum Plan {
 pub struct Work<'a> {
     /// Tokens behind the positions that the session says are cached.
     pub tokens: &'a [u32],
-    /// See [`Step::lists`].
+    /// See [`specattn_engine::Step::lists`].
     pub lists: Option<&'a HeadLists>,
-    /// See [`Step::logits`].
+    /// See [`specattn_engine::Step::logits`].
     pub logits: LogitRows,
-    /// See [`Step::argmax`].
+    /// See [`specattn_engine::Step::argmax`].
     pub argmax: bool,
-    /// See [`Step::bias`].
+    /// See [`specattn_engine::Step::bias`].
     pub bias: &'a [(u32, f32)],
-    /// See [`Step::capture`].
+    /// See [`specattn_engine::Step::capture`].
     pub capture: &'a [usize],
-    /// See [`Step::select`].
+    /// See [`specattn_engine::Step::select`].
     pub select: Option<&'a RowSelection>,
-    /// See [`Step::masses`].
+    /// See [`specattn_engine::Step::masses`].
     pub masses: bool,
 }
 
