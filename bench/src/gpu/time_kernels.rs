@@ -227,7 +227,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
         "Products, Llama-3-8B shapes, in a graph. Floor: weights read once at the copy's rate.\n"
     );
     println!(
-        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | over clusters µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     type Shape = (&'static str, usize, &'static [usize], Epilogue);
     let shapes: [Shape; 5] = [
@@ -276,6 +276,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
                 ProductKernel::FewRows,
                 ProductKernel::ManyRows,
                 ProductKernel::ManyRowsSplit,
+                ProductKernel::ManyRowsCluster,
             ];
             let of_kernel = |kernel| {
                 backend.force_product_kernel(Some(kernel));
@@ -290,10 +291,11 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
             backend.finish()?;
             let floor = bytes as f64 / bandwidth * 1e6;
             println!(
-                "| {name} | {inputs} → {outputs:?} | {rows} | {floor:.1} | {:.1} | {:.1} | {:.1} | {chosen:.1} | {:.2} | {library} |",
+                "| {name} | {inputs} → {outputs:?} | {rows} | {floor:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {chosen:.1} | {:.2} | {library} |",
                 own[0],
                 own[1],
                 own[2],
+                own[3],
                 chosen / floor
             );
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::batch::DeviceBatch;
+use super::chunks::Chunks;
 use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
@@ -15,16 +16,6 @@ use crate::backend::AttentionShape;
 
 /// Warps per block, in both kernels.
 const WARPS: u32 = 4;
-
-/// Keys per unit of decode attention: constant per model, so that a row's bits depend on its own keys alone. With
-/// wide groups the partial results of a unit are larger, so the unit is, too.
-pub(super) fn decode_chunk(shape: &AttentionShape) -> usize {
-    if shape.num_heads / shape.num_kv_heads <= 2 {
-        512
-    } else {
-        1024
-    }
-}
 
 /// Attention of one layer.
 pub(super) struct AttentionCall<'a> {
@@ -70,7 +61,6 @@ struct DecodeArgs {
     list_slots: u64,
     partials: u64,
     statistics: u64,
-    arrivals: u64,
     scores: u64,
     score_statistics: u64,
     num_heads: u32,
@@ -78,6 +68,25 @@ struct DecodeArgs {
     layer: u32,
     score_tokens: u32,
     score_stride: u32,
+    scale_log2: f32,
+}
+
+/// Mirrors `MergeArgs` in attention_merge.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct MergeArgs {
+    partials: u64,
+    statistics: u64,
+    out: u64,
+    spans: u64,
+    row_spans: u64,
+    list_ranges: u64,
+    score_statistics: u64,
+    num_heads: u32,
+    num_kv_heads: u32,
+    layer: u32,
+    score_tokens: u32,
+    row_tiles: u32,
     scale_log2: f32,
 }
 
@@ -100,8 +109,6 @@ struct PrefillArgs {
 pub(super) struct DecodeScratch {
     partials: DeviceMemory,
     statistics: DeviceMemory,
-    /// Counters, zero between launches.
-    arrivals: DeviceMemory,
 }
 
 impl DecodeScratch {
@@ -109,16 +116,12 @@ impl DecodeScratch {
         Self {
             partials: DeviceMemory::new(device),
             statistics: DeviceMemory::new(device),
-            arrivals: DeviceMemory::new(device),
         }
     }
 
-    fn reserve(&mut self, rows: usize, head_dim: usize, counters: usize) -> Result<(), CudaError> {
+    fn reserve(&mut self, rows: usize, head_dim: usize) -> Result<(), CudaError> {
         self.partials.grow(rows * head_dim * 4)?;
         self.statistics.grow(rows * 8)?;
-        if self.arrivals.grow(counters * 4)? {
-            self.arrivals.zero()?;
-        }
         Ok(())
     }
 }
@@ -136,7 +139,7 @@ fn decode_stages(shape: &AttentionShape) -> u32 {
 /// `scores`: 0 none, 1 those of all tokens, 2 those of last tokens.
 fn decode_options(
     (shape, half_is_f16): (&AttentionShape, u32),
-    chunk: usize,
+    chunks: Chunks,
     row_tiles: usize,
     scores: u32,
 ) -> [(&'static str, u32); 6] {
@@ -145,9 +148,21 @@ fn decode_options(
         ("HEAD_DIM", shape.head_dim as u32),
         ("ROW_TILES", row_tiles as u32),
         ("STAGES", decode_stages(shape)),
-        ("CHUNK", chunk as u32),
+        ("CHUNK", chunks.largest() as u32),
         ("CAPTURE", scores),
     ]
+}
+
+/// Those of [`decode_options`] that merging depends on.
+fn merge_options(
+    (shape, half_is_f16): (&AttentionShape, u32),
+    chunks: Chunks,
+    row_tiles: usize,
+    scores: u32,
+) -> [(&'static str, u32); 5] {
+    let [half, head_dim, row_tiles, _, chunk, capture] =
+        decode_options((shape, half_is_f16), chunks, row_tiles, scores);
+    [half, head_dim, row_tiles, chunk, capture]
 }
 
 fn prefill_options(shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, u32); 3] {
@@ -158,17 +173,24 @@ fn prefill_options(shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, 
     ]
 }
 
-/// Everything that [`decode`], with units of `chunk` keys, and [`prefill`] may launch.
-pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunk: usize) -> Vec<Variant> {
+/// Everything that [`decode`], with keys cut into `chunks`, and [`prefill`] may launch.
+pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks) -> Vec<Variant> {
     let mut variants = vec![Variant {
         kernel: Kernel::ATTENTION_PREFILL,
         options: prefill_options(shape, half_is_f16).to_vec(),
     }];
     for row_tiles in 1..=max_row_tiles(shape) {
-        variants.extend((0..=2).map(|scores| Variant {
-            kernel: Kernel::ATTENTION_DECODE,
-            options: decode_options((shape, half_is_f16), chunk, row_tiles, scores).to_vec(),
-        }));
+        for scores in 0..=2 {
+            let shape = (shape, half_is_f16);
+            variants.push(Variant {
+                kernel: Kernel::ATTENTION_DECODE,
+                options: decode_options(shape, chunks, row_tiles, scores).to_vec(),
+            });
+            variants.push(Variant {
+                kernel: Kernel::ATTENTION_MERGE,
+                options: merge_options(shape, chunks, row_tiles, scores).to_vec(),
+            });
+        }
     }
     variants
 }
@@ -183,7 +205,7 @@ pub(super) fn decode(
     let (shape, batch) = (call.shape, call.batch);
     let group = shape.num_heads / shape.num_kv_heads;
     let rows = batch.max_span_rows() * group;
-    let (units, num_spans) = (batch.num_units(), batch.num_spans());
+    let units = batch.num_units();
     if units == 0 || rows == 0 {
         return Ok(());
     }
@@ -191,18 +213,10 @@ pub(super) fn decode(
     let grid_rows = rows.div_ceil(16 * row_tiles);
     let stages = decode_stages(&shape);
     let places = units * shape.num_kv_heads * grid_rows;
-    scratch.reserve(
-        places * 16 * row_tiles,
-        shape.head_dim,
-        num_spans * shape.num_kv_heads * grid_rows,
-    )?;
+    scratch.reserve(places * 16 * row_tiles, shape.head_dim)?;
     let scores = capture.map_or(0, |target| if target.last_only { 2 } else { 1 });
-    let options = decode_options(
-        (&shape, call.kv.half_is_f16()),
-        batch.chunk(),
-        row_tiles,
-        scores,
-    );
+    let (of, chunks) = ((&shape, call.kv.half_is_f16()), batch.chunks());
+    let options = decode_options(of, chunks, row_tiles, scores);
     let kernel = device.kernel(Kernel::ATTENTION_DECODE, &options)?;
     let target = capture.unwrap_or(ScoreTarget {
         scores: 0,
@@ -221,7 +235,6 @@ pub(super) fn decode(
         list_slots: batch.list_slots(),
         partials: scratch.partials.address(),
         statistics: scratch.statistics.address(),
-        arrivals: scratch.arrivals.address(),
         scores: target.scores,
         score_statistics: target.statistics,
         num_heads: shape.num_heads as u32,
@@ -234,7 +247,7 @@ pub(super) fn decode(
     let head_dim = shape.head_dim as u32;
     let (entry, query) = (head_dim * 4 + 16, head_dim * 2 + 16);
     let launch = LaunchShape {
-        grid: (units as u32, shape.num_kv_heads as u32, grid_rows as u32),
+        grid: ((units * shape.num_kv_heads) as u32, grid_rows as u32, 1),
         threads: WARPS * 32,
         shared_bytes: 16 * row_tiles as u32 * query + WARPS * stages * 16 * entry,
     };
@@ -242,6 +255,39 @@ pub(super) fn decode(
     unsafe {
         device.launch(&kernel, launch, |l| {
             l.arg(&args);
+        })
+    }?;
+    if !batch.has_pieces() {
+        return Ok(());
+    }
+    let kernel = device.kernel(
+        Kernel::ATTENTION_MERGE,
+        &merge_options(of, chunks, row_tiles, scores),
+    )?;
+    let merge = MergeArgs {
+        partials: args.partials,
+        statistics: args.statistics,
+        out: args.out,
+        spans: batch.cut_spans(),
+        row_spans: batch.row_spans(),
+        list_ranges: args.list_ranges,
+        score_statistics: args.score_statistics,
+        num_heads: args.num_heads,
+        num_kv_heads: args.num_kv_heads,
+        layer: args.layer,
+        score_tokens: args.score_tokens,
+        row_tiles: grid_rows as u32,
+        scale_log2: args.scale_log2,
+    };
+    let launch = LaunchShape {
+        grid: (args.num_kv_heads, batch.num_rows() as u32, 1),
+        threads: (group as u32 * head_dim / 4).next_multiple_of(32).min(256),
+        shared_bytes: 0,
+    };
+    // SAFETY: as above; every chunk of a head that has several has left its partial result.
+    unsafe {
+        device.launch(&kernel, launch, |l| {
+            l.arg(&merge);
         })
     }
 }

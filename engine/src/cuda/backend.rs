@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use super::argmax::Argmax;
 use super::attention::{self, AttentionCall, DecodeScratch};
 use super::batch::{self, DeviceBatch};
+use super::chunks::Chunks;
 use super::device::{Device, Turn};
 use super::elementwise::{self, RandomGrid, RotateArgs as KernelRotateArgs, RowKernels};
 use super::error::CudaError;
@@ -40,7 +41,7 @@ pub struct CudaBackend {
     /// This model among those that share the device.
     user: UserId,
     /// Keys per unit of decode attention, where it is not the shape's own.
-    decode_chunk: Option<usize>,
+    chunks: Option<Chunks>,
     /// Which kernel products take, where it is not to be the fastest one.
     product_kernel: Cell<Option<ProductKernel>>,
     /// The way of weights, until all are there.
@@ -88,16 +89,16 @@ impl CudaBackend {
             staging: RefCell::new(Staging::new(&device)),
             state: RefCell::new(state),
             user: device.register(),
-            decode_chunk: None,
+            chunks: None,
             product_kernel: Cell::new(None),
             device,
             half,
         })
     }
 
-    /// Sets the keys per unit of decode attention, a multiple of 64; for tuning.
+    /// Sets the most keys per unit of decode attention; for tuning.
     pub fn set_decode_chunk(&mut self, keys: usize) {
-        self.decode_chunk = Some(keys.next_multiple_of(64));
+        self.chunks = Some(Chunks::up_to(keys));
     }
 
     /// Lets all products take one kernel; `None`: the fastest for each. For tuning and for checks.
@@ -105,9 +106,8 @@ impl CudaBackend {
         self.product_kernel.set(kernel);
     }
 
-    fn chunk_for(&self, shape: &AttentionShape) -> usize {
-        self.decode_chunk
-            .unwrap_or_else(|| attention::decode_chunk(shape))
+    fn chunks_for(&self, shape: &AttentionShape) -> Chunks {
+        self.chunks.unwrap_or_else(|| Chunks::of(shape))
     }
 
     /// The device.
@@ -302,13 +302,13 @@ impl Backend for CudaBackend {
 
     fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Turn {
         let turn = self.device.turn(self.user);
-        let chunk = self.chunk_for(shape);
+        let chunks = self.chunks_for(shape);
         let mut state = self.state.borrow_mut();
         let State {
             batch, hand_outs, ..
         } = &mut *state;
         let result = batch
-            .upload(&self.device, pass, chunk, &pass.captures)
+            .upload(&self.device, pass, chunks, &pass.captures)
             .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
         // From here on there is little but launches. Bulk passes mix them with a library's, and are long enough.
@@ -362,10 +362,10 @@ impl Backend for CudaBackend {
     fn prepare(&self, shape: &AttentionShape) -> Result<(), EngineError> {
         self.staging.borrow_mut().release();
         let is_f16 = self.half == DType::F16;
-        let chunk = self.chunk_for(shape);
-        let mut variants = attention::variants(shape, u32::from(is_f16), chunk);
+        let chunks = self.chunks_for(shape);
+        let mut variants = attention::variants(shape, u32::from(is_f16), chunks);
         variants.extend(linear::variants(is_f16));
-        variants.extend(linear_wide::variants(is_f16));
+        variants.extend(linear_wide::variants(is_f16, &self.device));
         variants.extend(elementwise::variants(is_f16));
         variants.extend(selection::variants());
         variants.extend(batch::variants());

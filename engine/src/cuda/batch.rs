@@ -1,7 +1,7 @@
 //! [`DeviceBatch`]: a pass described to the kernels, uploaded in one copy.
 //!
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
-//! block tables, index lists, and the units of decode attention: chunks of keys, those of a span in a row. Lists cross as bitmaps;
+//! block tables, index lists, and the units of decode attention: chunks of keys, the largest first, so that none of them is waited for in the end. Lists cross as bitmaps;
 //! a kernel expands them to places in the cache, once, which spares every block of every layer the look-up.
 //!
 //! Sections whose sizes follow from the pass's shape come first. Those that grow with the context come last and begin where room for
@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use super::bucket::bucket;
+use super::chunks::Chunks;
 use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
@@ -17,14 +18,14 @@ use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
 use super::recording::LaunchShape;
 use crate::attention::{SpanList, SpanLists};
-use crate::backend::Pass;
+use crate::backend::{Pass, Span};
 
 /// "None" to the kernels.
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Words of a span; mirrors `Span` in prelude.cuh.
 const SPAN_WORDS: usize = 4;
-/// Words of a unit; mirrors `Unit` in attention_decode.cu.
+/// Words of a unit; mirrors `Unit` in prelude.cuh.
 const UNIT_WORDS: usize = 8;
 /// Words of a list; mirrors `List` in lists.cu.
 const LIST_WORDS: usize = 4;
@@ -42,6 +43,8 @@ pub(super) fn variants() -> [Variant; 1] {
 
 /// A unit whose blocks have nothing to do.
 const PADDING_UNIT: [u32; UNIT_WORDS] = [NONE, 0, 0, 0, 0, 0, 0, 0];
+/// Spans that capture have numbers below this.
+const NO_CAPTURE: u32 = 0xffff;
 /// Block tables get room in steps of so many blocks.
 const TABLE_STEP: usize = 64;
 
@@ -54,10 +57,55 @@ struct Sections {
     logit_rows: usize,
     spans: usize,
     block_tables: usize,
+    cut_spans: usize,
     list_ranges: usize,
     lists: usize,
     bitmaps: usize,
     units: usize,
+}
+
+/// A span as its units see it.
+struct Cut {
+    /// Keys of its longest list: heads with shorter ones leave their last units unused.
+    keys: usize,
+    /// What all its units say, but for their chunk.
+    words: [u32; UNIT_WORDS],
+}
+
+impl Cut {
+    fn unit(&self, chunk: usize) -> [u32; UNIT_WORDS] {
+        let mut words = self.words;
+        words[1] |= chunk as u32;
+        words
+    }
+}
+
+/// The spans of a pass. `captures` gives the capturing ones their numbers.
+fn cut_spans(pass: &Pass<'_>, chunks: Chunks, captures: &[usize]) -> Vec<Cut> {
+    let (mut blocks, mut ranges, mut places) = (0, 0, 0);
+    let cut = |(index, span): (usize, &Span<'_>)| {
+        let (lists, cached) = match &span.lists {
+            None => (NONE, span.past),
+            Some(lists) => (ranges as u32, lists.longest()),
+        };
+        let keys = cached + span.rows.len();
+        let capture = captures.iter().position(|&c| c == index);
+        let words = [
+            index as u32,
+            capture.map_or(NO_CAPTURE, |c| c as u32) << 16,
+            span.rows.start as u32,
+            span.rows.len() as u32,
+            span.past as u32,
+            blocks as u32,
+            lists,
+            places as u32,
+        ];
+        blocks += span.blocks.len();
+        ranges += span.lists.as_ref().map_or(0, |l| l.of_head().len());
+        places += chunks.count(keys);
+        Cut { keys, words }
+    };
+    pass.spans.iter().enumerate().map(cut).collect()
 }
 
 /// The description of one pass on a device.
@@ -70,8 +118,10 @@ pub(super) struct DeviceBatch {
     at: Sections,
     num_lists: usize,
     num_units: usize,
-    chunk: usize,
+    chunks: Chunks,
+    has_pieces: bool,
     num_spans: usize,
+    num_rows: usize,
     max_span_rows: usize,
 }
 
@@ -86,23 +136,25 @@ impl DeviceBatch {
             at: Sections::default(),
             num_lists: 0,
             num_units: 0,
-            chunk: 1,
+            chunks: Chunks::up_to(1),
+            has_pieces: false,
             num_spans: 0,
+            num_rows: 0,
             max_span_rows: 0,
         }
     }
 
-    /// Describes `pass`; units have `chunk` keys. `captures` gives the capturing spans their numbers.
+    /// Describes `pass`, whose keys are cut into `chunks`. `captures` gives the capturing spans their numbers.
     pub(super) fn upload(
         &mut self,
         device: &Device,
         pass: &Pass<'_>,
-        chunk: usize,
+        chunks: Chunks,
         captures: &[usize],
     ) -> Result<(), CudaError> {
         let words = &mut self.words;
         words.clear();
-        self.chunk = chunk;
+        self.chunks = chunks;
         // Sections begin on 16 bytes.
         fn section(words: &mut Vec<u32>) -> usize {
             words.resize(words.len().next_multiple_of(4), 0);
@@ -131,6 +183,10 @@ impl DeviceBatch {
             blocks += span.blocks.len();
         }
         debug_assert_eq!(words.len() - self.at.spans, SPAN_WORDS * pass.spans.len());
+        self.at.cut_spans = section(words);
+        let cuts = cut_spans(pass, chunks, captures);
+        words.extend(cuts.iter().flat_map(|cut| cut.words));
+        self.has_pieces = cuts.iter().any(|cut| chunks.count(cut.keys) > 1);
         self.at.list_ranges = section(words);
         let mut first = 0;
         for lists in pass.spans.iter().filter_map(|s| s.lists.as_ref()) {
@@ -151,37 +207,21 @@ impl DeviceBatch {
         }
         self.at.units = section(words);
         self.num_spans = pass.spans.len();
-        self.max_span_rows = 0;
-        let (mut blocks, mut ranges) = (0, 0);
-        for (index, span) in pass.spans.iter().enumerate() {
-            // The longest list: heads with shorter ones leave their last units unused.
-            let (lists, cached) = match &span.lists {
-                None => (NONE, span.past),
-                Some(lists) => (ranges as u32, lists.longest()),
-            };
-            let capture = captures.iter().position(|&c| c == index);
-            let chunks = (cached + span.rows.len()).div_ceil(chunk);
-            for number in 0..chunks {
-                words.extend([
-                    index as u32,
-                    number as u32,
-                    span.rows.start as u32,
-                    span.rows.len() as u32,
-                    span.past as u32,
-                    blocks as u32,
-                    lists,
-                    capture.map_or(NONE, |c| c as u32),
-                ]);
+        self.num_rows = pass.tokens.len();
+        self.max_span_rows = pass.spans.iter().map(|s| s.rows.len()).max().unwrap_or(0);
+        for size in (0..Chunks::SIZES).rev() {
+            for cut in &cuts {
+                for chunk in chunks.of_size(size, cut.keys) {
+                    words.extend(cut.unit(chunk));
+                }
             }
-            blocks += span.blocks.len();
-            ranges += span.lists.as_ref().map_or(0, |l| l.of_head().len());
-            self.max_span_rows = self.max_span_rows.max(span.rows.len());
         }
         self.num_units = bucket((words.len() - self.at.units) / UNIT_WORDS, 1);
         while words.len() < self.at.units + self.num_units * UNIT_WORDS {
             words.extend(PADDING_UNIT);
         }
         self.at.block_tables = section(words);
+        let blocks = pass.spans.iter().map(|span| span.blocks.len()).sum();
         for span in &pass.spans {
             words.extend_from_slice(span.blocks);
         }
@@ -235,14 +275,24 @@ impl DeviceBatch {
         }
     }
 
-    /// Keys per unit.
-    pub(super) fn chunk(&self) -> usize {
-        self.chunk
+    /// How keys are cut into units.
+    pub(super) fn chunks(&self) -> Chunks {
+        self.chunks
     }
 
     /// Units of decode attention.
     pub(super) fn num_units(&self) -> usize {
         self.num_units
+    }
+
+    /// Whether the keys of any head are cut into several chunks.
+    pub(super) fn has_pieces(&self) -> bool {
+        self.has_pieces
+    }
+
+    /// Rows.
+    pub(super) fn num_rows(&self) -> usize {
+        self.num_rows
     }
 
     /// Spans.
@@ -281,6 +331,10 @@ impl DeviceBatch {
 
     pub(super) fn block_tables(&self) -> u64 {
         self.address(self.at.block_tables)
+    }
+
+    pub(super) fn cut_spans(&self) -> u64 {
+        self.address(self.at.cut_spans)
     }
 
     pub(super) fn list_ranges(&self) -> u64 {

@@ -30,6 +30,7 @@ pub struct Device {
     kernels: KernelCache,
     cublas: cublas::cublasHandle_t,
     multiprocessors: u32,
+    has_clusters: bool,
     failure: Mutex<Option<CudaError>>,
     turn: Turnstile,
 }
@@ -156,6 +157,7 @@ impl Device {
             stream,
             cublas: handle,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
+            has_clusters: major >= 9,
             failure: Mutex::new(None),
             turn: Turnstile::default(),
         }))
@@ -215,6 +217,11 @@ impl Device {
     /// Streaming multiprocessors.
     pub(super) fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    /// Whether blocks may form clusters.
+    pub(super) fn has_clusters(&self) -> bool {
+        self.has_clusters
     }
 
     /// The cuBLAS handle, bound to the stream.

@@ -36,6 +36,7 @@ macro_rules! kernels {
 
 kernels! {
     ATTENTION_DECODE = "attention_decode.cu" "attention_decode";
+    ATTENTION_MERGE = "attention_merge.cu" "attention_merge";
     ATTENTION_PREFILL = "attention_prefill.cu" "attention_prefill";
     LINEAR = "linear.cu" "linear";
     LINEAR_WIDE = "linear_wide.cu" "linear_wide";

@@ -75,6 +75,8 @@ pub enum ProductKernel {
     ManyRows,
     /// For many rows and few outputs: groups of warps share the inputs.
     ManyRowsSplit,
+    /// The same, over clusters of two blocks; where a GPU has none, as [`ProductKernel::ManyRowsSplit`].
+    ManyRowsCluster,
 }
 
 /// All epilogues.
@@ -158,11 +160,17 @@ impl Product<'_> {
         if self.rows == 0 {
             return Ok(());
         }
+        let sharing = match kernel {
+            None | Some(ProductKernel::FewRows) => None,
+            Some(ProductKernel::ManyRows) => Some(wide::Sharing::Whole),
+            Some(ProductKernel::ManyRowsCluster) if device.has_clusters() => {
+                Some(wide::Sharing::Cluster)
+            }
+            Some(_) => Some(wide::Sharing::Split),
+        };
         let tiling = match kernel {
             None => self.wide_tiling(device),
-            Some(ProductKernel::FewRows) => None,
-            Some(ProductKernel::ManyRows) => Some(wide::Tiling::of(self.rows, false)),
-            Some(ProductKernel::ManyRowsSplit) => Some(wide::Tiling::of(self.rows, true)),
+            Some(_) => sharing.map(|sharing| wide::Tiling::of(self.rows, sharing)),
         };
         match tiling {
             Some(tiling) => self.wide(device, tiling),

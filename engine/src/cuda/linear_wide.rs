@@ -10,7 +10,7 @@ use super::recording::LaunchShape;
 use crate::backend::Epilogue;
 
 /// Rows from which this kernel is the faster one, where there are blocks enough.
-const WIDE_FROM: usize = 33;
+const WIDE_FROM: usize = 17;
 /// Fewest blocks for which it is.
 const BLOCKS_LEAST: u32 = 96;
 
@@ -18,42 +18,66 @@ const BLOCKS_LEAST: u32 = 96;
 const ROW_WARPS: u32 = 2;
 /// Eights of rows that a warp may take. With more, one block would fill a multiprocessor, and no other would work while its warps
 /// wait for each other.
-const COLUMN_TILES: [u32; 2] = [3, 4];
+const COLUMN_TILES: [u32; 3] = [2, 3, 4];
 /// Most rows of a block.
-const ROWS_MOST: u32 = ROW_WARPS * 8 * COLUMN_TILES[1];
+const ROWS_MOST: u32 = ROW_WARPS * 8 * COLUMN_TILES[2];
 /// Shared memory of a multiprocessor for rings.
 const RING_BYTES: u32 = 200 << 10;
+
+/// How a block's warps share its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// All walk through the inputs together.
+    Whole,
+    /// Fewer outputs, and groups of warps that share the inputs.
+    Split,
+    /// The same, and the groups are those of two blocks.
+    Cluster,
+}
+
+impl Sharing {
+    /// All ways.
+    const ALL: [Self; 3] = [Self::Whole, Self::Split, Self::Cluster];
+}
 
 /// How a product is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tiling {
     /// Eights of rows per warp.
     column_tiles: u32,
-    /// Whether a block has few outputs, and groups of warps that share the inputs.
-    split: bool,
+    sharing: Sharing,
 }
 
 impl Tiling {
     /// For so many rows, in row groups of about the same size.
-    pub(super) fn of(rows: usize, split: bool) -> Self {
+    pub(super) fn of(rows: usize, sharing: Sharing) -> Self {
         let rows = rows as u32;
         let of_group = rows.div_ceil(rows.div_ceil(ROWS_MOST).max(1));
         let fits = |&tiles: &u32| of_group <= ROW_WARPS * 8 * tiles;
         let column_tiles = COLUMN_TILES.into_iter().find(fits);
         Self {
-            column_tiles: column_tiles.unwrap_or(COLUMN_TILES[1]),
-            split,
+            column_tiles: column_tiles.unwrap_or(COLUMN_TILES[2]),
+            sharing,
         }
     }
 
     /// Thirty-twos of outputs per block.
     fn output_warps(self) -> u32 {
-        if self.split { 2 } else { 4 }
+        if self.sharing == Sharing::Whole { 4 } else { 2 }
     }
 
     /// Groups of warps.
     fn groups(self) -> u32 {
-        if self.split { 4 } else { 1 }
+        if self.sharing == Sharing::Whole { 1 } else { 4 }
+    }
+
+    /// Blocks that share outputs.
+    fn cluster(self) -> u32 {
+        if self.sharing == Sharing::Cluster {
+            2
+        } else {
+            1
+        }
     }
 
     /// Rows of a block.
@@ -68,7 +92,9 @@ impl Tiling {
 
     /// Blocks of a product of so many rows and outputs.
     fn blocks(self, rows: usize, outputs: usize) -> u32 {
-        (outputs as u32).div_ceil(self.outputs()) * (rows as u32).div_ceil(self.rows())
+        self.cluster()
+            * (outputs as u32).div_ceil(self.outputs())
+            * (rows as u32).div_ceil(self.rows())
     }
 
     fn stage_bytes(self) -> u32 {
@@ -77,7 +103,7 @@ impl Tiling {
 
     /// Stages of a group's ring: two blocks of one group share a multiprocessor, one of four has it alone.
     fn stages(self) -> u32 {
-        let rings = if self.split { 4 } else { 2 };
+        let rings = if self.sharing == Sharing::Whole { 2 } else { 4 };
         RING_BYTES / rings / self.stage_bytes()
     }
 
@@ -86,24 +112,28 @@ impl Tiling {
         self.groups() * self.stages() * self.stage_bytes()
     }
 
-    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 6] {
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 7] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
             ("COLUMN_TILES", self.column_tiles),
             ("OUTPUT_WARPS", self.output_warps()),
             ("GROUPS", self.groups()),
+            ("CLUSTER", self.cluster()),
             ("STAGES", self.stages()),
             ("EPILOGUE", epilogue_number(epilogue)),
         ]
     }
 }
 
-/// Everything that [`Product::wide`] may launch.
-pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    let tilings = COLUMN_TILES.into_iter().flat_map(|column_tiles| {
-        [false, true].map(|split| Tiling {
+/// Everything that [`Product::wide`] may launch on this device.
+pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item = Variant> {
+    let clusters = device.has_clusters();
+    let tilings = COLUMN_TILES.into_iter().flat_map(move |column_tiles| {
+        let sharings = Sharing::ALL.into_iter();
+        let possible = sharings.filter(move |s| *s != Sharing::Cluster || clusters);
+        possible.map(move |sharing| Tiling {
             column_tiles,
-            split,
+            sharing,
         })
     });
     tilings.flat_map(move |tiling| {
@@ -121,12 +151,16 @@ impl Product<'_> {
             return None;
         }
         let outputs = self.projections.iter().map(|p| p.weight.shape().0).sum();
-        let blocks = |split| Tiling::of(self.rows, split).blocks(self.rows, outputs);
+        let tiling = |sharing| Tiling::of(self.rows, sharing);
+        let blocks = |sharing| tiling(sharing).blocks(self.rows, outputs);
         // Whole blocks where they keep all multiprocessors busy; finer ones where those are not too few.
-        if blocks(false) * 2 >= device.multiprocessors() * 3 {
-            Some(Tiling::of(self.rows, false))
+        if blocks(Sharing::Whole) * 2 >= device.multiprocessors() * 3 {
+            Some(tiling(Sharing::Whole))
+        } else if blocks(Sharing::Split) >= BLOCKS_LEAST {
+            Some(tiling(Sharing::Split))
         } else {
-            (blocks(true) >= BLOCKS_LEAST).then(|| Tiling::of(self.rows, true))
+            let enough = device.has_clusters() && blocks(Sharing::Cluster) >= BLOCKS_LEAST;
+            enough.then(|| tiling(Sharing::Cluster))
         }
     }
 
@@ -142,7 +176,11 @@ impl Product<'_> {
         let options = tiling.options(self.half_is_f16, self.epilogue);
         let kernel = device.kernel(Kernel::LINEAR_WIDE, &options)?;
         let launch = LaunchShape {
-            grid: ((self.rows as u32).div_ceil(tiling.rows()), tiles, 1),
+            grid: (
+                (self.rows as u32).div_ceil(tiling.rows()),
+                tiles * tiling.cluster(),
+                1,
+            ),
             threads: 32 * ROW_WARPS * tiling.output_warps() * tiling.groups(),
             shared_bytes: tiling.shared_bytes(),
         };
@@ -161,11 +199,11 @@ mod tests {
 
     #[test]
     fn a_block_has_room_for_its_rings_and_its_results() {
-        for rows in [48, 64] {
-            for split in [false, true] {
-                let tiling = Tiling::of(rows, split);
+        for rows in [32, 48, 64] {
+            for sharing in Sharing::ALL {
+                let tiling = Tiling::of(rows, sharing);
                 assert!(tiling.stages() >= 3, "{tiling:?}");
-                let parts = if split { 8 } else { 1 };
+                let parts = if sharing == Sharing::Whole { 1 } else { 8 };
                 let results = parts * tiling.rows() * (tiling.outputs() + 4) * 4;
                 assert!(results <= tiling.shared_bytes(), "{tiling:?}");
             }
@@ -174,10 +212,11 @@ mod tests {
 
     #[test]
     fn row_groups_are_alike() {
-        let rows = |rows| Tiling::of(rows, false).rows();
-        assert_eq!([1, 40, 48, 49, 64].map(rows), [48, 48, 48, 64, 64]);
+        let rows = |rows| Tiling::of(rows, Sharing::Whole).rows();
+        assert_eq!([1, 40, 48, 49, 64].map(rows), [32, 48, 48, 64, 64]);
         // Two of 48, three of 54.
         assert_eq!([96, 160].map(rows), [48, 64]);
-        assert_eq!(Tiling::of(160, true).blocks(160, 4096), 3 * 64);
+        assert_eq!(Tiling::of(160, Sharing::Split).blocks(160, 4096), 3 * 64);
+        assert_eq!(Tiling::of(40, Sharing::Cluster).blocks(40, 4096), 2 * 64);
     }
 }

@@ -13,6 +13,7 @@ mod attention;
 mod backend;
 mod batch;
 mod bucket;
+mod chunks;
 mod device;
 mod elementwise;
 mod error;

@@ -1,35 +1,25 @@
 // Attention of a few query rows per sequence, dense or over an index list: decoding, drafting, verification.
 //
-// A block works on one chunk of CHUNK keys of one KV head of one span. Each of its warps runs a private pipeline: it
-// gathers tiles of 16 entries with cp.async, multiplies all query rows with them on tensor cores and keeps its own
-// online softmax (Dao et al. 2022), so that the loop needs no barrier. The warps' results are merged in shared memory; when a head has several
-// chunks, the block that finishes last merges them in key order. Chunks and tiles are cut by key index alone, so a row's
-// bits depend neither on the rows beside it nor on the other spans.
+// A block works on one chunk of keys of one KV head of one span; chunks grow along the keys (chunks.rs). Each of its warps runs a
+// private pipeline: it gathers tiles of 16 entries with cp.async, multiplies all query rows with them on tensor cores and keeps its
+// own online softmax (Dao et al. 2022), so that the loop needs no barrier. The warps' results are merged in shared memory; when a
+// head has several chunks, attention_merge.cu merges them in key order. Chunks and tiles are cut by key index alone, so a
+// row's bits depend neither on the rows beside it nor on the other spans.
 //
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; ROW_TILES (16 query rows each); STAGES; CHUNK; CAPTURE (hand out scores: 1 of every token, 2 of the last one).
+// Options: HEAD_DIM; STAGES; ROW_TILES, CHUNK and CAPTURE (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
 #endif
-#ifndef ROW_TILES
-#define ROW_TILES 1
-#endif
 #ifndef STAGES
 #define STAGES 3
-#endif
-#ifndef CHUNK
-#define CHUNK 512
-#endif
-#ifndef CAPTURE
-#define CAPTURE 0
 #endif
 
 #define WARPS 4
 #define TILE_KEYS 16
-#define ROWS (16 * ROW_TILES)
 #define DIM_STEPS (HEAD_DIM / 16)
 // 16-byte pieces of an entry (K and V).
 #define PIECES (HEAD_DIM / 4)
@@ -37,30 +27,19 @@
 #define ENTRY_STRIDE (HEAD_DIM * 4 + 16)
 #define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
 #define QUERY_STRIDE (HEAD_DIM * 2 + 16)
-
-// A chunk of keys of one span. Mirrors `UNIT_WORDS` in batch.rs.
-struct Unit {
-    u32 span;      // its number; ~0: padding
-    u32 chunk;
-    u32 first_row; // of the span, among the pass's rows
-    u32 tokens;    // rows of the span
-    u32 past;      // positions cached before the pass
-    u32 blocks;    // where the span's block table begins
-    u32 lists;     // where its list ranges begin; ~0: dense
-    u32 capture;   // its number among the capturing spans; ~0: none
-};
+// Numbers from row to row of a warp's results: four rows, of eight numbers at a time, meet no bank twice.
+#define RESULT_STRIDE (HEAD_DIM / 32 * 32 + (HEAD_DIM % 32 > 8 ? 40 : 8))
 
 struct DecodeArgs {
     const half_bits* q;        // [rows, num_heads, HEAD_DIM]
     const half_bits* kv;       // [block][kv_head][BLOCK_TOKENS][K | V][HEAD_DIM], of one layer
     half_bits* out;            // [rows, num_heads, HEAD_DIM]
-    const Unit* units;         // [gridDim.x]
+    const Unit* units;         // [gridDim.x / num_kv_heads]
     const u32* block_tables;
     const uint2* list_ranges;  // per span with lists: [num_layers * num_kv_heads]: where its list begins, its length
     const u32* list_slots;     // all lists: positions in the cache, block * BLOCK_TOKENS + offset
-    float* partials;           // [unit][kv_head][row tile][ROWS][HEAD_DIM], then the statistics
-    float2* statistics;        // [unit][kv_head][row tile][ROWS]: maximum score, sum
-    u32* arrivals;             // [span][kv_head][row tile], zero between launches
+    float* partials;           // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM]
+    float2* statistics;        // [place][kv_head][row tile][BLOCK_ROWS]: maximum score, sum
     float* scores;             // [capturing span][score_tokens][num_heads][score_stride]: scores * log2(e) by key
     float2* score_statistics;  // [capturing span][score_tokens][num_heads]: maximum, sum
     u32 num_heads, num_kv_heads;
@@ -69,38 +48,22 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
-#if CAPTURE
-// Whether a query row's scores are handed out.
-__device__ __forceinline__ bool is_captured(u32 row, u32 num_rows, u32 group) {
-    return row < num_rows && (CAPTURE == 1 || row + group >= num_rows);
-}
-
-// Where they go: rows of all tokens, or of the last one alone.
-__device__ __forceinline__ u64 captured_row(const DecodeArgs& a, const Unit& unit, u32 kv_head, u32 row, u32 group) {
-    const u32 token = CAPTURE == 1 ? row / group : 0;
-    return (u64(unit.capture) * a.score_tokens + token) * a.num_heads + kv_head * group + row % group;
-}
-#endif
-
-// A maximum to subtract; where a row has seen no key, any finite one gives zeros. Maxima are subtracted before they are scaled: keys
-// that causality hides from a row leave its maximum alone, and then the factor must be 1 to the last bit (a product less its own
-// rounding, as one fused operation, would be off by that rounding).
-__device__ __forceinline__ float finite(float maximum) { return maximum == NEGATIVE_INFINITY ? 0.0f : maximum; }
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ float warp_max[WARPS][ROWS], warp_sums[WARPS][ROWS];
-    __shared__ u32 entries[CHUNK], last_to_arrive;
+    __shared__ float warp_max[WARPS][BLOCK_ROWS], warp_sums[WARPS][BLOCK_ROWS];
+    __shared__ u32 entries[CHUNK];
     u8* const query = shared;
-    u8* const ring = shared + ROWS * QUERY_STRIDE;
+    u8* const ring = shared + BLOCK_ROWS * QUERY_STRIDE;
     let_next_start();
 
-    const uint4 unit_low = ((const uint4*)a.units)[2 * blockIdx.x], unit_high = ((const uint4*)a.units)[2 * blockIdx.x + 1];
+    const u32 unit_number = blockIdx.x / a.num_kv_heads, kv_head = blockIdx.x % a.num_kv_heads, row_tile = blockIdx.y;
+    const uint4 unit_low = ((const uint4*)a.units)[2 * unit_number], unit_high = ((const uint4*)a.units)[2 * unit_number + 1];
     const Unit unit = {unit_low.x, unit_low.y, unit_low.z, unit_low.w, unit_high.x, unit_high.y, unit_high.z, unit_high.w};
     if (unit.span == NONE) return wait_for_previous();
-    const u32 kv_head = blockIdx.y, row_tile = blockIdx.z;
+    const u32 chunk = unit.chunk & 0xffff;
+    [[maybe_unused]] const u32 capture = unit.chunk >> 16;
     const u32 group = a.num_heads / a.num_kv_heads;
-    const u32 first_row = row_tile * ROWS;
+    const u32 first_row = row_tile * BLOCK_ROWS;
     const u32 num_rows = unit.tokens * group;
     if (first_row >= num_rows) return wait_for_previous();
     const u32* list = nullptr;
@@ -111,10 +74,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         cached = range.y;
     }
     const u32 num_keys = cached + unit.tokens;
-    const u32 chunks = (num_keys + CHUNK - 1) / CHUNK;
-    const u32 first_key = unit.chunk * CHUNK;
+    const u32 chunks = chunks_of(num_keys);
+    const u32 first_key = first_key_of(chunk);
     if (first_key >= num_keys) return wait_for_previous();
-    const u32 end_key = min(first_key + CHUNK, num_keys);
+    const u32 end_key = min(first_key_of(chunk + 1), num_keys);
     const u32* const table = a.block_tables + unit.blocks;
 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -163,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     }
     if (!has_own) wait_for_previous();
     // Queries to shared memory; rows past the end are zeros.
-    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
+    for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 8), part = i % (HEAD_DIM / 8), row = first_row + r;
         const u32 token = row / group, head = kv_head * group + row % group;
         uint4 value = make_uint4(0, 0, 0, 0);
@@ -232,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                         if (tile_key + n * 8 + lane % 4 * 2 + i % 2 >= limit[m][i / 2]) score[m][n][i] = NEGATIVE_INFINITY;
         }
 #if CAPTURE
-        if (unit.capture != NONE) {
+        if (capture != NO_CAPTURE) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 // Two neighbouring keys; a second one past the end falls into the row's padding.
@@ -244,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                     for (int half = 0; half < 2; ++half) {
                         const u32 row = first_row + m * 16 + half * 8 + lane / 4;
                         if (!is_captured(row, num_rows, group)) continue;
-                        const u64 at = captured_row(a, unit, kv_head, row, group);
+                        const u64 at = captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group);
                         *(float2*)(a.scores + at * a.score_stride + key) =
                             make_float2(score[m][n][half * 2] * a.scale_log2, score[m][n][half * 2 + 1] * a.scale_log2);
                     }
@@ -306,6 +269,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const u32 row = m * 16 + half * 8 + lane / 4;
+            if (first_row + m * 16 + half * 8 >= num_rows) break;
             float s = sum[m][half];
             s += __shfl_xor_sync(FULL_WARP, s, 1);
             s += __shfl_xor_sync(FULL_WARP, s, 2);
@@ -315,13 +279,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             }
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n)
-                *(float2*)(mine + row * HEAD_DIM + n * 8 + lane % 4 * 2) = make_float2(output[m][n][half * 2], output[m][n][half * 2 + 1]);
+                *(float2*)(mine + row * RESULT_STRIDE + n * 8 + lane % 4 * 2) = make_float2(output[m][n][half * 2], output[m][n][half * 2 + 1]);
         }
     __syncthreads();
 
-    const u64 place = (u64(blockIdx.x) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
+    const u64 place = (u64(unit.places + chunk) * a.num_kv_heads + kv_head) * gridDim.y + row_tile;
     const bool alone = chunks == 1;
-    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
+    for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
         if (row >= num_rows) break;
         float top = NEGATIVE_INFINITY;
@@ -333,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const float scale = exp2_fast((warp_max[w][r] - finite(top)) * a.scale_log2);
-            const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * HEAD_DIM + d);
+            const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * RESULT_STRIDE + d);
             total += scale * warp_sums[w][r];
             value.x += scale * v.x;
             value.y += scale * v.y;
@@ -346,53 +310,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
                 make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
-            if (d == 0 && unit.capture != NONE && is_captured(row, num_rows, group))
-                a.score_statistics[captured_row(a, unit, kv_head, row, group)] = make_float2(reference, total);
+            if (d == 0 && capture != NO_CAPTURE && is_captured(row, num_rows, group))
+                a.score_statistics[captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group)] = make_float2(reference, total);
 #endif
         } else {
-            *(float4*)(a.partials + (place * ROWS + r) * HEAD_DIM + d) = value;
-            if (d == 0) a.statistics[place * ROWS + r] = make_float2(top, total);
+            *(float4*)(a.partials + (place * BLOCK_ROWS + r) * HEAD_DIM + d) = value;
+            if (d == 0) a.statistics[place * BLOCK_ROWS + r] = make_float2(top, total);
         }
-    }
-    if (alone) return;
-
-    // The last block of the head to arrive merges its chunks, whose units are neighbours.
-    __threadfence();
-    __syncthreads();
-    u32* const arrivals = a.arrivals + (u64(unit.span) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
-    if (threadIdx.x == 0) last_to_arrive = atomicAdd(arrivals, 1) == chunks - 1;
-    __syncthreads();
-    if (!last_to_arrive) return;
-    __threadfence();
-    if (threadIdx.x == 0) *arrivals = 0;
-    const u64 first_place = (u64(blockIdx.x - unit.chunk) * a.num_kv_heads + kv_head) * gridDim.z + row_tile;
-    const u64 stride = u64(a.num_kv_heads) * gridDim.z;
-    for (u32 i = threadIdx.x; i < ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
-        const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
-        if (row >= num_rows) break;
-        float top = NEGATIVE_INFINITY, total = 0.0f;
-        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-        for (u32 c = 0; c < chunks; ++c) {
-            const u64 at = (first_place + c * stride) * ROWS + r;
-            const float2 s = __ldcg(a.statistics + at);
-            const float4 v = __ldcg((const float4*)(a.partials + at * HEAD_DIM + d));
-            const float now = fmaxf(top, s.x);
-            const float keep = exp2_fast((top - finite(now)) * a.scale_log2), add = exp2_fast((s.x - finite(now)) * a.scale_log2);
-            total = total * keep + s.y * add;
-            value.x = value.x * keep + v.x * add;
-            value.y = value.y * keep + v.y * add;
-            value.z = value.z * keep + v.z * add;
-            value.w = value.w * keep + v.w * add;
-            top = now;
-        }
-        const float inverse = 1.0f / total;
-        const u32 token = row / group, head = kv_head * group + row % group;
-        *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
-            make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
-#if CAPTURE
-        if (d == 0 && unit.capture != NONE && is_captured(row, num_rows, group))
-            a.score_statistics[captured_row(a, unit, kv_head, row, group)] = make_float2(top * a.scale_log2, total);
-#endif
     }
 }

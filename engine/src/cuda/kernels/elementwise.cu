@@ -8,16 +8,29 @@ extern "C" __global__ void embed(const half_bits* table, const u32* tokens, floa
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = to_float(from[i]);
 }
 
+// Fours of a row that a thread keeps in registers; what a wider row has beyond them is read twice.
+#define KEPT 4
+
 // Root-mean-square norm (Zhang and Sennrich 2019); one block per row, 256 threads. width: a multiple of 4.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
-    begin_kernel();
+    let_next_start();
     __shared__ float sums[8];
-    const float4* from = (const float4*)(x + u64(blockIdx.x) * width);
+    const u32 fours = width / 4, beyond = threadIdx.x + KEPT * 256;
+    const float4* const from = (const float4*)(x + u64(blockIdx.x) * width);
+    const float4* const weights = (const float4*)weight;
+    uint2* const to = (uint2*)(out + u64(blockIdx.x) * width);
+    float4 kept[KEPT], kept_weights[KEPT];
+    // Weights stand still; x is what the kernel before writes.
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k)
+        if (threadIdx.x + k * 256 < fours) kept_weights[k] = weights[threadIdx.x + k * 256];
+    wait_for_previous();
     float squares = 0.0f;
-    for (u32 i = threadIdx.x; i < width / 4; i += 256) {
-        const float4 v = from[i];
-        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-    }
+    auto add = [&](float4 v) { squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); };
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k)
+        if (threadIdx.x + k * 256 < fours) add(kept[k] = from[threadIdx.x + k * 256]);
+    for (u32 i = beyond; i < fours; i += 256) add(from[i]);
     squares = warp_sum(squares);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
     __syncthreads();
@@ -25,11 +38,13 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const
 #pragma unroll
     for (int w = 0; w < 8; ++w) total += sums[w];
     const float scale = rsqrtf(total / float(width) + eps);
-    uint2* to = (uint2*)(out + u64(blockIdx.x) * width);
-    for (u32 i = threadIdx.x; i < width / 4; i += 256) {
-        const float4 v = from[i], w = ((const float4*)weight)[i];
+    auto store = [&](u32 i, float4 v, float4 w) {
         to[i] = make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
-    }
+    };
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k)
+        if (threadIdx.x + k * 256 < fours) store(threadIdx.x + k * 256, kept[k], kept_weights[k]);
+    for (u32 i = beyond; i < fours; i += 256) store(i, from[i], weights[i]);
 }
 
 // out[i] = x[rows[i]]; one block per row.
@@ -67,34 +82,14 @@ struct RotateArgs {
 // Splits projected rows, norms q and k per head where asked, rotates them (Su et al. 2021, half-rotation layout) and stores K
 // and V in the cache. A warp per head; blocks are [heads / 4, rows]. head_dim: at most 256.
 extern "C" __global__ void __launch_bounds__(128) rotate_and_store(const RotateArgs a) {
-    begin_kernel();
+    let_next_start();
     const u32 row = blockIdx.y, lane = threadIdx.x % 32;
     const u32 head = blockIdx.x * 4 + threadIdx.x / 32, heads = a.num_heads + 2 * a.num_kv_heads;
     const u32 span_number = a.row_spans[row];
-    if (head >= heads || span_number == NONE) return;
+    if (head >= heads || span_number == NONE) return wait_for_previous();
     const u32 half = a.head_dim / 2;
-    const float* from = a.qkv + (u64(row) * heads + head) * a.head_dim;
-    float low[4], high[4];
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const u32 d = lane + i * 32;
-        low[i] = d < half ? from[d] : 0.0f;
-        high[i] = d < half ? from[half + d] : 0.0f;
-        squares += low[i] * low[i] + high[i] * high[i];
-    }
     const bool is_query = head < a.num_heads, is_value = head >= a.num_heads + a.num_kv_heads;
-    const float* norm = is_query ? a.q_norm : a.k_norm;
-    if (!is_value && norm != nullptr) {
-        const float scale = rsqrtf(warp_sum(squares) / float(a.head_dim) + a.eps);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 d = lane + i * 32;
-            if (d >= half) continue;
-            low[i] *= scale * norm[d];
-            high[i] *= scale * norm[half + d];
-        }
-    }
+    // Where the head goes follows from the pass's description, which is there before the pass begins.
     half_bits* to;
     if (is_query) {
         to = a.q + (u64(row) * a.num_heads + head) * a.head_dim;
@@ -106,14 +101,39 @@ extern "C" __global__ void __launch_bounds__(128) rotate_and_store(const RotateA
         const u64 entry = (u64(block) * a.num_kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS;
         to = a.kv + (entry * 2 + is_value) * a.head_dim;
     }
+    wait_for_previous();
+
+    const float* from = a.qkv + (u64(row) * heads + head) * a.head_dim;
     const float* angles = a.angles + u64(row) * a.head_dim;
+    float low[4], high[4], cosine[4], sine[4];
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 d = lane + i * 32;
+        low[i] = d < half ? from[d] : 0.0f;
+        high[i] = d < half ? from[half + d] : 0.0f;
+        const bool turned = d < half && !is_value;
+        cosine[i] = turned ? angles[d] : 1.0f;
+        sine[i] = turned ? angles[half + d] : 0.0f;
+        squares += low[i] * low[i] + high[i] * high[i];
+    }
+    const float* norm = is_query ? a.q_norm : a.k_norm;
+    if (!is_value && norm != nullptr) {
+        const float scale = rsqrtf(warp_sum(squares) / float(a.head_dim) + a.eps);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 d = lane + i * 32;
+            if (d >= half) continue;
+            low[i] *= scale * norm[d];
+            high[i] *= scale * norm[half + d];
+        }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const u32 d = lane + i * 32;
         if (d >= half) continue;
-        const float cosine = is_value ? 1.0f : angles[d], sine = is_value ? 0.0f : angles[half + d];
-        to[d] = to_half(low[i] * cosine - high[i] * sine);
-        to[half + d] = to_half(high[i] * cosine + low[i] * sine);
+        to[d] = to_half(low[i] * cosine[i] - high[i] * sine[i]);
+        to[half + d] = to_half(high[i] * cosine[i] + low[i] * sine[i]);
     }
 }
 

@@ -4,12 +4,14 @@
 // beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs, and warps share rings of weights
 // and x. One group of warps walks through the eight splits one after another and adds their sums in the same order. Products
 // of few outputs would leave multiprocessors idle that way: they get blocks of fewer outputs, and four groups with two splits and a
-// ring each, whose sums meet at the end. Instructions, and which inputs each of them takes, are linear.cu's too, so the bits are.
+// ring each, whose sums meet at the end. Where even that leaves half of them idle, two blocks of a cluster have half of the splits each, and
+// the sums of half of the rows meet in either's shared memory. Instructions, and which inputs each of them takes, are linear.cu's
+// too, so the bits are.
 //
 // Blocks of the same outputs are neighbours: their weights come from memory once.
 //
-// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each) and GROUPS, 4 and 1 or 2 and 4; STAGES of a
-// group's ring; EPILOGUE.
+// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each) and GROUPS, 4 and 1 or 2 and 4; CLUSTER, the
+// blocks of a cluster, 1 or, with four groups, 2; STAGES of a group's ring; EPILOGUE.
 
 #ifndef COLUMN_TILES
 #define COLUMN_TILES 4
@@ -20,6 +22,9 @@
 #ifndef GROUPS
 #define GROUPS 1
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #ifndef STAGES
 #define STAGES 4
 #endif
@@ -29,11 +34,11 @@
 #endif
 
 #define ROW_WARPS 2
-#define OWN_SPLITS (SPLITS / GROUPS)
+#define OWN_SPLITS (SPLITS / (GROUPS * CLUSTER))
 #define GROUP_THREADS (OUTPUT_WARPS * ROW_WARPS * 32)
 #define THREADS (GROUPS * GROUP_THREADS)
 // Sums that a warp keeps apart: those of its group's splits, or one and what has come together.
-#define KEPT 2
+#define KEPT (GROUPS == 1 ? 2 : OWN_SPLITS)
 #define BLOCK_OUTPUTS (OUTPUT_WARPS * 32)
 #define ROWS (ROW_WARPS * COLUMN_TILES * 8)
 // 128 bytes of inputs of each output and row.
@@ -56,13 +61,37 @@ struct Step {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
+// Until all blocks of the cluster are here; what they wrote to each other's shared memory has come then.
+__device__ __forceinline__ void meet_cluster() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Stores to this place in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void store_at(u32 rank, float* to, float value) {
+#if CLUSTER > 1
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+#else
+    *to = value;
+#endif
+}
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(1, CLUSTER, 1)
+#else
+#define CLUSTERED
+#endif
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     const u32 group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
     const u32 warp = thread / 32, lane = threadIdx.x % 32;
     const u32 output_warp = warp % OUTPUT_WARPS, row_warp = warp / OUTPUT_WARPS;
     // Row groups first, so that those of the same outputs run side by side.
-    const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y;
+    const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y / CLUSTER, rank = blockIdx.y % CLUSTER;
     const u32 rows = min(a.rows - first_row, ROWS);
     const half_bits* const x = a.x + u64(first_row) * a.inputs;
     const u32 number = EPILOGUE == 2 ? 0 : number_of(a, tile);
@@ -71,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
     const u32 first_out = (tile - p.first_tile) * OWN_OUTPUTS;
 
     const u32 input_tiles = (a.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
-    const u32 first_split = group * OWN_SPLITS;
+    const u32 first_split = (rank * GROUPS + group) * OWN_SPLITS;
     // Tiles of the group's splits: split k has tile k and every eighth after it.
     u32 own_tiles = 0;
 #pragma unroll
@@ -175,14 +204,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
                     }
         }
     } else {
-        add_split(sums[0], first_split);
-        add_split(sums[1], first_split + 1);
+#pragma unroll
+        for (int k = 0; k < KEPT; ++k) add_split(sums[k], first_split + k);
     }
     copy_wait<0>();
     let_next_start();
     __syncthreads();
+    meet_cluster();
 
-    // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too.
+    // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too. Of a cluster each block
+    // ends up with the rows of one of ROW_WARPS.
     float* const block = (float*)shared;
     const u32 pitch = BLOCK_OUTPUTS + 4;
 #pragma unroll
@@ -194,10 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
             for (int c = 0; c < COLUMN_TILES; ++c)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    block[(part * ROWS + (row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8] =
-                        sums[k][o][c][i];
+                    store_at(row_warp % CLUSTER,
+                             block + (part * ROWS + (row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8,
+                             sums[k][o][c][i]);
     }
     __syncthreads();
+    meet_cluster();
     auto total = [&](u32 column, u32 o) {
         if (GROUPS == 1) return block[column * pitch + o];
         float y = 0.0f;
@@ -208,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
     u32 before = 0;
     if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
     if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
-    for (u32 i = threadIdx.x; i < ROWS * OWN_OUTPUTS; i += THREADS) {
-        const u32 o = i % OWN_OUTPUTS, column = i / OWN_OUTPUTS, out = first_out + o;
+    for (u32 i = threadIdx.x; i < ROWS / CLUSTER * OWN_OUTPUTS; i += THREADS) {
+        const u32 o = i % OWN_OUTPUTS, column = rank * (ROWS / CLUSTER) + i / OWN_OUTPUTS, out = first_out + o;
         if (column >= rows || out >= p.outputs) continue;
         const u64 at = u64(first_row + column) * a.out_stride + before + out;
         if (EPILOGUE == 2) {

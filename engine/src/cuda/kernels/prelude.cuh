@@ -152,3 +152,66 @@ struct LinearArgs {
 __device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
     return (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
 }
+
+// Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), CHUNK (keys of the largest chunk) and
+// CAPTURE (hand out scores: 1 of every token, 2 of the last one).
+#ifndef ROW_TILES
+#define ROW_TILES 1
+#endif
+#ifndef CHUNK
+#define CHUNK 512
+#endif
+#ifndef CAPTURE
+#define CAPTURE 0
+#endif
+#define BLOCK_ROWS (16 * ROW_TILES)
+
+// How keys are cut: mirrors `GROWING` in chunks.rs.
+#define SMALL_CHUNK (CHUNK < 256 ? CHUNK : 256)
+#define MIDDLE_CHUNK (CHUNK < 512 ? CHUNK : 512)
+#define SMALL_CHUNKS 16
+#define MIDDLE_CHUNKS 24
+#define MIDDLE_KEY (SMALL_CHUNKS * SMALL_CHUNK)
+#define LARGE_KEY (MIDDLE_KEY + MIDDLE_CHUNKS * MIDDLE_CHUNK)
+
+__device__ __forceinline__ u32 first_key_of(u32 chunk) {
+    if (chunk <= SMALL_CHUNKS) return chunk * SMALL_CHUNK;
+    if (chunk <= SMALL_CHUNKS + MIDDLE_CHUNKS) return MIDDLE_KEY + (chunk - SMALL_CHUNKS) * MIDDLE_CHUNK;
+    return LARGE_KEY + (chunk - SMALL_CHUNKS - MIDDLE_CHUNKS) * CHUNK;
+}
+
+__device__ __forceinline__ u32 chunks_of(u32 keys) {
+    if (keys <= MIDDLE_KEY) return (keys + SMALL_CHUNK - 1) / SMALL_CHUNK;
+    if (keys <= LARGE_KEY) return SMALL_CHUNKS + (keys - MIDDLE_KEY + MIDDLE_CHUNK - 1) / MIDDLE_CHUNK;
+    return SMALL_CHUNKS + MIDDLE_CHUNKS + (keys - LARGE_KEY + CHUNK - 1) / CHUNK;
+}
+
+// A chunk of keys of one span. Mirrors `UNIT_WORDS` in batch.rs.
+struct Unit {
+    u32 span;      // its number; ~0: padding
+    u32 chunk;     // below, its number; above, that of its span among the capturing ones, 0xffff: none
+    u32 first_row; // of the span, among the pass's rows
+    u32 tokens;    // rows of the span
+    u32 past;      // positions cached before the pass
+    u32 blocks;    // where the span's block table begins
+    u32 lists;     // where its list ranges begin; ~0: dense
+    u32 places;    // where the partial results of the span's chunks begin
+};
+
+#define NO_CAPTURE 0xffffu
+
+// Whether a query row's scores are handed out.
+__device__ __forceinline__ bool is_captured(u32 row, u32 num_rows, u32 group) {
+    return CAPTURE && row < num_rows && (CAPTURE == 1 || row + group >= num_rows);
+}
+
+// Where they go: rows of all tokens, or of the last one alone.
+__device__ __forceinline__ u64 captured_row(u32 score_tokens, u32 num_heads, u32 capture, u32 kv_head, u32 row, u32 group) {
+    const u32 token = CAPTURE == 1 ? row / group : 0;
+    return (u64(capture) * score_tokens + token) * num_heads + kv_head * group + row % group;
+}
+
+// A maximum to subtract; where a row has seen no key, any finite one gives zeros. Maxima are subtracted before they are scaled: keys
+// that causality hides from a row leave its maximum alone, and then the factor must be 1 to the last bit (a product less its own
+// rounding, as one fused operation, would be off by that rounding).
+__device__ __forceinline__ float finite(float maximum) { return maximum == NEGATIVE_INFINITY ? 0.0f : maximum; }
