@@ -180,7 +180,7 @@ impl Loading<'_> {
             (Some(only), true) => Box::new(only),
             (last, _) => {
                 transformers.extend(last);
-                Box::new(Ranks::new(transformers))
+                Box::new(Ranks::new(transformers)?)
             }
         };
         Ok(Loaded {

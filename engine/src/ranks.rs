@@ -1,11 +1,13 @@
 //! [`Ranks`]: one model run by several transformers, each with its [`Share`], and their outputs put together again.
 //!
-//! All ranks live in this process, a thread each for the length of a forward. They see the same steps, so block tables, positions and
+//! All ranks live in this process, on a thread each that outlives the forward: starting threads would take longer than a sum. They see the same steps, so block tables, positions and
 //! tokens need no copy; what each yields is its own heads' and its own part of the vocabulary, and is joined here in the
 //! whole model's order. Logits are joined on the host, where they are looked at: devices exchange sums alone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::attention::{AttentionRows, EntryMasses};
 use crate::backend::Backend;
@@ -21,12 +23,26 @@ static RUNNING: Mutex<()> = Mutex::new(());
 /// The ranks of one model, in order.
 pub(crate) struct Ranks<B: Backend> {
     ranks: Vec<Transformer<B>>,
+    /// One for each rank but the first, which the caller's thread runs: ranks wait for each other, so none may wait for a thread.
+    threads: ThreadPool,
 }
 
 impl<B: Backend> Ranks<B> {
     /// Ranks whose shares make up a model.
-    pub(crate) fn new(ranks: Vec<Transformer<B>>) -> Self {
-        Self { ranks }
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidArgument`] when the system has no thread for each.
+    pub(crate) fn new(ranks: Vec<Transformer<B>>) -> Result<Self, EngineError> {
+        let others = ranks.len().saturating_sub(1);
+        let threads = ThreadPoolBuilder::new()
+            .num_threads(others.max(1))
+            .thread_name(|number| format!("rank-{}", number + 1))
+            .build()
+            .map_err(|error| EngineError::InvalidArgument {
+                what: "number of ranks",
+                reason: format!("no thread for each: {error}"),
+            })?;
+        Ok(Self { ranks, threads })
     }
 }
 
@@ -54,19 +70,16 @@ where
     fn forward(&mut self, steps: &[Step<'_>]) -> Result<Vec<StepOutput>, EngineError> {
         let turn = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         let (first, others) = self.ranks.split_at_mut(1);
-        let outputs: Vec<Result<Vec<RankOutput>, EngineError>> = std::thread::scope(|scope| {
-            let others: Vec<_> = others
-                .iter_mut()
-                .map(|rank| scope.spawn(|| run(rank, steps)))
-                .collect();
-            let first = run(&mut first[0], steps);
-            let joined = others
-                .into_iter()
-                .map(|rank| rank.join().unwrap_or_else(|panic| resume_unwind(panic)));
-            std::iter::once(first).chain(joined).collect()
+        let mut of_others: Vec<_> = others.iter().map(|_| None).collect();
+        let of_first = self.threads.in_place_scope(|scope| {
+            for (rank, output) in others.iter_mut().zip(&mut of_others) {
+                scope.spawn(move |_| *output = Some(run(rank, steps)));
+            }
+            run(&mut first[0], steps)
         });
+        let outputs = std::iter::once(of_first).chain(of_others.into_iter().flatten());
         drop(turn);
-        let (outputs, errors): (Vec<_>, Vec<_>) = outputs.into_iter().partition(Result::is_ok);
+        let (outputs, errors): (Vec<_>, Vec<_>) = outputs.partition(Result::is_ok);
         // What made one rank leave says more than that the others were left.
         let mut errors: Vec<EngineError> = errors.into_iter().filter_map(Result::err).collect();
         errors.sort_by_key(|error| error.label() == RANK_LEFT);

@@ -88,6 +88,19 @@ pub(super) fn decode(
     Ok(output)
 }
 
+/// By how much the most probable token behind `prompt` and `text` leads the next one, in logits.
+pub(super) fn lead(model: &mut Model, prompt: &[u32], text: &[u32]) -> Result<f32> {
+    let all = [prompt, text].concat();
+    let mut sequence = model.new_sequence(all.len())?;
+    let (last, body) = all.split_last().context("a prompt")?;
+    for chunk in body.chunks(512) {
+        run(model, &mut sequence, chunk, LogitRows::None)?;
+    }
+    let mut logits = run(model, &mut sequence, &[*last], LogitRows::All)?;
+    logits.sort_by(|a, b| b.total_cmp(a));
+    Ok(logits[0] - logits[1])
+}
+
 /// Prints how many prompts agree; true when every difference is at a small gap, and drafts never change a token.
 ///
 /// # Errors

@@ -53,6 +53,7 @@ kernels! {
     ENTRY_MASSES = "elementwise.cu" "entry_masses";
     ADD_BIASES = "elementwise.cu" "add_biases";
     ROW_ARGMAX = "elementwise.cu" "row_argmax";
+    PEER_SUM = "peer_sum.cu" "peer_sum";
     EXPAND_LISTS = "lists.cu" "expand_lists";
     MIX_ROWS = "selection.cu" "mix_rows";
     ADD_TO_MEANS = "selection.cu" "add_to_means";

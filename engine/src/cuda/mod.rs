@@ -4,7 +4,7 @@
 //! and logits are f32. Small passes run on kernels whose row results do not depend on the other rows, so that greedy
 //! speculative text equals plain text here as on the CPU; long prompt chunks use cuBLAS and their own attention kernel.
 //!
-//! A model may be split over GPUs, whose sums go through NCCL.
+//! A model may be split over GPUs, which add up through each other's memory and NCCL.
 //!
 //! The driver, NVRTC and cuBLAS are loaded when a device is opened, NCCL when a model is split, so a binary with this backend runs on hosts without them.
 
@@ -25,7 +25,9 @@ mod linear;
 mod linear_wide;
 mod memory;
 mod nccl;
+mod peer_sum;
 mod pinned;
+mod rank_group;
 mod recorder;
 mod recording;
 mod round_sums;
@@ -43,6 +45,7 @@ pub use graph_cache::GraphCounts;
 pub use kv_store::KvStore;
 pub use linear::ProductKernel;
 pub use memory::{Buffer, DeviceMemory, Weight};
-pub use nccl::{NcclGroup, keep_multicast_off};
-pub(crate) use nccl::{open, ranks};
+pub use nccl::keep_multicast_off;
+pub use rank_group::{RankGroup, SumWay};
+pub(crate) use rank_group::{open, ranks};
 pub(crate) use topology::describe;

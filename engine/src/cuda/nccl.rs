@@ -1,25 +1,13 @@
-//! [`NcclGroup`]: the ranks of a split model, one GPU of this host each, adding up through NCCL on their own streams.
-//!
-//! What is added up is the residual stream, in f32: rounding the parts to 16 bits would add an error per layer that one GPU does not
-//! make, and at the few rows of decoding a sum takes the time of its launch and of a round trip, not of its bytes.
-//!
-//! An element's sum must not depend on what else is summed. Of two numbers there is one sum; NCCL's order of three and more follows
-//! from an element's place in the buffer, so larger groups gather the parts and add them rank by rank. Prompt chunks run
-//! alone, and are summed by NCCL.
+//! [`NcclEnd`]: sums over GPUs through NCCL, on the ranks' own streams.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::nccl::{result, sys};
 
-use super::backend::CudaBackend;
 use super::device::Device;
 use super::elementwise::RowKernels;
 use super::error::CudaError;
-use super::memory::{Buffer, DeviceMemory};
-use crate::backend::DType;
-use crate::communicator::Communicator;
-use crate::error::EngineError;
-use crate::loading::{Group, LoadOptions};
+use super::memory::DeviceMemory;
 
 /// NCCL's switch for NVLink multicast.
 const MULTICAST: &str = "NCCL_NVLS_ENABLE";
@@ -35,42 +23,6 @@ pub fn keep_multicast_off() {
     }
 }
 
-/// The GPUs of these numbers, as a model's options want them.
-///
-/// # Errors
-/// Those of [`Device::open`].
-pub(crate) fn open(
-    numbers: &[usize],
-    options: &LoadOptions,
-) -> Result<Vec<Arc<Device>>, CudaError> {
-    let open = |&number| {
-        let device = Device::shared(number, options.kernel_cache.clone())?;
-        if !options.cuda_graphs {
-            device.use_graphs(false);
-        }
-        Ok(device)
-    };
-    numbers.iter().map(open).collect()
-}
-
-/// Backends on these GPUs, and what joins them where they are several.
-///
-/// # Errors
-/// [`CudaError::LibraryMissing`] or [`CudaError::Nccl`] where ranks cannot be joined.
-pub(crate) fn ranks(
-    devices: Vec<Arc<Device>>,
-    half: DType,
-) -> Result<Vec<(CudaBackend, Group<Buffer>)>, EngineError> {
-    let groups: Vec<Group<Buffer>> = if devices.len() == 1 {
-        vec![None]
-    } else {
-        let boxed = |end| Some(Box::new(end) as Box<dyn Communicator<Buffer>>);
-        NcclGroup::join(&devices)?.into_iter().map(boxed).collect()
-    };
-    let backends = devices.into_iter().map(|d| CudaBackend::new(d, half));
-    backends.zip(groups).map(|(b, g)| Ok((b?, g))).collect()
-}
-
 /// NCCL's handle of one rank, until somebody of the group has left.
 type Handle = Mutex<Option<Communication>>;
 
@@ -80,7 +32,7 @@ struct Communication(sys::ncclComm_t);
 unsafe impl Send for Communication {}
 
 /// One rank's end.
-pub struct NcclGroup {
+pub(super) struct NcclEnd {
     device: Arc<Device>,
     rank: usize,
     /// Of all ranks: who leaves must end what the others wait for.
@@ -89,12 +41,12 @@ pub struct NcclGroup {
     parts: Mutex<DeviceMemory>,
 }
 
-impl NcclGroup {
+impl NcclEnd {
     /// Joins devices, and lets them add up once: NCCL connects them when it is first used.
     ///
     /// # Errors
     /// [`CudaError::LibraryMissing`], [`CudaError::MulticastUndecided`] or [`CudaError::Nccl`].
-    pub fn join(devices: &[Arc<Device>]) -> Result<Vec<Self>, CudaError> {
+    pub(super) fn join(devices: &[Arc<Device>]) -> Result<Vec<Self>, CudaError> {
         // SAFETY: only tries to load the library.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::LibraryMissing {
@@ -179,18 +131,8 @@ impl NcclGroup {
             .map_err(failed(what))
     }
 
-    /// A sum by NCCL's own order, or `gathered` and added rank by rank; for benchmarks.
-    pub fn sum_one_way(&self, x: &mut Buffer, gathered: bool) {
-        let (address, elements) = (x.address(), x.len());
-        let result = if gathered {
-            self.gather_and_add(address, elements)
-        } else {
-            self.all_reduce(address, elements)
-        };
-        self.device.note(result);
-    }
-
-    fn all_reduce(&self, x: u64, elements: usize) -> Result<(), CudaError> {
+    /// Replaces `elements` floats at `x` by their sum over the ranks, in NCCL's order.
+    pub(super) fn all_reduce(&self, x: u64, elements: usize) -> Result<(), CudaError> {
         self.with_handle("adding up", |handle, stream| {
             // SAFETY: `elements` floats lie at x on this rank's device, and the operation is in its stream's order.
             unsafe {
@@ -208,7 +150,7 @@ impl NcclGroup {
     }
 
     /// The same sum with one order: rank by rank.
-    fn gather_and_add(&self, x: u64, elements: usize) -> Result<(), CudaError> {
+    pub(super) fn gather_and_add(&self, x: u64, elements: usize) -> Result<(), CudaError> {
         let ranks = self.handles.len();
         let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         parts.grow(ranks * elements * 4)?;
@@ -232,18 +174,9 @@ impl NcclGroup {
         };
         kernels.sum_ranks(gathered, ranks, (x, elements))
     }
-}
 
-impl Communicator<Buffer> for NcclGroup {
-    fn sum(&self, x: &mut Buffer, bulk: bool) {
-        // After a failure here the buffer may not be what the others add to.
-        if self.device.has_failed() {
-            return self.leave();
-        }
-        self.sum_one_way(x, !bulk && self.handles.len() > 2);
-    }
-
-    fn leave(&self) {
+    /// Ends what the others wait for, with a failure, and the group.
+    pub(super) fn leave(&self) {
         for handle in self.handles.iter() {
             let handle = handle.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(Communication(handle)) = handle {
@@ -254,7 +187,7 @@ impl Communicator<Buffer> for NcclGroup {
     }
 }
 
-impl Drop for NcclGroup {
+impl Drop for NcclEnd {
     fn drop(&mut self) {
         let handle = self.handles[self.rank].lock();
         let handle = handle.unwrap_or_else(PoisonError::into_inner).take();
