@@ -14,7 +14,7 @@ use specattn_cli::bench::arrivals::Load;
 use specattn_cli::bench::lengths::Lengths;
 use specattn_draft::LookaheadMode;
 use specattn_gateway::Config;
-use specattn_worker::Limits;
+use specattn_worker::{Limits, Patience};
 
 const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -35,7 +35,7 @@ fn plan() -> Plan {
             batch_tokens: 512,
             prefill_share: 0.5,
             share_prefixes: true,
-            gather: false,
+            gather: Patience::None,
             forward_delay: Duration::ZERO,
         },
         draft_timeout: ms(100),

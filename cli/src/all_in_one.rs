@@ -22,6 +22,7 @@ use specattn_service::channel::Dialer;
 use specattn_service::guard::Peers;
 use specattn_service::server::{Listeners, ServerConfig};
 use specattn_service::{Secrets, ServiceError};
+use specattn_worker::Patience;
 use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -297,9 +298,12 @@ impl AllInOne {
     ) -> Result<(), CliError> {
         let args: specattn_draft::Args = plan.worker_args(Service::Draft, model, &own.gateway)?;
         let mut config = args.config()?;
-        if plan.models.share_a_device() && config.drafting.lookahead == LookaheadMode::Auto {
-            // Whatever the draft does ahead, the target waits for.
-            config.drafting.lookahead = LookaheadMode::Off;
+        if plan.models.share_a_device() {
+            config.model.limits.gather = Patience::Verdicts;
+            if config.drafting.lookahead == LookaheadMode::Auto {
+                // Whatever the draft does ahead, the target waits for.
+                config.drafting.lookahead = LookaheadMode::Off;
+            }
         }
         own.protect(&mut config.server);
         let worker = load("draft", DRAFT, plan.show_progress, move |progress| {

@@ -11,7 +11,7 @@ use std::time::Instant;
 use specattn_engine::StepOutput;
 use specattn_proto::Fault;
 use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
-use specattn_worker::{Inbox, Received};
+use specattn_worker::{Inbox, Readiness, Received};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lookahead::Findings;
@@ -94,6 +94,10 @@ impl scheduler::Session for Attached {
 
     fn plan(&mut self, _now: Instant) -> Plan {
         self.session.plan()
+    }
+
+    fn readiness(&self, _now: Instant) -> Readiness {
+        self.session.readiness()
     }
 
     fn work(&self) -> Work<'_> {

@@ -7,6 +7,7 @@ use clap::{Args as ClapArgs, Parser};
 use specattn_service::ServiceError;
 use specattn_service::args::{RegistrationArgs, ServerArgs, TelemetryArgs, TraceArgs};
 use specattn_service::server::ServerConfig;
+use specattn_worker::Patience;
 use specattn_worker::args::{IoArgs, ModelArgs, ModelConfig};
 
 /// SpecAttn verify worker: runs the target model and decides what is committed
@@ -91,7 +92,9 @@ impl Args {
     /// [`ServiceError::Argument`] names the one that is out of range.
     pub fn config(&self) -> Result<Config, ServiceError> {
         let mut model = self.model.config()?;
-        model.limits.gather = self.speculation.draft_shares_device;
+        if self.speculation.draft_shares_device {
+            model.limits.gather = Patience::Drafts;
+        }
         Ok(Config {
             model,
             draft_timeout: Duration::from_millis(self.speculation.draft_timeout_ms),

@@ -9,6 +9,7 @@ use specattn_hub::{HubError, Wanted};
 use specattn_service::ServiceError;
 use tokio::runtime::{Builder, Runtime};
 
+use crate::gathering::Patience;
 use crate::scheduler::Limits;
 
 /// Most sessions a worker may be told to take.
@@ -276,7 +277,7 @@ impl ModelArgs {
                 batch_tokens: self.batch_tokens,
                 prefill_share: self.prefill_share,
                 share_prefixes: !self.no_prefix_sharing,
-                gather: false,
+                gather: Patience::None,
                 forward_delay: Duration::from_millis(self.inject_forward_delay_ms),
             },
         })

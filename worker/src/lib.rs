@@ -20,7 +20,7 @@ pub mod served_model;
 
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
-pub use gathering::Readiness;
+pub use gathering::{Patience, Readiness};
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
 pub use scheduler::{Limits, Plan, Scheduler, Session, Work};

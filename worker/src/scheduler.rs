@@ -19,7 +19,7 @@ use specattn_engine::{BlockPool, Crew, EngineError, Model, Sequence, Step, StepO
 use specattn_proto::Fault;
 
 use crate::clock;
-use crate::gathering::Gathering;
+use crate::gathering::{Gathering, Patience};
 use crate::load::LoadGauge;
 use crate::metrics::Forward;
 use crate::prefill_share::PrefillShare;
@@ -37,8 +37,8 @@ pub struct Limits {
     pub prefill_share: f64,
     /// Whether sessions take over what others have processed of a common beginning.
     pub share_prefixes: bool,
-    /// Whether a batch waits for sessions whose drafts are at work: see [`crate::gathering`].
-    pub gather: bool,
+    /// For whom a batch waits: see [`crate::gathering`].
+    pub gather: Patience,
     /// Added to every forward, for tests of slow models.
     pub forward_delay: Duration,
 }
@@ -106,7 +106,7 @@ impl<S: Session> Scheduler<S> {
             load,
             limits,
             share: PrefillShare::new(limits.prefill_share),
-            gathering: Gathering::default(),
+            gathering: Gathering::new(limits.gather),
             slots: Vec::new(),
             admitted: 0,
             decode_turn: 0,
@@ -297,7 +297,7 @@ impl<S: Session> Scheduler<S> {
 
     /// Until when the next batch waits for sessions to join it.
     fn hold(&mut self) -> Option<Instant> {
-        if !self.limits.gather {
+        if self.limits.gather == Patience::None {
             return None;
         }
         let now = clock::now();

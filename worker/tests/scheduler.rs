@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, StepOutput};
 use specattn_proto::Fault;
 use specattn_worker::scheduler::{Exit, Limits, Plan, Scheduler, Session, Stepped, Work};
-use specattn_worker::{LoadGauge, Readiness};
+use specattn_worker::{LoadGauge, Patience, Readiness};
 
 /// Decodes greedily from a prompt.
 struct Greedy {
@@ -140,7 +140,7 @@ fn scheduler(kv_blocks: usize, batch_tokens: usize) -> (Scheduler<Greedy>, Arc<L
         batch_tokens,
         prefill_share: 0.5,
         share_prefixes: true,
-        gather: true,
+        gather: Patience::Drafts,
         forward_delay: Duration::ZERO,
     };
     (Scheduler::new(model, Arc::clone(&load), limits), load)

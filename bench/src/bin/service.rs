@@ -11,6 +11,7 @@ use specattn_bench::service::far::Distance;
 use specattn_bench::service::hostile::Street;
 use specattn_bench::service::prefix;
 use specattn_bench::service::round::{self, Case};
+use specattn_bench::service::together;
 use specattn_tests::hostile::Hostility;
 
 /// Times the services around the models.
@@ -44,6 +45,18 @@ enum Part {
         /// Sessions per figure
         #[arg(long, default_value_t = 9)]
         turns: usize,
+    },
+    /// Many sessions of a target and a draft on one device
+    Together {
+        /// Sessions at a time
+        #[arg(long, value_delimiter = ',', default_value = "1,4,16,32")]
+        sessions: Vec<usize>,
+        /// Milliseconds of a target's forward
+        #[arg(long, default_value_t = 20)]
+        target_ms: u64,
+        /// Milliseconds of a draft's
+        #[arg(long, default_value_t = 5)]
+        draft_ms: u64,
     },
     /// A verify worker whose target answers at once
     #[command(name = round::VERIFY_COMMAND, hide = true)]
@@ -86,6 +99,11 @@ fn main() -> Result<()> {
         Part::Round { rounds } => block_on(Box::pin(round_table(rounds))),
         Part::Prefix { prompts, others } => block_on(Box::pin(prefix_table(prompts, others))),
         Part::Hostile { turns } => block_on(Box::pin(hostile_table(turns))),
+        Part::Together {
+            sessions,
+            target_ms,
+            draft_ms,
+        } => block_on(Box::pin(together_table(sessions, target_ms, draft_ms))),
         Part::ScriptedVerify { address } => round::verify_worker(address),
     }
 }
@@ -148,6 +166,36 @@ async fn hostile_table(turns: usize) -> Result<()> {
             "| {hostility:?} | {without:.3} | {with:.3} | {:.2} |",
             with / without
         );
+    }
+    Ok(())
+}
+
+/// Prints how rounds of sessions on one device come together.
+async fn together_table(sessions: Vec<usize>, target_ms: u64, draft_ms: u64) -> Result<()> {
+    println!(
+        "| sessions | drafts wait for verdicts | a round, ms | sessions in a target's forward | draft forwards for one |"
+    );
+    println!("| --- | --- | --- | --- | --- |");
+    for sessions in sessions {
+        for gather in [false, true] {
+            let case = together::Case {
+                sessions,
+                draft_length: 4,
+                forwards: (
+                    Duration::from_millis(target_ms),
+                    Duration::from_millis(draft_ms),
+                ),
+                gather,
+            };
+            let found = together::run(case).await?;
+            println!(
+                "| {sessions} | {} | {:.1} | {:.1} | {:.2} |",
+                if gather { "yes" } else { "no" },
+                found.round_ms,
+                found.sessions,
+                found.draft_forwards
+            );
+        }
     }
     Ok(())
 }

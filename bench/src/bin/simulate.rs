@@ -18,7 +18,7 @@ use specattn_cli::bench::lengths::Lengths;
 use specattn_cli::bench::tally::LatencyTarget;
 use specattn_draft::LookaheadMode;
 use specattn_gateway::{AdmissionLimits, Config};
-use specattn_worker::Limits;
+use specattn_worker::{Limits, Patience};
 
 /// Numbers of verify and draft workers.
 #[derive(Debug, Clone, Copy)]
@@ -186,7 +186,7 @@ impl Args {
                 batch_tokens: 512,
                 prefill_share: 0.5,
                 share_prefixes: true,
-                gather: false,
+                gather: Patience::None,
                 forward_delay: Duration::ZERO,
             },
             draft_timeout: Duration::from_millis(100),

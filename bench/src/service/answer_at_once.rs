@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use specattn_engine::{AttentionRows, LogitRows, Model, Script, ScriptedShape, Step, StepOutput};
 
 /// Words of the vocabulary: few, since sampling from many is compute.
-const VOCAB: usize = 64;
+pub(crate) const VOCAB: usize = 64;
 
 /// Longest context.
 pub(crate) const CONTEXT: usize = 1 << 16;
@@ -69,7 +69,8 @@ impl Script for AnswerAtOnce {
     }
 }
 
-fn answer(step: &Step<'_>) -> StepOutput {
+/// A step's answer.
+pub(crate) fn answer(step: &Step<'_>) -> StepOutput {
     let asked = match step.logits {
         LogitRows::None | LogitRows::Replay => &[],
         LogitRows::Last => &step.tokens[step.tokens.len() - 1..],

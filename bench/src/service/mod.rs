@@ -7,3 +7,4 @@ pub mod hostile;
 pub mod prefix;
 pub mod round;
 mod timed;
+pub mod together;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use specattn_engine::sampling::{CounterRng, Sampler};
 use specattn_proto::Fault;
-use specattn_worker::clock;
+use specattn_worker::{Readiness, clock};
 
 use super::{Joined, Session, Verdict, Welcome};
 use crate::acceptance::Acceptance;
@@ -135,6 +135,25 @@ impl Session {
         joined.last_verdict = None;
         joined.begin_round(verdict.epoch, true);
         self.learn(base + same, &verdict.next_tokens[same..])
+    }
+
+    /// How it stands to a batch that may wait: a round that begins may begin together with those of others, unless the verify worker
+    /// goes on alone meanwhile.
+    pub(crate) fn readiness(&self) -> Readiness {
+        let unawaited = self.joined.as_ref().is_some_and(|joined| joined.unawaited);
+        if self.is_waiting() {
+            if self.may_guess() {
+                Readiness::Alone
+            } else {
+                Readiness::Expected
+            }
+        } else if !self.drafts() {
+            Readiness::Idle
+        } else if self.draft.is_empty() && !unawaited {
+            Readiness::Ready
+        } else {
+            Readiness::Alone
+        }
     }
 
     /// The text from index `from` on: tokens, then this round's draft.
