@@ -28,8 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "bench/gpu/configs"
 PORT = 7471
 URL = f"http://127.0.0.1:{PORT}"
-# Tokens of the requests that process prompts beforehand: enough for drafts to have joined and processed them too.
-WARM_UP_TOKENS = 64
 # (name, biased tokens, temperature, tokens drafted)
 LOADS = [
     ("no draft", 1, 0.0, 0),
@@ -82,6 +80,8 @@ def parser():
     p.add_argument("--draft-kv-mib", type=int, default=8192, help="KV memory of each draft worker")
     p.add_argument("--timeline", action="store_true", help="let workers log their forwards, for timeline.py")
     p.add_argument("--share-prefixes", action="store_true", help="process prompts before the clock starts")
+    p.add_argument("--warm-up", type=int, default=64,
+                   help="tokens of the requests that do: enough for drafts to have joined and processed the prompts too")
     p.add_argument("--bandwidth", type=float, default=2.9, help="copy bandwidth of one GPU for the cost model, TB/s")
     p.add_argument("--mode", choices=["dense", "sparse", "exact"], default="dense", help="mode of the requests")
     p.add_argument("--mask-p", type=float, help="mass that masks keep; random weights attend evenly, so this is about the share of entries kept")
@@ -155,7 +155,7 @@ def draft_ports(count):
 def measure(args, load, sessions, workers, ports):
     """Rates are all tokens over the time from the first session's first token to the last one's end."""
     if args.share_prefixes:
-        every(sessions, lambda index: request(args, load, index, WARM_UP_TOKENS))
+        every(sessions, lambda index: request(args, load, index, args.warm_up))
     before = [work(side) for side in ports]
     start = time.monotonic()
     results = every(sessions, lambda index: request(args, load, index, args.tokens))
