@@ -1,8 +1,8 @@
 //! [`Ranks`]: one model run by several transformers, each with its [`Share`], and their outputs put together again.
 //!
-//! All ranks live in this process, on a thread each that outlives the forward: starting threads would take longer than a sum. They see the same steps, so block tables, positions and
-//! tokens need no copy; what each yields is its own heads' and its own part of the vocabulary, and is joined here in the
-//! whole model's order. Logits are joined on the host, where they are looked at: devices exchange sums alone.
+//! All ranks live in this process, on a thread each that outlives the forward: starting threads would take longer than a sum. They
+//! see the same steps, so block tables, positions and tokens need no copy; what each yields is its own heads' and its own part of
+//! the vocabulary, and is joined here in the whole model's order. Logits are joined on the host, where they are looked at: devices exchange sums alone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};

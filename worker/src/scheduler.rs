@@ -297,9 +297,6 @@ impl<S: Session> Scheduler<S> {
 
     /// Until when the next batch waits for sessions to join it.
     fn hold(&mut self) -> Option<Instant> {
-        if self.limits.gather == Patience::None {
-            return None;
-        }
         let now = clock::now();
         let sessions = self.slots[..self.admitted].iter().map(|slot| &slot.session);
         let generating = sessions.filter(|session| !session.is_prefilling());

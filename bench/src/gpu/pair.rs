@@ -51,6 +51,16 @@ fn run(
     Ok(model.forward(&mut [step])?.remove(0).logits)
 }
 
+/// A sequence of all tokens but the last, with room for that and `more`; and the last.
+fn begun(model: &mut Model, tokens: &[u32], more: usize) -> Result<(Sequence, u32)> {
+    let mut sequence = model.new_sequence(tokens.len() + more)?;
+    let (&last, body) = tokens.split_last().context("a prompt")?;
+    for chunk in body.chunks(512) {
+        run(model, &mut sequence, chunk, LogitRows::None)?;
+    }
+    Ok((sequence, last))
+}
+
 /// Greedy tokens; with `verified`, each forward is given the next tokens of `verified` as a draft would, several at a time.
 pub(super) fn decode(
     model: &mut Model,
@@ -58,15 +68,11 @@ pub(super) fn decode(
     count: usize,
     verified: Option<&[u32]>,
 ) -> Result<Vec<u32>> {
-    let mut sequence = model.new_sequence(prompt.len() + count + 8)?;
-    let (last, body) = prompt.split_last().context("a prompt")?;
-    for chunk in body.chunks(512) {
-        run(model, &mut sequence, chunk, LogitRows::None)?;
-    }
+    let (mut sequence, last) = begun(model, prompt, count + 8)?;
     let vocab = model.config().vocab_size;
     let mut output: Vec<u32> = Vec::new();
     while output.len() < count {
-        let pending = *output.last().unwrap_or(last);
+        let pending = *output.last().unwrap_or(&last);
         let mut tokens = vec![pending];
         // Drafts of 0 to 6 tokens in turn.
         if let Some(drafts) = verified {
@@ -90,13 +96,8 @@ pub(super) fn decode(
 
 /// By how much the most probable token behind `prompt` and `text` leads the next one, in logits.
 pub(super) fn lead(model: &mut Model, prompt: &[u32], text: &[u32]) -> Result<f32> {
-    let all = [prompt, text].concat();
-    let mut sequence = model.new_sequence(all.len())?;
-    let (last, body) = all.split_last().context("a prompt")?;
-    for chunk in body.chunks(512) {
-        run(model, &mut sequence, chunk, LogitRows::None)?;
-    }
-    let mut logits = run(model, &mut sequence, &[*last], LogitRows::All)?;
+    let (mut sequence, last) = begun(model, &[prompt, text].concat(), 0)?;
+    let mut logits = run(model, &mut sequence, &[last], LogitRows::All)?;
     logits.sort_by(|a, b| b.total_cmp(a));
     Ok(logits[0] - logits[1])
 }

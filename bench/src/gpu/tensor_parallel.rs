@@ -88,13 +88,13 @@ fn sums(split: &DeviceChoice) -> Result<bool> {
         let equal = sums_as_on_host(&devices, way)?;
         println!(
             "sums, {way:?}: {}\n",
-            if equal {
-                "those of the host"
-            } else {
-                "OTHER SUMS"
+            match equal {
+                Some(true) => "those of the host",
+                Some(false) => "OTHER SUMS",
+                None => "no such way between these GPUs",
             }
         );
-        fine &= equal;
+        fine &= equal != Some(false);
     }
     println!("One sum over the ranks, f32, {SUMS} in a row.\n");
     println!("| rows × width | KiB | peers' memory µs | gathered and added µs | NCCL's sum µs |");
@@ -130,8 +130,9 @@ fn on_ranks<T: Send>(
     })
 }
 
-/// Whether sums have the bits of parts added rank by rank, in sums of changing sizes that follow each other.
-fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<bool> {
+/// Whether sums have the bits of parts added rank by rank, in sums of changing sizes that follow each other; `None` where nothing is
+/// summed that way.
+fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<Option<bool>> {
     let sizes = [
         4096,
         2,
@@ -144,6 +145,9 @@ fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<bool> {
     ];
     let part = |rank: usize, size: usize| Numbers(97 + rank as u64).rounded(size, 1.0, DType::F32);
     let equal = on_ranks(devices, |rank, end, device| {
+        if sizes.iter().any(|&size| !end.can(way, size)) {
+            return Ok(None);
+        }
         let backend = CudaBackend::new(device.clone(), DType::Bf16)?;
         let mut equal = true;
         for _ in 0..3 {
@@ -165,16 +169,17 @@ fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<bool> {
                 equal &= got == want;
             }
         }
-        Ok(equal)
+        Ok(Some(equal))
     })?;
-    Ok(equal.into_iter().all(|equal| equal))
+    let all = |all: bool, equal: Option<bool>| Some(all & equal?);
+    Ok(equal.into_iter().try_fold(true, all))
 }
 
 /// The first rank's time for one sum of `elements`; `None` where they are not summed that way.
 fn sum_us(devices: &[Arc<Device>], elements: usize, way: SumWay) -> Result<Option<f64>> {
     let start = Barrier::new(devices.len());
     let times = on_ranks(devices, |_, end, device| {
-        if way == SumWay::Peers && end.way(elements, false) != way {
+        if !end.can(way, elements) {
             return Ok(None);
         }
         let backend = CudaBackend::new(device.clone(), DType::Bf16)?;

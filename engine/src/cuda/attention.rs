@@ -155,13 +155,8 @@ fn decode_options(
 
 /// Those of [`decode_options`] that merging depends on.
 fn merge_options(
-    (shape, half_is_f16): (&AttentionShape, u32),
-    chunks: Chunks,
-    row_tiles: usize,
-    scores: u32,
+    [half, head_dim, row_tiles, _stages, chunk, capture]: [(&'static str, u32); 6],
 ) -> [(&'static str, u32); 5] {
-    let [half, head_dim, row_tiles, _, chunk, capture] =
-        decode_options((shape, half_is_f16), chunks, row_tiles, scores);
     [half, head_dim, row_tiles, chunk, capture]
 }
 
@@ -181,14 +176,14 @@ pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks)
     }];
     for row_tiles in 1..=max_row_tiles(shape) {
         for scores in 0..=2 {
-            let shape = (shape, half_is_f16);
+            let options = decode_options((shape, half_is_f16), chunks, row_tiles, scores);
             variants.push(Variant {
                 kernel: Kernel::ATTENTION_DECODE,
-                options: decode_options(shape, chunks, row_tiles, scores).to_vec(),
+                options: options.to_vec(),
             });
             variants.push(Variant {
                 kernel: Kernel::ATTENTION_MERGE,
-                options: merge_options(shape, chunks, row_tiles, scores).to_vec(),
+                options: merge_options(options).to_vec(),
             });
         }
     }
@@ -215,8 +210,12 @@ pub(super) fn decode(
     let places = units * shape.num_kv_heads * grid_rows;
     scratch.reserve(places * 16 * row_tiles, shape.head_dim)?;
     let scores = capture.map_or(0, |target| if target.last_only { 2 } else { 1 });
-    let (of, chunks) = ((&shape, call.kv.half_is_f16()), batch.chunks());
-    let options = decode_options(of, chunks, row_tiles, scores);
+    let options = decode_options(
+        (&shape, call.kv.half_is_f16()),
+        batch.chunks(),
+        row_tiles,
+        scores,
+    );
     let kernel = device.kernel(Kernel::ATTENTION_DECODE, &options)?;
     let target = capture.unwrap_or(ScoreTarget {
         scores: 0,
@@ -260,10 +259,7 @@ pub(super) fn decode(
     if !batch.has_pieces() {
         return Ok(());
     }
-    let kernel = device.kernel(
-        Kernel::ATTENTION_MERGE,
-        &merge_options(of, chunks, row_tiles, scores),
-    )?;
+    let kernel = device.kernel(Kernel::ATTENTION_MERGE, &merge_options(options))?;
     let merge = MergeArgs {
         partials: args.partials,
         statistics: args.statistics,

@@ -1,8 +1,9 @@
 //! [`DeviceBatch`]: a pass described to the kernels, uploaded in one copy.
 //!
 //! One block of 32-bit words holds every section: tokens, positions, which span a row belongs to, rows that get logits, spans,
-//! block tables, index lists, and the units of decode attention: chunks of keys, the largest first, so that none of them is waited for in the end. Lists cross as bitmaps;
-//! a kernel expands them to places in the cache, once, which spares every block of every layer the look-up.
+//! block tables, index lists, and the units of decode attention: chunks of keys, the largest first, so that none of them is waited
+//! for in the end. Lists cross as bitmaps; a kernel expands them to places in the cache, once, which spares every block of every
+//! layer the look-up.
 //!
 //! Sections whose sizes follow from the pass's shape come first. Those that grow with the context come last and begin where room for
 //! more ends, so that the next pass of the same sessions has its sections where this one has them.
@@ -221,7 +222,6 @@ impl DeviceBatch {
             words.extend(PADDING_UNIT);
         }
         self.at.block_tables = section(words);
-        let blocks = pass.spans.iter().map(|span| span.blocks.len()).sum();
         for span in &pass.spans {
             words.extend_from_slice(span.blocks);
         }

@@ -160,17 +160,15 @@ impl Product<'_> {
         if self.rows == 0 {
             return Ok(());
         }
-        let sharing = match kernel {
-            None | Some(ProductKernel::FewRows) => None,
-            Some(ProductKernel::ManyRows) => Some(wide::Sharing::Whole),
-            Some(ProductKernel::ManyRowsCluster) if device.has_clusters() => {
-                Some(wide::Sharing::Cluster)
-            }
-            Some(_) => Some(wide::Sharing::Split),
-        };
+        let wide = |sharing| Some(wide::Tiling::of(self.rows, sharing));
         let tiling = match kernel {
             None => self.wide_tiling(device),
-            Some(_) => sharing.map(|sharing| wide::Tiling::of(self.rows, sharing)),
+            Some(ProductKernel::FewRows) => None,
+            Some(ProductKernel::ManyRows) => wide(wide::Sharing::Whole),
+            Some(ProductKernel::ManyRowsCluster) if device.has_clusters() => {
+                wide(wide::Sharing::Cluster)
+            }
+            Some(_) => wide(wide::Sharing::Split),
         };
         match tiling {
             Some(tiling) => self.wide(device, tiling),

@@ -2,11 +2,26 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, sys};
+use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, DriverError, sys};
 
 use super::device::Device;
 use super::error::CudaError;
 use super::pinned::PinnedMemory;
+
+/// For `map_err`: `bytes` bytes of a device could not be taken.
+pub(super) fn not_taken(device: &Device, bytes: usize) -> impl FnOnce(DriverError) -> CudaError {
+    move |source| {
+        if source.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return CudaError::driver("taking memory")(source);
+        }
+        let (free, total) = device.memory().unwrap_or_default();
+        CudaError::OutOfMemory {
+            wanted: bytes,
+            free,
+            total,
+        }
+    }
+}
 
 /// Bytes on a device.
 pub struct DeviceMemory {
@@ -64,21 +79,7 @@ impl DeviceMemory {
         self.release();
         // SAFETY: uninitialised bytes; every user writes before it reads.
         let slice = unsafe { self.device.stream().alloc::<u8>(bytes) };
-        self.slice = Some(slice.map_err(|source| {
-            if source.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                let (free, total) = self.device.memory().unwrap_or_default();
-                CudaError::OutOfMemory {
-                    wanted: bytes,
-                    free,
-                    total,
-                }
-            } else {
-                CudaError::Driver {
-                    what: "taking memory",
-                    source,
-                }
-            }
-        })?);
+        self.slice = Some(slice.map_err(not_taken(&self.device, bytes))?);
         Ok(true)
     }
 

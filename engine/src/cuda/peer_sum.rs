@@ -13,7 +13,7 @@ use cudarc::driver::{result, sys};
 use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
-use super::memory::DeviceMemory;
+use super::memory::{DeviceMemory, not_taken};
 use super::pinned::PinnedMemory;
 use super::recording::LaunchShape;
 
@@ -209,7 +209,7 @@ impl Inbox {
             unsafe { result::memset_d8_sync(address, 0, bytes) }?;
             Ok(inbox)
         };
-        take().map_err(CudaError::driver("taking memory for sums"))
+        take().map_err(not_taken(device, bytes))
     }
 }
 

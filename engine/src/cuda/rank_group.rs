@@ -86,30 +86,37 @@ impl RankGroup {
             Some(ends) => ends.into_iter().map(Some).collect(),
             None => devices.iter().map(|_| None).collect(),
         };
-        let nccl = NcclEnd::join(devices)?.into_iter().zip(peers);
+        let ends = NcclEnd::join(devices)?.into_iter().zip(peers);
         let end = |(device, (nccl, peers)): (&Arc<Device>, _)| Self {
             device: Arc::clone(device),
             ranks: devices.len(),
             nccl,
             peers,
         };
-        Ok(devices.iter().zip(nccl).map(end).collect())
+        Ok(devices.iter().zip(ends).map(end).collect())
+    }
+
+    /// Whether so many elements can be added up that way.
+    pub fn can(&self, way: SumWay, elements: usize) -> bool {
+        let peers = self.peers.as_ref();
+        way != SumWay::Peers || peers.is_some_and(|peers| peers.takes(elements))
     }
 
     /// How so many elements are added up.
-    pub fn way(&self, elements: usize, bulk: bool) -> SumWay {
+    fn way(&self, elements: usize, bulk: bool) -> SumWay {
         if bulk {
-            return SumWay::Nccl;
-        }
-        match &self.peers {
-            Some(peers) if peers.takes(elements) => SumWay::Peers,
+            SumWay::Nccl
+        } else if self.can(SumWay::Peers, elements) {
+            SumWay::Peers
+        } else if self.ranks == 2 {
             // The sum of two numbers has one order.
-            _ if self.ranks == 2 => SumWay::Nccl,
-            _ => SumWay::Gathered,
+            SumWay::Nccl
+        } else {
+            SumWay::Gathered
         }
     }
 
-    /// A sum in one way; a failure is the device's. Where there is no way to the peers' memory, that way is [`SumWay::Gathered`].
+    /// A sum in a way that it [can](Self::can) be made; a failure is the device's.
     pub fn sum_by(&self, way: SumWay, x: &mut Buffer) {
         let (address, elements) = (x.address(), x.len());
         let result = match (way, &self.peers) {
