@@ -143,7 +143,7 @@ pub fn check_shape(
             (ProductKernel::FewRows, false, 1),
             (ProductKernel::ManyRows, false, 1),
             (ProductKernel::ManyRowsSplit, false, 1),
-            (ProductKernel::ManyRowsCluster, false, 1),
+            (ProductKernel::Warpgroups, false, 1),
             (ProductKernel::FewRows, true, 4),
         ] {
             let linear =

@@ -227,7 +227,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
         "Products, Llama-3-8B shapes, in a graph. Floor: weights read once at the copy's rate.\n"
     );
     println!(
-        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | over clusters µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | by warpgroups µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     type Shape = (&'static str, usize, &'static [usize], Epilogue);
     let shapes: [Shape; 5] = [
@@ -276,7 +276,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
                 ProductKernel::FewRows,
                 ProductKernel::ManyRows,
                 ProductKernel::ManyRowsSplit,
-                ProductKernel::ManyRowsCluster,
+                ProductKernel::Warpgroups,
             ];
             let of_kernel = |kernel| {
                 backend.force_product_kernel(Some(kernel));

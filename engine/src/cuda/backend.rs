@@ -16,6 +16,7 @@ use super::error::CudaError;
 use super::hand_out::{HandOuts, Layer};
 use super::kv_store::KvStore;
 use super::linear::{self, Product, ProductKernel, out_width};
+use super::linear_wgmma;
 use super::linear_wide;
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
 use super::pinned::PinnedMemory;
@@ -366,6 +367,7 @@ impl Backend for CudaBackend {
         let mut variants = attention::variants(shape, u32::from(is_f16), chunks);
         variants.extend(linear::variants(is_f16));
         variants.extend(linear_wide::variants(is_f16, &self.device));
+        variants.extend(linear_wgmma::variants(is_f16, &self.device));
         variants.extend(elementwise::variants(is_f16));
         variants.extend(selection::variants());
         variants.extend(batch::variants());

@@ -30,7 +30,7 @@ pub struct Device {
     kernels: KernelCache,
     cublas: cublas::cublasHandle_t,
     multiprocessors: u32,
-    has_clusters: bool,
+    has_warpgroups: bool,
     failure: Mutex<Option<CudaError>>,
     turn: Turnstile,
 }
@@ -157,7 +157,7 @@ impl Device {
             stream,
             cublas: handle,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
-            has_clusters: major >= 9,
+            has_warpgroups: major == 9,
             failure: Mutex::new(None),
             turn: Turnstile::default(),
         }))
@@ -219,9 +219,9 @@ impl Device {
         self.multiprocessors
     }
 
-    /// Whether blocks may form clusters.
-    pub(super) fn has_clusters(&self) -> bool {
-        self.has_clusters
+    /// Whether it is of Hopper, whose warpgroup instructions (wgmma) no other architecture has.
+    pub(super) fn has_warpgroups(&self) -> bool {
+        self.has_warpgroups
     }
 
     /// The cuBLAS handle, bound to the stream.

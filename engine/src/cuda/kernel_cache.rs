@@ -40,6 +40,7 @@ kernels! {
     ATTENTION_PREFILL = "attention_prefill.cu" "attention_prefill";
     LINEAR = "linear.cu" "linear";
     LINEAR_WIDE = "linear_wide.cu" "linear_wide";
+    LINEAR_WGMMA = "linear_wgmma.cu" "linear_wgmma";
     EMBED = "elementwise.cu" "embed";
     RMS_NORM = "elementwise.cu" "rms_norm";
     GATHER_ROWS = "elementwise.cu" "gather_rows";

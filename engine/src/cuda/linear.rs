@@ -1,4 +1,4 @@
-//! Products with weights: the streaming kernels, one for few rows and one for many, and cuBLAS for prompts.
+//! Products with weights: the streaming kernels, one for few rows and two for many, and cuBLAS for prompts.
 
 use std::ffi::c_void;
 
@@ -16,7 +16,7 @@ use crate::backend::{Epilogue, Linear};
 /// Outputs of a tile, and inputs that the kernel handles in one tile.
 const TILE_OUTPUTS: usize = 16;
 /// Warps that share a tile's outputs.
-const SPLITS: u32 = 8;
+pub(super) const SPLITS: u32 = 8;
 
 /// Most rows of x that a block takes, in eights.
 const MAX_COLUMN_TILES: u32 = 8;
@@ -75,8 +75,8 @@ pub enum ProductKernel {
     ManyRows,
     /// For many rows and few outputs: groups of warps share the inputs.
     ManyRowsSplit,
-    /// The same, over clusters of two blocks; where a GPU has none, as [`ProductKernel::ManyRowsSplit`].
-    ManyRowsCluster,
+    /// For many rows, by warpgroup instructions; on GPUs that have none, as [`ProductKernel::ManyRows`].
+    Warpgroups,
 }
 
 /// All epilogues.
@@ -146,7 +146,7 @@ pub(super) fn out_width(projections: &[&Linear<Weight>], epilogue: Epilogue) -> 
 }
 
 impl Product<'_> {
-    fn inputs(&self) -> usize {
+    pub(super) fn inputs(&self) -> usize {
         self.projections[0].weight.shape().1
     }
 
@@ -160,19 +160,23 @@ impl Product<'_> {
         if self.rows == 0 {
             return Ok(());
         }
-        let wide = |sharing| Some(wide::Tiling::of(self.rows, sharing));
-        let tiling = match kernel {
-            None => self.wide_tiling(device),
-            Some(ProductKernel::FewRows) => None,
-            Some(ProductKernel::ManyRows) => wide(wide::Sharing::Whole),
-            Some(ProductKernel::ManyRowsCluster) if device.has_clusters() => {
-                wide(wide::Sharing::Cluster)
+        let wide = |sharing| self.wide(device, wide::Tiling::of(self.rows, sharing));
+        match kernel {
+            None => {
+                if let Some(tiling) = self.warpgroup_tiling(device) {
+                    self.by_warpgroups(device, Some(tiling))
+                } else if let Some(tiling) = self.wide_tiling(device) {
+                    self.wide(device, tiling)
+                } else {
+                    self.narrow(device)
+                }
             }
-            Some(_) => wide(wide::Sharing::Split),
-        };
-        match tiling {
-            Some(tiling) => self.wide(device, tiling),
-            None => self.narrow(device),
+            Some(ProductKernel::FewRows) => self.narrow(device),
+            Some(ProductKernel::Warpgroups) if device.has_warpgroups() => {
+                self.by_warpgroups(device, None)
+            }
+            Some(ProductKernel::ManyRows | ProductKernel::Warpgroups) => wide(wide::Sharing::Whole),
+            Some(ProductKernel::ManyRowsSplit) => wide(wide::Sharing::Split),
         }
     }
 

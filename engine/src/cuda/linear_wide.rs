@@ -1,4 +1,4 @@
-//! The streaming kernel for many rows: how a product is cut for it.
+//! The streaming kernel for many rows on GPUs without warpgroup instructions: how a product is cut for it.
 //!
 //! Its bits are those of the kernel for few rows, so that which of them serves a batch is a matter of speed alone.
 
@@ -31,13 +31,11 @@ pub(super) enum Sharing {
     Whole,
     /// Fewer outputs, and groups of warps that share the inputs.
     Split,
-    /// The same, and the groups are those of two blocks.
-    Cluster,
 }
 
 impl Sharing {
     /// All ways.
-    const ALL: [Self; 3] = [Self::Whole, Self::Split, Self::Cluster];
+    const ALL: [Self; 2] = [Self::Whole, Self::Split];
 }
 
 /// How a product is cut.
@@ -71,15 +69,6 @@ impl Tiling {
         if self.sharing == Sharing::Whole { 1 } else { 4 }
     }
 
-    /// Blocks that share outputs.
-    fn cluster(self) -> u32 {
-        if self.sharing == Sharing::Cluster {
-            2
-        } else {
-            1
-        }
-    }
-
     /// Rows of a block.
     fn rows(self) -> u32 {
         ROW_WARPS * 8 * self.column_tiles
@@ -92,9 +81,7 @@ impl Tiling {
 
     /// Blocks of a product of so many rows and outputs.
     fn blocks(self, rows: usize, outputs: usize) -> u32 {
-        self.cluster()
-            * (outputs as u32).div_ceil(self.outputs())
-            * (rows as u32).div_ceil(self.rows())
+        (outputs as u32).div_ceil(self.outputs()) * (rows as u32).div_ceil(self.rows())
     }
 
     fn stage_bytes(self) -> u32 {
@@ -112,13 +99,12 @@ impl Tiling {
         self.groups() * self.stages() * self.stage_bytes()
     }
 
-    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 7] {
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 6] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
             ("COLUMN_TILES", self.column_tiles),
             ("OUTPUT_WARPS", self.output_warps()),
             ("GROUPS", self.groups()),
-            ("CLUSTER", self.cluster()),
             ("STAGES", self.stages()),
             ("EPILOGUE", epilogue_number(epilogue)),
         ]
@@ -127,11 +113,10 @@ impl Tiling {
 
 /// Everything that [`Product::wide`] may launch on this device.
 pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item = Variant> {
-    let clusters = device.has_clusters();
-    let tilings = COLUMN_TILES.into_iter().flat_map(move |column_tiles| {
-        let sharings = Sharing::ALL.into_iter();
-        let possible = sharings.filter(move |s| *s != Sharing::Cluster || clusters);
-        possible.map(move |sharing| Tiling {
+    let needed = !device.has_warpgroups();
+    let sizes = COLUMN_TILES.into_iter().filter(move |_| needed);
+    let tilings = sizes.flat_map(|column_tiles| {
+        Sharing::ALL.map(|sharing| Tiling {
             column_tiles,
             sharing,
         })
@@ -156,11 +141,9 @@ impl Product<'_> {
         // Whole blocks where they keep all multiprocessors busy; finer ones where those are not too few.
         if blocks(Sharing::Whole) * 2 >= device.multiprocessors() * 3 {
             Some(tiling(Sharing::Whole))
-        } else if blocks(Sharing::Split) >= BLOCKS_LEAST {
-            Some(tiling(Sharing::Split))
         } else {
-            let enough = device.has_clusters() && blocks(Sharing::Cluster) >= BLOCKS_LEAST;
-            enough.then(|| tiling(Sharing::Cluster))
+            let enough = blocks(Sharing::Split) >= BLOCKS_LEAST;
+            enough.then(|| tiling(Sharing::Split))
         }
     }
 
@@ -176,11 +159,7 @@ impl Product<'_> {
         let options = tiling.options(self.half_is_f16, self.epilogue);
         let kernel = device.kernel(Kernel::LINEAR_WIDE, &options)?;
         let launch = LaunchShape {
-            grid: (
-                (self.rows as u32).div_ceil(tiling.rows()),
-                tiles * tiling.cluster(),
-                1,
-            ),
+            grid: ((self.rows as u32).div_ceil(tiling.rows()), tiles, 1),
             threads: 32 * ROW_WARPS * tiling.output_warps() * tiling.groups(),
             shared_bytes: tiling.shared_bytes(),
         };
@@ -217,6 +196,5 @@ mod tests {
         // Two of 48, three of 54.
         assert_eq!([96, 160].map(rows), [48, 64]);
         assert_eq!(Tiling::of(160, Sharing::Split).blocks(160, 4096), 3 * 64);
-        assert_eq!(Tiling::of(40, Sharing::Cluster).blocks(40, 4096), 2 * 64);
     }
 }

@@ -2,8 +2,8 @@
 //
 // Weights are read once, 16 outputs and 64 inputs a tile, through private cp.async rings: eight warps share a tile's outputs
 // and split the inputs between them in turn, so that a block streams whole runs of a row. Tensor cores take the weights as
-// their 16-row operand and the rows of x as columns; inputs may be fed in any order as long as both operands agree, so
-// both are loaded 16 bytes a lane. The eight sums of an output are added in a fixed order: a row's bits depend on neither
+// their 16-row operand and the rows of x as columns. An instruction adds up 16 inputs whose order among themselves is free, so
+// lanes load 8 bytes of both operands. The eight sums of an output are added in a fixed order: a row's bits depend on neither
 // the other rows nor their number.
 //
 // Options: COLUMN_TILES (8 rows of x each); TILES (16 outputs each) per warp, which share a load of x; STAGES; EPILOGUE.
@@ -27,6 +27,8 @@
 #define MATRICES (EPILOGUE == 2 ? 2 : 1)
 #define WARPS (SPLITS * MATRICES)
 #define COLUMNS (8 * COLUMN_TILES)
+// Instructions, of four a tile, whose x is loaded ahead: as many as registers allow.
+#define AHEAD (COLUMN_TILES <= 2 ? 4 : 2)
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 1 ? 2 : 1) linear(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
@@ -54,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         for (int i = 0; i < 4 * TILES; ++i) {
             const u32 row = i * 4 + lane / 8, part = lane % 8, input = first_input + part * 8;
             const bool valid = first_out + row < p.outputs && input < a.inputs;
-            copy_async(to + row * 128 + (part ^ (row % 2 * 4)) * 16,
+            copy_async(to + row * 128 + (part ^ (row % 4 * 2)) * 16,
                        p.weight + (valid ? u64(first_out + row) * a.inputs + input : 0), valid);
         }
     };
@@ -74,16 +76,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[o][c][i] = 0.0f;
     const u32 row = lane / 4;
-    // The lane's 16 bytes of x for half a tile; zeros past the ends.
-    auto load_x = [&](uint4 (&v)[COLUMN_TILES], u32 t, u32 half) {
-        const u32 input = (t * SPLITS + split) * TILE_INPUTS + half * 32 + lane % 4 * 8;
+    // The lane's 8 bytes of x for each of a few instructions, the first of them number `first` of the warp; zeros past the ends.
+    auto load_x = [&](uint2 (&v)[COLUMN_TILES][AHEAD], u32 first) {
 #pragma unroll
-        for (int c = 0; c < COLUMN_TILES; ++c)
-            v[c] = c * 8 + row < rows && input < a.inputs ? *(const uint4*)(x + u64(c * 8 + row) * a.inputs + input)
-                                                            : make_uint4(0, 0, 0, 0);
+        for (int k = 0; k < AHEAD; ++k) {
+            const u32 input = ((first + k) / 4 * SPLITS + split) * TILE_INPUTS + (first + k) % 4 * 16 + lane % 4 * 4;
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c)
+                v[c][k] = c * 8 + row < rows && input < a.inputs ? *(const uint2*)(x + u64(c * 8 + row) * a.inputs + input)
+                                                                 : make_uint2(0, 0);
+        }
     };
-    uint4 next[COLUMN_TILES];
-    load_x(next, 0, 0);
+    uint2 next[COLUMN_TILES][AHEAD];
+    load_x(next, 0);
     for (u32 t = 0; t < tiles; ++t) {
         copy_wait<STAGES - 2>();
         __syncwarp();
@@ -91,22 +96,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         copy_commit();
         const u8* const stage = shared + (warp * STAGES + t % STAGES) * STAGE_BYTES;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint4 v[COLUMN_TILES];
+        for (int first = 0; first < 4; first += AHEAD) {
+            uint2 v[COLUMN_TILES][AHEAD];
 #pragma unroll
-            for (int c = 0; c < COLUMN_TILES; ++c) v[c] = next[c];
-            if (half == 0) load_x(next, t, 1);
-            else load_x(next, t + 1, 0);
-            const u32 part = (half * 4 + lane % 4) ^ (row % 2 * 4);
+            for (int c = 0; c < COLUMN_TILES; ++c)
 #pragma unroll
-            for (int o = 0; o < TILES; ++o) {
-                const uint4 low = *(const uint4*)(stage + o * TILE_BYTES + row * 128 + part * 16);
-                const uint4 high = *(const uint4*)(stage + o * TILE_BYTES + (row + 8) * 128 + part * 16);
-                const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+                for (int k = 0; k < AHEAD; ++k) v[c][k] = next[c][k];
+            load_x(next, t * 4 + first + AHEAD);
 #pragma unroll
-                for (int c = 0; c < COLUMN_TILES; ++c) {
-                    mma(sums[o][c], first, v[c].x, v[c].y);
-                    mma(sums[o][c], second, v[c].z, v[c].w);
+            for (int k = 0; k < AHEAD; ++k) {
+                const u32 at = (((first + k) * 2 + lane % 4 / 2) ^ (row % 4 * 2)) * 16 + lane % 2 * 8;
+#pragma unroll
+                for (int o = 0; o < TILES; ++o) {
+                    const uint2 low = *(const uint2*)(stage + o * TILE_BYTES + row * 128 + at);
+                    const uint2 high = *(const uint2*)(stage + o * TILE_BYTES + (row + 8) * 128 + at);
+                    const u32 weights[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+                    for (int c = 0; c < COLUMN_TILES; ++c) mma(sums[o][c], weights, v[c][k].x, v[c][k].y);
                 }
             }
         }
@@ -133,24 +139,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         for (int k = 0; k < SPLITS; ++k) s += partial[((tile * SPLITS + k) * COLUMNS + column) * pitch + o];
         return s;
     };
-    u32 before = 0;
-    if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
-    if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
     for (u32 i = threadIdx.x; i < TILES * COLUMNS * 16; i += WARPS * 32) {
-        const u32 o = i % (TILES * 16), column = i / (TILES * 16), t = o / 16;
-        const u32 out = first_out + o;
+        const u32 o = i % (TILES * 16), column = i / (TILES * 16), t = o / 16, out = first_out + o;
         if (column >= rows || out >= p.outputs) continue;
-        const u64 at = u64(first_row + column) * a.out_stride + before + out;
-        if (EPILOGUE == 2) {
-            float gate = total(t, column, o % 16), up = total(TILES + t, column, o % 16);
-            if (a.projections[0].bias) gate += a.projections[0].bias[out];
-            if (a.projections[1].bias) up += a.projections[1].bias[out];
-            ((half_bits*)a.out)[at] = to_half(gate / (1.0f + __expf(-gate)) * up);
-        } else {
-            float y = total(t, column, o % 16);
-            if (p.bias) y += p.bias[out];
-            float* const to = (float*)a.out + at;
-            *to = EPILOGUE == 1 ? *to + y : y;
-        }
+        const u64 at = product_at(a, EPILOGUE == 0 ? number : 0, first_row + column, out);
+        const float other = EPILOGUE == 2 ? total(TILES + t, column, o % 16) : EPILOGUE == 1 ? ((const float*)a.out)[at] : 0.0f;
+        store_product<EPILOGUE>(a, EPILOGUE == 2 ? a.projections[0] : p, at, out, total(t, column, o % 16), other);
     }
 }

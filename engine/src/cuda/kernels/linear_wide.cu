@@ -1,17 +1,16 @@
 // Products of many rows with streamed weights: y = x · Wᵀ for up to ROWS rows of x a block, to the last bit what linear.cu gives.
+// For GPUs without warpgroup instructions (linear_wgmma.cu).
 //
 // There, eight warps split an output's inputs between them, each holds its own sum, and x is loaded anew for every 16 or 32 outputs;
 // beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs, and warps share rings of weights
 // and x. One group of warps walks through the eight splits one after another and adds their sums in the same order. Products
 // of few outputs would leave multiprocessors idle that way: they get blocks of fewer outputs, and four groups with two splits and a
-// ring each, whose sums meet at the end. Where even that leaves half of them idle, two blocks of a cluster have half of the splits each, and
-// the sums of half of the rows meet in either's shared memory. Instructions, and which inputs each of them takes, are linear.cu's
-// too, so the bits are.
+// ring each, whose sums meet at the end. Instructions, and which inputs each of them takes, are linear.cu's too, so the bits are.
 //
 // Blocks of the same outputs are neighbours: their weights come from memory once.
 //
-// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each) and GROUPS, 4 and 1 or 2 and 4; CLUSTER, the
-// blocks of a cluster, 1 or, with four groups, 2; STAGES of a group's ring; EPILOGUE.
+// Options: COLUMN_TILES (8 rows of x each) per warp; OUTPUT_WARPS (32 outputs each) and GROUPS, 4 and 1 or 2 and 4; STAGES of a group's
+// ring; EPILOGUE.
 
 #ifndef COLUMN_TILES
 #define COLUMN_TILES 4
@@ -22,9 +21,6 @@
 #ifndef GROUPS
 #define GROUPS 1
 #endif
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
 #ifndef STAGES
 #define STAGES 4
 #endif
@@ -34,7 +30,7 @@
 #endif
 
 #define ROW_WARPS 2
-#define OWN_SPLITS (SPLITS / (GROUPS * CLUSTER))
+#define OWN_SPLITS (SPLITS / GROUPS)
 #define GROUP_THREADS (OUTPUT_WARPS * ROW_WARPS * 32)
 #define THREADS (GROUPS * GROUP_THREADS)
 // Sums that a warp keeps apart: those of its group's splits, or one and what has come together.
@@ -47,10 +43,10 @@
 // Outputs of a block per matrix.
 #define OWN_OUTPUTS (BLOCK_OUTPUTS / MATRICES)
 
-// Where 16 bytes of a row of a stage lie, so that eight lanes which read two rows meet no bank twice.
-__device__ __forceinline__ u32 place(u32 row, u32 part) { return row * 128 + (part ^ (row % 2 * 4)) * 16; }
+// Where 16 bytes of a row of a stage lie, so that sixteen lanes which read 8 bytes of four rows meet no bank twice.
+__device__ __forceinline__ u32 place(u32 row, u32 part) { return row * 128 + (part ^ (row % 4 * 2)) * 16; }
 
-// A step of a block through the tiles of inputs: split after split, and of each every eighth tile.
+// A step of a block through the tiles of inputs: split after split.
 struct Step {
     u32 number, split, tile;
 
@@ -61,37 +57,13 @@ struct Step {
     }
 };
 
-// Until all blocks of the cluster are here; what they wrote to each other's shared memory has come then.
-__device__ __forceinline__ void meet_cluster() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Stores to this place in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ void store_at(u32 rank, float* to, float value) {
-#if CLUSTER > 1
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-#else
-    *to = value;
-#endif
-}
-
-#if CLUSTER > 1
-#define CLUSTERED __cluster_dims__(1, CLUSTER, 1)
-#else
-#define CLUSTERED
-#endif
-
-extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
+extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linear_wide(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     const u32 group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
     const u32 warp = thread / 32, lane = threadIdx.x % 32;
     const u32 output_warp = warp % OUTPUT_WARPS, row_warp = warp / OUTPUT_WARPS;
     // Row groups first, so that those of the same outputs run side by side.
-    const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y / CLUSTER, rank = blockIdx.y % CLUSTER;
+    const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y;
     const u32 rows = min(a.rows - first_row, ROWS);
     const half_bits* const x = a.x + u64(first_row) * a.inputs;
     const u32 number = EPILOGUE == 2 ? 0 : number_of(a, tile);
@@ -100,11 +72,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 
     const u32 first_out = (tile - p.first_tile) * OWN_OUTPUTS;
 
     const u32 input_tiles = (a.inputs + TILE_INPUTS - 1) / TILE_INPUTS;
-    const u32 first_split = (rank * GROUPS + group) * OWN_SPLITS;
-    // Tiles of the group's splits: split k has tile k and every eighth after it.
-    u32 own_tiles = 0;
-#pragma unroll
-    for (u32 k = first_split; k < first_split + OWN_SPLITS; ++k) own_tiles += input_tiles > k ? (input_tiles - k + SPLITS - 1) / SPLITS : 0;
+    const u32 first_split = group * OWN_SPLITS;
+    const u32 own_tiles = tiles_of(first_split, OWN_SPLITS, input_tiles);
     const u8* const ring_bytes = shared + group * (STAGES * STAGE_BYTES);
     const u32 ring = shared_address(ring_bytes);
     auto fetch_weights = [&](const Step& step) {
@@ -171,21 +140,18 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 
             const u8* const weights = stage + output_warp * 32 * 128;
             const u8* const columns = stage + (BLOCK_OUTPUTS + row_warp * COLUMN_TILES * 8) * 128;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const u32 part = half * 4 + lane % 4;
-                uint4 v[COLUMN_TILES];
+            for (int k = 0; k < 4; ++k) {
+                const u32 part = k * 2 + lane % 4 / 2, at = lane % 2 * 8;
+                uint2 v[COLUMN_TILES];
 #pragma unroll
-                for (int c = 0; c < COLUMN_TILES; ++c) v[c] = *(const uint4*)(columns + place(c * 8 + row, part));
+                for (int c = 0; c < COLUMN_TILES; ++c) v[c] = *(const uint2*)(columns + place(c * 8 + row, part) + at);
 #pragma unroll
                 for (int o = 0; o < 2; ++o) {
-                    const uint4 low = *(const uint4*)(weights + place(o * 16 + row, part));
-                    const uint4 high = *(const uint4*)(weights + place(o * 16 + row + 8, part));
-                    const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+                    const uint2 low = *(const uint2*)(weights + place(o * 16 + row, part) + at);
+                    const uint2 high = *(const uint2*)(weights + place(o * 16 + row + 8, part) + at);
+                    const u32 rows16[4] = {low.x, high.x, low.y, high.y};
 #pragma unroll
-                    for (int c = 0; c < COLUMN_TILES; ++c) {
-                        mma(sum[o][c], first, v[c].x, v[c].y);
-                        mma(sum[o][c], second, v[c].z, v[c].w);
-                    }
+                    for (int c = 0; c < COLUMN_TILES; ++c) mma(sum[o][c], rows16, v[c].x, v[c].y);
                 }
             }
         }
@@ -210,10 +176,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 
     copy_wait<0>();
     let_next_start();
     __syncthreads();
-    meet_cluster();
 
-    // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too. Of a cluster each block
-    // ends up with the rows of one of ROW_WARPS.
+    // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too.
     float* const block = (float*)shared;
     const u32 pitch = BLOCK_OUTPUTS + 4;
 #pragma unroll
@@ -225,12 +189,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 
             for (int c = 0; c < COLUMN_TILES; ++c)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    store_at(row_warp % CLUSTER,
-                             block + (part * ROWS + (row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8,
-                             sums[k][o][c][i]);
+                    block[(part * ROWS + (row_warp * COLUMN_TILES + c) * 8 + lane % 4 * 2 + i % 2) * pitch + output_warp * 32 + o * 16 + row + i / 2 * 8] =
+                        sums[k][o][c][i];
     }
     __syncthreads();
-    meet_cluster();
     auto total = [&](u32 column, u32 o) {
         if (GROUPS == 1) return block[column * pitch + o];
         float y = 0.0f;
@@ -238,23 +200,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, GROUPS == 1 ? 2 
         for (int k = 0; k < SPLITS; ++k) y += block[(k * ROWS + column) * pitch + o];
         return y;
     };
-    u32 before = 0;
-    if (EPILOGUE == 0 && number > 0) before = a.projections[0].outputs;
-    if (EPILOGUE == 0 && number > 1) before += a.projections[1].outputs;
-    for (u32 i = threadIdx.x; i < ROWS / CLUSTER * OWN_OUTPUTS; i += THREADS) {
-        const u32 o = i % OWN_OUTPUTS, column = rank * (ROWS / CLUSTER) + i / OWN_OUTPUTS, out = first_out + o;
+    for (u32 i = threadIdx.x; i < ROWS * OWN_OUTPUTS; i += THREADS) {
+        const u32 o = i % OWN_OUTPUTS, column = i / OWN_OUTPUTS, out = first_out + o;
         if (column >= rows || out >= p.outputs) continue;
-        const u64 at = u64(first_row + column) * a.out_stride + before + out;
-        if (EPILOGUE == 2) {
-            float gate = total(column, o), up = total(column, OWN_OUTPUTS + o);
-            if (a.projections[0].bias) gate += a.projections[0].bias[out];
-            if (a.projections[1].bias) up += a.projections[1].bias[out];
-            ((half_bits*)a.out)[at] = to_half(gate / (1.0f + __expf(-gate)) * up);
-        } else {
-            float y = total(column, o);
-            if (p.bias) y += p.bias[out];
-            float* const to = (float*)a.out + at;
-            *to = EPILOGUE == 1 ? *to + y : y;
-        }
+        const u64 at = product_at(a, number, first_row + column, out);
+        const float other = EPILOGUE == 2 ? total(column, OWN_OUTPUTS + o) : EPILOGUE == 1 ? ((const float*)a.out)[at] : 0.0f;
+        store_product<EPILOGUE>(a, p, at, out, total(column, o), other);
     }
 }

@@ -40,6 +40,19 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return y;
 }
 
+// Two floats as IEEE halves, whatever the 16-bit type is.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+__device__ __forceinline__ float2 unpack_f16(u32 x) {
+    float2 y;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(y.x), "=f"(y.y) : "r"(x));
+    return y;
+}
+
 __device__ __forceinline__ half_bits to_half(float x) { return half_bits(pack(x, 0.0f)); }
 
 // d[16x8] += a[16x16] · b[16x8], in f32.
@@ -70,6 +83,17 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta
 // Copies 16 bytes to shared memory asynchronously, past L1; zeros where `valid` is false.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// For what is read once: it leaves the L2 cache first.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -127,7 +151,7 @@ struct Span {
 #define BLOCK_TOKENS 64
 #define NONE 0xffffffffu
 
-// Products: warps split a row's inputs in so many ways, tile by tile in turn, in both kernels: their sums have one order.
+// Products: a row's inputs are split in so many ways, tile by tile in turn, in all kernels: their sums have one order.
 #define SPLITS 8
 #define TILE_INPUTS 64
 
@@ -151,6 +175,33 @@ struct LinearArgs {
 // Which projection holds an output tile; unused projections begin past the last tile.
 __device__ __forceinline__ u32 number_of(const LinearArgs& a, u32 tile) {
     return (tile >= a.projections[1].first_tile) + (tile >= a.projections[2].first_tile);
+}
+
+// Tiles of inputs that so many splits have, from one on: split k has tile k and every SPLITS-th after it.
+__device__ __forceinline__ u32 tiles_of(u32 first_split, u32 splits, u32 input_tiles) {
+    u32 tiles = 0;
+    for (u32 k = first_split; k < first_split + splits; ++k) tiles += input_tiles > k ? (input_tiles - k + SPLITS - 1) / SPLITS : 0;
+    return tiles;
+}
+
+// Where the number of `out` of projection `number` is in a row of results; projections are stored side by side.
+__device__ __forceinline__ u64 product_at(const LinearArgs& a, u32 number, u32 row, u32 out) {
+    u64 at = u64(row) * a.out_stride + out;
+    if (number > 0) at += a.projections[0].outputs;
+    if (number > 1) at += a.projections[1].outputs;
+    return at;
+}
+
+// What becomes of a sum. EPILOGUE 0: store f32; 1: add to `other`, which was there; 2: silu(sum) * other, of gate and up, 16-bit.
+template <int EPILOGUE_>
+__device__ __forceinline__ void store_product(const LinearArgs& a, const Projection& p, u64 at, u32 out, float sum, float other) {
+    if (p.bias) sum += p.bias[out];
+    if (EPILOGUE_ == 2) {
+        if (a.projections[1].bias) other += a.projections[1].bias[out];
+        ((half_bits*)a.out)[at] = to_half(sum / (1.0f + __expf(-sum)) * other);
+    } else {
+        ((float*)a.out)[at] = EPILOGUE_ == 1 ? other + sum : sum;
+    }
 }
 
 // Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), CHUNK (keys of the largest chunk) and

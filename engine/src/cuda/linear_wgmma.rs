@@ -1,0 +1,288 @@
+//! The streaming kernel of warpgroup instructions, for many rows on Hopper: how a product is cut for it.
+//!
+//! Its bits are those of the kernel for few rows, so that which of them serves a batch is a matter of speed alone.
+
+use bytemuck::{NoUninit, Zeroable};
+
+use super::device::Device;
+use super::error::CudaError;
+use super::kernel_cache::{Kernel, Variant};
+use super::linear::{EPILOGUES, LinearArgs, Product, SPLITS, epilogue_number};
+use super::recording::LaunchShape;
+use super::tensor_map::TensorMap;
+use crate::backend::Epilogue;
+
+/// Rows from which this kernel is the faster one, where there are blocks enough.
+const FROM_ROWS: usize = 9;
+/// Fewest blocks for which it is; more of them share a product's inputs until there are as many.
+const BLOCKS_LEAST: u32 = 96;
+
+/// Rows of a block: of an instruction, and instructions.
+const ROWS: [(u32, u32); 9] = [
+    (16, 1),
+    (32, 1),
+    (40, 1),
+    (48, 1),
+    (64, 1),
+    (80, 1),
+    (48, 2),
+    (64, 2),
+    (80, 2),
+];
+/// Shared memory of a multiprocessor for rings.
+const RING_BYTES: u32 = 224 << 10;
+/// Most stages of a ring: with more, a block would only start later.
+const STAGES_MOST: u32 = 8;
+
+/// How outputs and inputs are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cut {
+    /// Sixty-fours of outputs per block.
+    groups: u32,
+    /// Blocks that share inputs.
+    cluster: u32,
+    /// Most rows of which the registers hold a block's sums.
+    rows_most: u32,
+    /// Most rows for which two blocks share a multiprocessor: registers and ring of one are half of what there is.
+    rows_shared: u32,
+}
+
+/// Ways to cut, coarsest first.
+const CUTS: [Cut; 3] = [
+    Cut {
+        groups: 2,
+        cluster: 1,
+        rows_most: 160,
+        rows_shared: 64,
+    },
+    Cut {
+        groups: 1,
+        cluster: 2,
+        rows_most: 96,
+        rows_shared: 80,
+    },
+    Cut {
+        groups: 1,
+        cluster: 4,
+        rows_most: 96,
+        rows_shared: 80,
+    },
+];
+
+/// Mirrors `WgmmaArgs` in linear_wgmma.cu.
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit, Zeroable)]
+struct WgmmaArgs {
+    x: TensorMap,
+    weights: [TensorMap; 3],
+    product: LinearArgs,
+    padding: [u64; 3],
+}
+
+/// How a product is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tiling {
+    /// Rows of an instruction, and instructions for a block's rows.
+    rows: (u32, u32),
+    cut: Cut,
+}
+
+impl Tiling {
+    /// For so many rows and outputs: row groups of about the same size, blocks as coarse as keeps the GPU busy; `None` where there
+    /// are too few blocks.
+    fn of(rows: usize, outputs: usize) -> Option<Self> {
+        let tilings = CUTS.map(|cut| Self::with(cut, rows));
+        let enough = |tiling: &Self| tiling.blocks(rows, outputs) >= BLOCKS_LEAST;
+        tilings.into_iter().find(enough)
+    }
+
+    fn with(cut: Cut, rows: usize) -> Self {
+        let rows = rows as u32;
+        let of_group = rows.div_ceil(rows.div_ceil(cut.rows_most).max(1));
+        let fitting = ROWS.into_iter().find(|r| of_group <= r.0 * r.1);
+        Self {
+            rows: fitting.unwrap_or(ROWS[ROWS.len() - 1]),
+            cut,
+        }
+    }
+
+    /// Rows of a block.
+    fn block_rows(self) -> u32 {
+        self.rows.0 * self.rows.1
+    }
+
+    /// Outputs of a block, of all matrices.
+    fn outputs(self) -> u32 {
+        64 * self.cut.groups
+    }
+
+    /// Blocks of a product of so many rows and outputs.
+    fn blocks(self, rows: usize, outputs: usize) -> u32 {
+        self.cut.cluster
+            * (outputs as u32).div_ceil(self.outputs())
+            * (rows as u32).div_ceil(self.block_rows())
+    }
+
+    /// Blocks that share a multiprocessor.
+    fn resident(self) -> u32 {
+        if self.block_rows() <= self.cut.rows_shared {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// Splits that a block walks through together: in a cluster all of a block's, else two if the registers hold their sums and
+    /// those of the ones before.
+    fn together(self) -> u32 {
+        match self.cut.cluster {
+            1 if self.block_rows() > 128 => 1,
+            1 => 2,
+            cluster => SPLITS / cluster,
+        }
+    }
+
+    fn stage_bytes(self) -> u32 {
+        (self.outputs() + self.block_rows()) * 128
+    }
+
+    fn stages(self) -> u32 {
+        (RING_BYTES / self.resident() / self.stage_bytes()).min(STAGES_MOST)
+    }
+
+    /// Shared memory of a block.
+    fn shared_bytes(self) -> u32 {
+        self.stages() * self.stage_bytes()
+    }
+
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 9] {
+        [
+            ("HALF_IS_F16", u32::from(half_is_f16)),
+            ("COLUMNS", self.rows.0),
+            ("COLUMN_BLOCKS", self.rows.1),
+            ("GROUPS", self.cut.groups),
+            ("CLUSTER", self.cut.cluster),
+            ("TOGETHER", self.together()),
+            ("STAGES", self.stages()),
+            ("BLOCKS", self.resident()),
+            ("EPILOGUE", epilogue_number(epilogue)),
+        ]
+    }
+}
+
+/// Everything that [`Product::by_warpgroups`] may launch on this device.
+pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item = Variant> {
+    let cuts = CUTS.into_iter().filter(|_| device.has_warpgroups());
+    let tilings = cuts.flat_map(|cut| {
+        let fits = move |rows: &(u32, u32)| rows.0 * rows.1 <= cut.rows_most;
+        let sizes = ROWS.into_iter().filter(fits);
+        sizes.map(move |rows| Tiling { rows, cut })
+    });
+    tilings.flat_map(move |tiling| {
+        EPILOGUES.map(|epilogue| Variant {
+            kernel: Kernel::LINEAR_WGMMA,
+            options: tiling.options(half_is_f16, epilogue).to_vec(),
+        })
+    })
+}
+
+impl Product<'_> {
+    fn outputs(&self) -> usize {
+        self.projections.iter().map(|p| p.weight.shape().0).sum()
+    }
+
+    /// How this kernel is to cut the product; `None` where the one for few rows is faster, or the GPU has no such instructions.
+    pub(super) fn warpgroup_tiling(&self, device: &Device) -> Option<Tiling> {
+        if self.rows < FROM_ROWS || !device.has_warpgroups() {
+            return None;
+        }
+        Tiling::of(self.rows, self.outputs())
+    }
+
+    /// Weights come from memory once for all rows, x once per block of outputs. Without a tiling the product is cut most finely.
+    pub(super) fn by_warpgroups(
+        &self,
+        device: &Device,
+        tiling: Option<Tiling>,
+    ) -> Result<(), CudaError> {
+        let tiling = tiling.unwrap_or_else(|| {
+            Tiling::of(self.rows, self.outputs())
+                .unwrap_or_else(|| Tiling::with(CUTS[CUTS.len() - 1], self.rows))
+        });
+        let gated = self.epilogue == Epilogue::SwiGlu;
+        let own_outputs = tiling.outputs() / if gated { 2 } else { 1 };
+        let (product, tiles) = self.arguments(own_outputs as usize, 1);
+        let map = |address, rows, box_rows| {
+            TensorMap::new(address, (rows, self.inputs()), box_rows, self.half_is_f16)
+        };
+        let mut weights = [TensorMap::zeroed(); 3];
+        for (to, p) in weights.iter_mut().zip(self.projections) {
+            *to = map(p.weight.address(), p.weight.shape().0, own_outputs)?;
+        }
+        let args = WgmmaArgs {
+            x: map(self.x, self.rows, tiling.block_rows())?,
+            weights,
+            product,
+            padding: [0; 3],
+        };
+        let options = tiling.options(self.half_is_f16, self.epilogue);
+        let kernel = device.kernel(Kernel::LINEAR_WGMMA, &options)?;
+        let launch = LaunchShape {
+            grid: (
+                (self.rows as u32).div_ceil(tiling.block_rows()),
+                tiles * tiling.cut.cluster,
+                1,
+            ),
+            threads: 128 * tiling.cut.groups,
+            shared_bytes: tiling.shared_bytes(),
+        };
+        // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
+        unsafe {
+            device.launch(&kernel, launch, |l| {
+                l.arg(&args);
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_has_room_for_its_ring_and_its_results() {
+        for cut in CUTS {
+            for rows in ROWS {
+                let tiling = Tiling { rows, cut };
+                if tiling.block_rows() > cut.rows_most {
+                    continue;
+                }
+                assert!(tiling.stages() >= 4, "{tiling:?}");
+                // Its own sums, of a cluster's those of a part of the rows, too.
+                let rows = match cut.cluster {
+                    1 => tiling.block_rows(),
+                    cluster => {
+                        tiling.block_rows() * tiling.together() + tiling.block_rows() / cluster
+                    }
+                };
+                let results = rows * (tiling.outputs() + 4) * 4;
+                assert!(results <= tiling.shared_bytes(), "{tiling:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn row_groups_are_alike_and_blocks_as_coarse_as_keeps_the_gpu_busy() {
+        let of = |rows, outputs| {
+            let tiling = Tiling::of(rows, outputs)?;
+            Some((tiling.block_rows(), tiling.cut.groups, tiling.cut.cluster))
+        };
+        assert_eq!(of(40, 28_672), Some((40, 2, 1)));
+        assert_eq!(of(160, 6144), Some((80, 1, 2)));
+        assert_eq!(of(24, 4096), Some((32, 1, 2)));
+        assert_eq!(of(24, 2048), Some((32, 1, 4)));
+        assert_eq!(of(24, 512), None);
+        // Three groups of 134.
+        assert_eq!(of(400, 28_672), Some((160, 2, 1)));
+    }
+}
