@@ -120,7 +120,7 @@ impl DecodeScratch {
     }
 
     fn reserve(&mut self, rows: usize, head_dim: usize) -> Result<(), CudaError> {
-        self.partials.grow(rows * head_dim * 4)?;
+        self.partials.grow(rows * head_dim * 2)?;
         self.statistics.grow(rows * 8)?;
         Ok(())
     }

@@ -38,7 +38,7 @@ struct DecodeArgs {
     const u32* block_tables;
     const uint2* list_ranges;  // per span with lists: [num_layers * num_kv_heads]: where its list begins, its length
     const u32* list_slots;     // all lists: positions in the cache, block * BLOCK_TOKENS + offset
-    float* partials;           // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM]
+    uint2* partials;           // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM / 4]: IEEE halves
     float2* statistics;        // [place][kv_head][row tile][BLOCK_ROWS]: maximum score, sum
     float* scores;             // [capturing span][score_tokens][num_heads][score_stride]: scores * log2(e) by key
     float2* score_statistics;  // [capturing span][score_tokens][num_heads]: maximum, sum
@@ -99,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         entries[i] = entry;
     }
     const u32 ring_base = shared_address(ring) + warp * STAGES * STAGE_BYTES;
-    // Starts copying a tile.
+    // Starts copying a tile. Partial results are to stay in the cache until they are merged, entries are not.
+    const u64 policy = read_once();
     auto fetch = [&](u32 tile) {
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
         const u32* const tile_entries = entries + (tile * WARPS + warp) * TILE_KEYS;
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             const u32 piece = i * 32 + lane, key = piece / PIECES, part = piece % PIECES;
             const u32 entry = tile_entries[key];
             const bool valid = entry != NONE;
-            copy_async(base + key * ENTRY_STRIDE + part * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + part * 8, valid);
+            copy_async(base + key * ENTRY_STRIDE + part * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + part * 8, valid, policy);
         }
     };
 
@@ -305,8 +306,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             value.w += scale * v.w;
         }
         const u32 token = row / group, head = kv_head * group + row % group;
+        // A row that sees no key of this chunk has no mass in it.
+        const float inverse = alone || total > 0.0f ? 1.0f / total : 0.0f;
         if (alone) {
-            const float inverse = 1.0f / total;
             *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
                 make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
 #if CAPTURE
@@ -314,7 +316,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                 a.score_statistics[captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group)] = make_float2(reference, total);
 #endif
         } else {
-            *(float4*)(a.partials + (place * BLOCK_ROWS + r) * HEAD_DIM + d) = value;
+            a.partials[((place * BLOCK_ROWS + r) * HEAD_DIM + d) / 4] =
+                make_uint2(pack_f16(value.x * inverse, value.y * inverse), pack_f16(value.z * inverse, value.w * inverse));
             if (d == 0) a.statistics[place * BLOCK_ROWS + r] = make_float2(top, total);
         }
     }

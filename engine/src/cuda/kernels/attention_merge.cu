@@ -3,6 +3,9 @@
 // A kernel of its own: as the last work of the block that ends a head's last chunk it would keep one multiprocessor busy for longer than
 // all of them take to read a short context. A thread has four numbers of a row; its loads do not depend on each other.
 //
+// A partial result is a mean of values, and what comes out is a mean of those: IEEE halves of them keep more than the output does, and writing
+// and reading them is a good part of what a batch of short lists costs. A mean beyond 65,504 becomes infinite, and is seen in the end.
+//
 // Options: HEAD_DIM, and those of decode attention (prelude.cuh).
 
 #ifndef HEAD_DIM
@@ -13,7 +16,7 @@
 #define AT_A_TIME 8
 
 struct MergeArgs {
-    const float* partials;       // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM]
+    const uint2* partials;       // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM / 4]: means of values, as IEEE halves
     const float2* statistics;    // [place][kv_head][row tile][BLOCK_ROWS]: maximum score, sum
     half_bits* out;              // [rows, num_heads, HEAD_DIM]
     const Unit* spans;           // a unit of each span
@@ -45,12 +48,12 @@ extern "C" __global__ void __launch_bounds__(256) attention_merge(const MergeArg
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         for (u32 c = 0; c < chunks; c += AT_A_TIME) {
             float2 s[AT_A_TIME];
-            float4 v[AT_A_TIME];
+            uint2 v[AT_A_TIME];
 #pragma unroll
             for (int k = 0; k < AT_A_TIME; ++k) {
                 const u64 at = first + min(c + k, chunks - 1) * stride * BLOCK_ROWS;
                 s[k] = __ldcg(a.statistics + at);
-                v[k] = __ldcg((const float4*)(a.partials + at * HEAD_DIM + d));
+                v[k] = __ldcg(a.partials + (at * HEAD_DIM + d) / 4);
             }
             float now = top;
 #pragma unroll
@@ -60,12 +63,13 @@ extern "C" __global__ void __launch_bounds__(256) attention_merge(const MergeArg
             value = make_float4(value.x * keep, value.y * keep, value.z * keep, value.w * keep);
 #pragma unroll
             for (int k = 0; k < AT_A_TIME; ++k) {
-                const float add = c + k < chunks ? exp2_fast((s[k].x - finite(now)) * a.scale_log2) : 0.0f;
-                total += s[k].y * add;
-                value.x += v[k].x * add;
-                value.y += v[k].y * add;
-                value.z += v[k].z * add;
-                value.w += v[k].w * add;
+                const float add = c + k < chunks ? s[k].y * exp2_fast((s[k].x - finite(now)) * a.scale_log2) : 0.0f;
+                const float2 low = unpack_f16(v[k].x), high = unpack_f16(v[k].y);
+                total += add;
+                value.x += low.x * add;
+                value.y += low.y * add;
+                value.z += high.x * add;
+                value.w += high.y * add;
             }
             top = now;
         }
