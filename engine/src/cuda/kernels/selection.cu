@@ -1,9 +1,9 @@
 // Masks on the device: mixtures of attention rows, means of a round, top-p selection, packed bits.
 //
 // Top-p works on fixed-point masses, units of 2^-31: sums are exact and free of order, so the mass condition holds exactly in
-// this arithmetic and a row's selection never depends on how it was summed. A row is read from memory once, into
-// registers, while the next one is copied into shared memory; the threshold is bisected between its neighbours in steps of
-// equal ratio until few entries are left between the bounds, and one warp settles those without a barrier.
+// this arithmetic and a row's selection never depends on how it was summed or searched. A row is read from memory once, into
+// registers, while the next one is copied into shared memory; the threshold is sought between its neighbours, where a line between the
+// masses at both would have it, until few entries can be left between them, and one warp settles those without a barrier.
 //
 // Options: THREADS and VALUES (entries per thread, a multiple of 4): rows of up to THREADS * VALUES entries.
 
@@ -43,9 +43,10 @@ __device__ __forceinline__ u32 block_sum(u32 x, u32* scratch) {
     return warp_sum_u32(threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
 }
 
-// The middle of a < b by ratio: halves the distance of their float bit patterns, which are nearly logarithms.
-__device__ __forceinline__ u32 middle(u32 a, u32 b) {
-    const u32 m = u32(__uint_as_float((__float_as_uint(float(a)) + __float_as_uint(float(b))) / 2));
+// What lies between a < b by ratio, at a share of the way: that of their float bit patterns, which are nearly logarithms.
+__device__ __forceinline__ u32 between(u32 a, u32 b, float share) {
+    const u32 from = __float_as_uint(float(a)), to = __float_as_uint(float(b));
+    const u32 m = u32(__uint_as_float(from + u32(share * float(to - from))));
     return min(max(m, a + 1), b - 1);
 }
 
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
         total = block_sum(total, scratch[turn ^= 1]);
         const u32 wanted = u32(min(u64(ceil(double(p) * double(total))), u64(total)));
         // Invariant: mass at or above `reaches` is at least `wanted`, mass at or above `fails` is less.
-        u32 reaches = 1, fails = NONE, below = 0; // below: the mass at `fails`
+        u32 reaches = 1, fails = NONE, above = total, below = 0; // the masses at both
         u32 probe = max(total / max(length, 1u), 2u), stride = 4;
         auto weigh = [&](u32 threshold) {
             u32 sum = 0;
@@ -105,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
             while (probe > reaches && probe < fails) {
                 const u32 m = weigh(probe);
                 if (m >= wanted) {
-                    reaches = probe;
+                    reaches = probe, above = m;
                     probe = u32(min(u64(probe) * stride, u64(NONE)));
                 } else {
                     fails = probe, below = m;
@@ -113,26 +114,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
                 }
                 stride = min(stride * stride, 65536u);
             }
-            u32 between = NONE;
-            while (fails - reaches > 1) {
-                // A sixteenth of an octave apart, a count is worth its pass.
-                if (fails - reaches <= reaches / 16 + 1) {
-                    u32 count = 0;
-#pragma unroll
-                    for (int i = 0; i < VALUES; ++i) count += mass[i] >= reaches && mass[i] < fails;
-                    between = block_sum(count, scratch[turn ^= 1]);
-                    if (between <= FEW) break;
-                }
-                const u32 probe = middle(reaches, fails), m = weigh(probe);
-                if (m >= wanted) reaches = probe;
-                else fails = probe, below = m;
+            // An entry between the bounds weighs `reaches` at least, which says how many there can be.
+            bool halved = true;
+            while (fails - reaches > 1 && (above - below) / reaches > FEW) {
+                // A little further than the line has it, so that both bounds come near; where that did not help, the middle.
+                const float line = float(above - wanted) / float(above - below);
+                const u32 width = __float_as_uint(float(fails)) - __float_as_uint(float(reaches));
+                const u32 at = between(reaches, fails, halved ? line + (line < 0.5f ? 0.0625f : -0.0625f) : 0.5f), m = weigh(at);
+                if (m >= wanted) reaches = at, above = m;
+                else fails = at, below = m;
+                halved = !halved || __float_as_uint(float(fails)) - __float_as_uint(float(reaches)) <= width / 2;
             }
             if (fails - reaches > 1) {
                 if (threadIdx.x == 0) few_count = 0;
+                u32 own = 0;
+#pragma unroll
+                for (int i = 0; i < VALUES; ++i) own += mass[i] >= reaches && mass[i] < fails;
+                u32 place = own;
+#pragma unroll
+                for (int step = 1; step < 32; step *= 2) {
+                    const u32 before = __shfl_up_sync(FULL_WARP, place, step);
+                    if (lane >= step) place += before;
+                }
                 __syncthreads();
+                u32 first = 0;
+                if (lane == 31) first = atomicAdd(&few_count, place);
+                place += __shfl_sync(FULL_WARP, first, 31) - own;
 #pragma unroll
                 for (int i = 0; i < VALUES; ++i)
-                    if (mass[i] >= reaches && mass[i] < fails) few[atomicAdd(&few_count, 1)] = mass[i];
+                    if (mass[i] >= reaches && mass[i] < fails) few[place++] = mass[i];
                 __syncthreads();
                 if (threadIdx.x < 32) {
                     u32 candidate[FEW / 32];
