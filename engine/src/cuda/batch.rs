@@ -241,15 +241,21 @@ impl DeviceBatch {
         }
         self.num_lists = (words.len() - self.at.lists) / LIST_WORDS;
         self.at.bitmaps = section(words);
+        // Megabytes where many sessions read by lists: from the sets to pinned memory at once.
+        let staged = self.host.elements(self.at.bitmaps + bitmap)?;
+        let (before, mut bitmaps) = staged.split_at_mut(self.at.bitmaps);
+        before.copy_from_slice(words);
         for list in pass.spans.iter().flat_map(|span| &span.lists) {
             for list in list.lists() {
                 // Low halves first, as on every host that a GPU is in.
-                words.extend_from_slice(bytemuck::cast_slice(list.set().words()));
+                let own: &[u32] = bytemuck::cast_slice(list.set().words());
+                let (to, rest) = bitmaps.split_at_mut(own.len());
+                to.copy_from_slice(own);
+                bitmaps = rest;
             }
         }
-        let bytes = size_of_val(words.as_slice());
-        self.memory.grow(bytes)?;
-        self.memory.write_pinned(0, &self.words, &mut self.host)?;
+        self.memory.grow(size_of_val(&*staged))?;
+        self.memory.write(0, staged)?;
         self.expand_lists(device)
     }
 
