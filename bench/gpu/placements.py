@@ -85,6 +85,7 @@ def parser():
     p.add_argument("--bandwidth", type=float, default=2.9, help="copy bandwidth of one GPU for the cost model, TB/s")
     p.add_argument("--mode", choices=["dense", "sparse", "exact"], default="dense", help="mode of the requests")
     p.add_argument("--mask-p", type=float, help="mass that masks keep; random weights attend evenly, so this is about the share of entries kept")
+    p.add_argument("--own-p", type=float, help="mass that the draft's own reads keep, between its captured steps; as for --mask-p")
     p.add_argument("--draft-flags", nargs="*", default=[], help="more arguments of the draft workers, in one word each: --own-p=0.2")
     p.add_argument("--serve-flags", nargs="*", default=[], help="more arguments of specattn serve, in one word: --serve-flags=--io-threads=4")
     p.add_argument("--verify-flags", nargs="*", default=[], help="more arguments of the verify worker")
@@ -252,7 +253,7 @@ def request(args, load, index, tokens):
         "temperature": temperature,
         "seed": index,
         "logit_bias": {str(1000 + 17 * i): 100 for i in range(biased)},
-        "specattn": {"mode": args.mode, "draft_length": drafted} | ({"mask_p": args.mask_p} if args.mask_p else {}),
+        "specattn": {"mode": args.mode, "draft_length": drafted} | {key: p for key in ("mask_p", "own_p") if (p := getattr(args, key))},
     }
     data = json.dumps(body).encode()
     call = urllib.request.Request(f"{URL}/v1/completions", data, {"Content-Type": "application/json"})

@@ -74,6 +74,8 @@ struct Extension {
     mode: Option<Mode>,
     mask_p: Option<f32>,
     draft_length: Option<u32>,
+    capture_every: Option<u32>,
+    own_p: Option<f32>,
     max_kl: Option<f32>,
     deadline_ms: Option<u64>,
 }
@@ -285,7 +287,8 @@ impl Common {
             .into(),
             draft: Some(v1::DraftPolicy {
                 draft_length: extension.draft_length,
-                ..v1::DraftPolicy::default()
+                capture_every: extension.capture_every,
+                own_p: extension.own_p,
             }),
             mask: extension.mask_p.map(|p| v1::MaskPolicy {
                 mask_p: Some(p),
@@ -364,7 +367,9 @@ mod tests {
             "seed": 7, "presence_penalty": 1, "frequency_penalty": -1, "logit_bias": {"5": -100}, "logprobs": 3,
             "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": true, "stop_token_ids": [9], "stream": true,
             "stream_options": {"include_usage": true, "continuous_usage_stats": null}, "user": "someone",
-            "specattn": {"mode": "sparse", "mask_p": 0.9, "draft_length": 2, "max_kl": 0.1, "deadline_ms": 5},
+            "specattn": {
+                "mode": "sparse", "mask_p": 0.9, "draft_length": 2, "capture_every": 3, "own_p": 0.5, "max_kl": 0.1, "deadline_ms": 5,
+            },
         }))
         .unwrap();
         assert_eq!((prompts.len(), generation.choices_per_prompt), (2, 2));
@@ -385,7 +390,12 @@ mod tests {
             (v1::Mode::Sparse, Some(5))
         );
         assert_eq!(request.mask.unwrap().mask_p, Some(0.9));
-        assert_eq!(request.draft.unwrap().draft_length, Some(2));
+        let draft = v1::DraftPolicy {
+            draft_length: Some(2),
+            capture_every: Some(3),
+            own_p: Some(0.5),
+        };
+        assert_eq!(request.draft, Some(draft));
         assert_eq!(request.check.unwrap().max_kl, Some(0.1));
         assert_eq!(request.limits.unwrap().stop_token_ids, [9]);
         assert_eq!(request.stop, ["a", "b"]);
