@@ -60,6 +60,14 @@ impl Drop for Turn {
     }
 }
 
+/// Whether the driver knows tensor copies (CUDA 12), which the kernels of warpgroup instructions use.
+fn describes_tensors() -> bool {
+    let mut version = 0;
+    // SAFETY: a valid place for a number.
+    let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    asked.result().is_ok() && version >= 12_000
+}
+
 /// How many GPUs this machine has; 0 without a driver.
 pub fn device_count() -> usize {
     // SAFETY: only tries to load the driver's library.
@@ -157,7 +165,7 @@ impl Device {
             stream,
             cublas: handle,
             multiprocessors: u32::try_from(multiprocessors).unwrap_or(1),
-            has_warpgroups: major == 9,
+            has_warpgroups: major == 9 && describes_tensors(),
             failure: Mutex::new(None),
             turn: Turnstile::default(),
         }))
@@ -219,7 +227,7 @@ impl Device {
         self.multiprocessors
     }
 
-    /// Whether it is of Hopper, whose warpgroup instructions (wgmma) no other architecture has.
+    /// Whether it is of Hopper, whose warpgroup instructions (wgmma) no other architecture has, and its driver knows tensor copies.
     pub(super) fn has_warpgroups(&self) -> bool {
         self.has_warpgroups
     }
