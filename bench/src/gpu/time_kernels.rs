@@ -276,7 +276,7 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
                 ProductKernel::FewRows,
                 ProductKernel::ManyRows,
                 ProductKernel::ManyRowsSplit,
-                ProductKernel::Warpgroups,
+                ProductKernel::Warpgroups(None),
             ];
             let of_kernel = |kernel| {
                 backend.force_product_kernel(Some(kernel));

@@ -245,14 +245,13 @@ impl DeviceBatch {
         let staged = self.host.elements(self.at.bitmaps + bitmap)?;
         let (before, mut bitmaps) = staged.split_at_mut(self.at.bitmaps);
         before.copy_from_slice(words);
-        for list in pass.spans.iter().flat_map(|span| &span.lists) {
-            for list in list.lists() {
-                // Low halves first, as on every host that a GPU is in.
-                let own: &[u32] = bytemuck::cast_slice(list.set().words());
-                let (to, rest) = bitmaps.split_at_mut(own.len());
-                to.copy_from_slice(own);
-                bitmaps = rest;
-            }
+        let lists = pass.spans.iter().flat_map(|span| &span.lists);
+        for list in lists.flat_map(SpanLists::lists) {
+            // Low halves first, as on every host that a GPU is in.
+            let own: &[u32] = bytemuck::cast_slice(list.set().words());
+            let (to, rest) = bitmaps.split_at_mut(own.len());
+            to.copy_from_slice(own);
+            bitmaps = rest;
         }
         self.memory.grow(size_of_val(&*staged))?;
         self.memory.write(0, staged)?;

@@ -13,7 +13,7 @@ use super::memory::Weight;
 use super::recording::LaunchShape;
 use crate::backend::{Epilogue, Linear};
 
-/// Outputs of a tile, and inputs that the kernel handles in one tile.
+/// Outputs of a tile of the kernel for few rows.
 const TILE_OUTPUTS: usize = 16;
 /// Warps that share a tile's outputs.
 pub(super) const SPLITS: u32 = 8;
@@ -71,12 +71,13 @@ fn options(half_is_f16: bool, epilogue: Epilogue, column_tiles: u32) -> [(&'stat
 pub enum ProductKernel {
     /// For few rows.
     FewRows,
-    /// For many rows and many outputs.
+    /// For many rows and many outputs, where there are no warpgroup instructions.
     ManyRows,
-    /// For many rows and few outputs: groups of warps share the inputs.
+    /// The same for few outputs: groups of warps share the inputs.
     ManyRowsSplit,
-    /// For many rows, by warpgroup instructions; on GPUs that have none, as [`ProductKernel::ManyRows`].
-    Warpgroups,
+    /// For many rows, by warpgroup instructions: cut as rows and outputs want it, or in one of [`WARPGROUP_CUTS`] ways. On GPUs that
+    /// have none, as [`ProductKernel::ManyRows`].
+    Warpgroups(Option<usize>),
 }
 
 /// All epilogues.
@@ -150,6 +151,11 @@ impl Product<'_> {
         self.projections[0].weight.shape().1
     }
 
+    /// Of all projections.
+    pub(super) fn outputs(&self) -> usize {
+        self.projections.iter().map(|p| p.weight.shape().0).sum()
+    }
+
     /// The kernels that stream weights: a row's bits depend on nothing but the row. `kernel` says which, where it is not to be the
     /// faster one.
     pub(super) fn stream(
@@ -162,20 +168,21 @@ impl Product<'_> {
         }
         let wide = |sharing| self.wide(device, wide::Tiling::of(self.rows, sharing));
         match kernel {
-            None => {
-                if let Some(tiling) = self.warpgroup_tiling(device) {
-                    self.by_warpgroups(device, Some(tiling))
-                } else if let Some(tiling) = self.wide_tiling(device) {
-                    self.wide(device, tiling)
-                } else {
-                    self.narrow(device)
-                }
-            }
+            None if device.has_warpgroups() => match self.warpgroup_tiling() {
+                Some(tiling) => self.by_warpgroups(device, tiling),
+                None => self.narrow(device),
+            },
+            None => match self.wide_tiling(device) {
+                Some(tiling) => self.wide(device, tiling),
+                None => self.narrow(device),
+            },
             Some(ProductKernel::FewRows) => self.narrow(device),
-            Some(ProductKernel::Warpgroups) if device.has_warpgroups() => {
-                self.by_warpgroups(device, None)
+            Some(ProductKernel::Warpgroups(cut)) if device.has_warpgroups() => {
+                self.by_warpgroups(device, self.forced_tiling(cut))
             }
-            Some(ProductKernel::ManyRows | ProductKernel::Warpgroups) => wide(wide::Sharing::Whole),
+            Some(ProductKernel::ManyRows | ProductKernel::Warpgroups(_)) => {
+                wide(wide::Sharing::Whole)
+            }
             Some(ProductKernel::ManyRowsSplit) => wide(wide::Sharing::Split),
         }
     }

@@ -47,8 +47,11 @@ struct Cut {
     rows_shared: u32,
 }
 
+/// How many ways there are to cut outputs and inputs, coarsest first.
+pub const WARPGROUP_CUTS: usize = 3;
+
 /// Ways to cut, coarsest first.
-const CUTS: [Cut; 3] = [
+const CUTS: [Cut; WARPGROUP_CUTS] = [
     Cut {
         groups: 2,
         cluster: 1,
@@ -76,8 +79,11 @@ struct WgmmaArgs {
     x: TensorMap,
     weights: [TensorMap; 3],
     product: LinearArgs,
+    /// To the 64 bytes that tensor maps begin on.
     padding: [u64; 3],
 }
+
+const _: () = assert!(size_of::<WgmmaArgs>().is_multiple_of(64));
 
 /// How a product is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,10 +104,10 @@ impl Tiling {
 
     fn with(cut: Cut, rows: usize) -> Self {
         let rows = rows as u32;
-        let of_group = rows.div_ceil(rows.div_ceil(cut.rows_most).max(1));
+        let of_group = rows.div_ceil(rows.div_ceil(cut.rows_most));
         let fitting = ROWS.into_iter().find(|r| of_group <= r.0 * r.1);
         Self {
-            rows: fitting.unwrap_or(ROWS[ROWS.len() - 1]),
+            rows: fitting.expect("the last one has as many rows as any cut"),
             cut,
         }
     }
@@ -187,28 +193,23 @@ pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item
 }
 
 impl Product<'_> {
-    fn outputs(&self) -> usize {
-        self.projections.iter().map(|p| p.weight.shape().0).sum()
-    }
-
-    /// How this kernel is to cut the product; `None` where the one for few rows is faster, or the GPU has no such instructions.
-    pub(super) fn warpgroup_tiling(&self, device: &Device) -> Option<Tiling> {
-        if self.rows < FROM_ROWS || !device.has_warpgroups() {
+    /// How this kernel is to cut the product; `None` where the one for few rows is faster.
+    pub(super) fn warpgroup_tiling(&self) -> Option<Tiling> {
+        if self.rows < FROM_ROWS {
             return None;
         }
         Tiling::of(self.rows, self.outputs())
     }
 
-    /// Weights come from memory once for all rows, x once per block of outputs. Without a tiling the product is cut most finely.
-    pub(super) fn by_warpgroups(
-        &self,
-        device: &Device,
-        tiling: Option<Tiling>,
-    ) -> Result<(), CudaError> {
-        let tiling = tiling.unwrap_or_else(|| {
-            Tiling::of(self.rows, self.outputs())
-                .unwrap_or_else(|| Tiling::with(CUTS[CUTS.len() - 1], self.rows))
-        });
+    /// The same where it is not to be the faster one: as asked for, or as finely as there are too few blocks for.
+    pub(super) fn forced_tiling(&self, cut: Option<usize>) -> Tiling {
+        let with = |number: usize| Tiling::with(CUTS[number], self.rows);
+        let wanted = || Tiling::of(self.rows, self.outputs());
+        cut.map_or_else(|| wanted().unwrap_or_else(|| with(CUTS.len() - 1)), with)
+    }
+
+    /// Weights come from memory once for all rows, x once per block of outputs.
+    pub(super) fn by_warpgroups(&self, device: &Device, tiling: Tiling) -> Result<(), CudaError> {
         let gated = self.epilogue == Epilogue::SwiGlu;
         let own_outputs = tiling.outputs() / if gated { 2 } else { 1 };
         let (product, tiles) = self.arguments(own_outputs as usize, 1);

@@ -1,4 +1,4 @@
-//! The streaming kernel for many rows on GPUs without warpgroup instructions: how a product is cut for it.
+//! The streaming kernel for many rows on GPUs that cannot run the one of warpgroup instructions: how a product is cut for it.
 //!
 //! Its bits are those of the kernel for few rows, so that which of them serves a batch is a matter of speed alone.
 
@@ -135,7 +135,7 @@ impl Product<'_> {
         if self.rows < WIDE_FROM {
             return None;
         }
-        let outputs = self.projections.iter().map(|p| p.weight.shape().0).sum();
+        let outputs = self.outputs();
         let tiling = |sharing| Tiling::of(self.rows, sharing);
         let blocks = |sharing| tiling(sharing).blocks(self.rows, outputs);
         // Whole blocks where they keep all multiprocessors busy; finer ones where those are not too few.

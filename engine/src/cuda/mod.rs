@@ -46,6 +46,7 @@ pub use error::CudaError;
 pub use graph_cache::GraphCounts;
 pub use kv_store::KvStore;
 pub use linear::ProductKernel;
+pub use linear_wgmma::WARPGROUP_CUTS;
 pub use memory::{Buffer, DeviceMemory, Weight};
 pub use nccl::keep_multicast_off;
 pub use rank_group::{RankGroup, SumWay};

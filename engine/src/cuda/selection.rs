@@ -89,7 +89,7 @@ impl Selector {
     }
 
     /// Selects in every row of probabilities the entries at or above the largest threshold whose mass reaches the row's p.
-    /// Masses are fixed-point, in units of 2^-31. Rows begin `stride` entries apart.
+    /// Masses are fixed-point, in units of 2^-31; a row's total is at most 1. Rows begin `stride` entries apart.
     ///
     /// # Errors
     /// [`CudaError`].

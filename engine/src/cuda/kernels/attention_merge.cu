@@ -3,8 +3,9 @@
 // A kernel of its own: as the last work of the block that ends a head's last chunk it would keep one multiprocessor busy for longer than
 // all of them take to read a short context. A thread has four numbers of a row; its loads do not depend on each other.
 //
-// A partial result is a mean of values, and what comes out is a mean of those: IEEE halves of them keep more than the output does, and writing
-// and reading them is a good part of what a batch of short lists costs. A mean beyond 65,504 becomes infinite, and is seen in the end.
+// A partial result is a mean of values, and what comes out is a mean of those: IEEE halves of them keep at least as many digits as the output
+// does (above 2^-16), and writing and reading them is a good part of what a batch of short lists costs. A mean beyond 65,504 becomes
+// infinite, and is seen in the end.
 //
 // Options: HEAD_DIM, and those of decode attention (prelude.cuh).
 

@@ -91,8 +91,10 @@ __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], u64 weights, u64 
     WGMMA("48", NAMES_24, VALUES_24(0), "24", "25");
 #elif COLUMNS == 64
     WGMMA("64", NAMES_32, VALUES_32(0), "32", "33");
-#else
+#elif COLUMNS == 80
     WGMMA("80", NAMES_40, VALUES_40(0), "40", "41");
+#else
+#error "no instruction for so many columns"
 #endif
 }
 
@@ -293,6 +295,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
         }
     };
     if (EPILOGUE == 1) load_others(threadIdx.x);
+    static_assert(RANK_ROWS % 2 == 0, "whole warps meet the cluster");
     // Nobody reads the ring any more: sums take its place, [splits that are apart][rows][outputs], padded against bank conflicts.
     __syncthreads();
     float* const parts = (float*)shared;

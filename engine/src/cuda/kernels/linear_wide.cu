@@ -1,7 +1,7 @@
 // Products of many rows with streamed weights: y = x · Wᵀ for up to ROWS rows of x a block, to the last bit what linear.cu gives.
-// For GPUs without warpgroup instructions (linear_wgmma.cu).
+// For GPUs that cannot run linear_wgmma.cu.
 //
-// There, eight warps split an output's inputs between them, each holds its own sum, and x is loaded anew for every 16 or 32 outputs;
+// In linear.cu, eight warps split an output's inputs between them, each holds its own sum, and x is loaded anew for every 16 or 32 outputs;
 // beyond a few dozen rows that is what takes the time. Here a block has BLOCK_OUTPUTS outputs, and warps share rings of weights
 // and x. One group of warps walks through the eight splits one after another and adds their sums in the same order. Products
 // of few outputs would leave multiprocessors idle that way: they get blocks of fewer outputs, and four groups with two splits and a

@@ -163,7 +163,7 @@ struct Projection {
     u32 first_tile;          // of the kernel's tiles of outputs, among all projections'
 };
 
-// What both kernels of products are called with; mirrors `LinearArgs` in linear.rs.
+// What kernels of products are called with; mirrors `LinearArgs` in linear.rs.
 struct LinearArgs {
     const half_bits* x;      // [rows, inputs]
     void* out;               // [rows, out_stride]
