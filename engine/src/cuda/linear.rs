@@ -75,8 +75,8 @@ pub enum ProductKernel {
     ManyRows,
     /// The same for few outputs: groups of warps share the inputs.
     ManyRowsSplit,
-    /// For many rows, by warpgroup instructions: cut as rows and outputs want it, or in one of [`WARPGROUP_CUTS`] ways. On GPUs that
-    /// have none, as [`ProductKernel::ManyRows`].
+    /// For many rows, by warpgroup instructions: cut as rows and outputs want it, or in one of [`WARPGROUP_CUTS`](super::WARPGROUP_CUTS) ways. On
+    /// GPUs that have none, as [`ProductKernel::ManyRows`].
     Warpgroups(Option<usize>),
 }
 
