@@ -141,13 +141,16 @@ pub fn check_shape(
         // The last row alone takes the kernel for few rows.
         let last = &x[(rows - 1) * inputs..];
         let (last, _, _) = normed(backend, last, &weight, dtype)?;
-        let few = [
+        let by_mma = [
             ProductKernel::FewRows,
             ProductKernel::ManyRows,
             ProductKernel::ManyRowsSplit,
         ];
         let cuts = (0..WARPGROUP_CUTS).map(|cut| ProductKernel::Warpgroups(Some(cut)));
-        let streaming = few.into_iter().chain(cuts).map(|kernel| (kernel, false, 1));
+        let streaming = by_mma
+            .into_iter()
+            .chain(cuts)
+            .map(|kernel| (kernel, false, 1));
         let before = numbers.rounded(rows * outputs[1], 3.0, DType::F32);
         // What the kernel for few rows gave, by epilogue.
         let mut expected: [Vec<u32>; 3] = Default::default();

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::{NoUninit, Pod, Zeroable};
 use cudarc::cublas::sys as cublas;
 
 use super::device::Device;
@@ -232,7 +232,6 @@ impl Product<'_> {
         } = Tiling::of(self.epilogue, column_tiles);
         let warps = SPLITS * matrices;
         let options = options(self.half_is_f16, self.epilogue, column_tiles);
-        let kernel = device.kernel(Kernel::LINEAR, &options)?;
         let (args, tiles) = self.arguments(TILE_OUTPUTS, warp_tiles as usize);
         let launch = LaunchShape {
             grid: (
@@ -243,10 +242,30 @@ impl Product<'_> {
             threads: warps * 32,
             shared_bytes: warps * stages * warp_tiles * 2048,
         };
+        self.launch(device, (Kernel::LINEAR, &options), launch, &args)
+    }
+
+    /// Of so many outputs of a block, those of one matrix: gate and up share it.
+    pub(super) fn own_outputs(&self, block_outputs: u32) -> u32 {
+        match self.epilogue {
+            Epilogue::SwiGlu => block_outputs / 2,
+            Epilogue::Store | Epilogue::Add => block_outputs,
+        }
+    }
+
+    /// Launches a streaming kernel with its only argument.
+    pub(super) fn launch(
+        &self,
+        device: &Device,
+        (kernel, options): (Kernel, &[(&'static str, u32)]),
+        shape: LaunchShape,
+        args: &impl NoUninit,
+    ) -> Result<(), CudaError> {
+        let kernel = device.kernel(kernel, options)?;
         // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
         unsafe {
-            device.launch(&kernel, launch, |l| {
-                l.arg(&args);
+            device.launch(&kernel, shape, |l| {
+                l.arg(args);
             })
         }
     }

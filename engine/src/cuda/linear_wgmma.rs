@@ -210,8 +210,7 @@ impl Product<'_> {
 
     /// Weights come from memory once for all rows, x once per block of outputs.
     pub(super) fn by_warpgroups(&self, device: &Device, tiling: Tiling) -> Result<(), CudaError> {
-        let gated = self.epilogue == Epilogue::SwiGlu;
-        let own_outputs = tiling.outputs() / if gated { 2 } else { 1 };
+        let own_outputs = self.own_outputs(tiling.outputs());
         let (product, tiles) = self.arguments(own_outputs as usize, 1);
         let map = |address, rows, box_rows| {
             TensorMap::new(address, (rows, self.inputs()), box_rows, self.half_is_f16)
@@ -227,7 +226,6 @@ impl Product<'_> {
             padding: [0; 3],
         };
         let options = tiling.options(self.half_is_f16, self.epilogue);
-        let kernel = device.kernel(Kernel::LINEAR_WGMMA, &options)?;
         let launch = LaunchShape {
             grid: (
                 (self.rows as u32).div_ceil(tiling.block_rows()),
@@ -237,12 +235,7 @@ impl Product<'_> {
             threads: 128 * tiling.cut.groups,
             shared_bytes: tiling.shared_bytes(),
         };
-        // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
-        unsafe {
-            device.launch(&kernel, launch, |l| {
-                l.arg(&args);
-            })
-        }
+        self.launch(device, (Kernel::LINEAR_WGMMA, &options), launch, &args)
     }
 }
 

@@ -149,26 +149,15 @@ impl Product<'_> {
 
     /// Weights come from memory once for all rows, x once per block of outputs.
     pub(super) fn wide(&self, device: &Device, tiling: Tiling) -> Result<(), CudaError> {
-        let gated = self.epilogue == Epilogue::SwiGlu;
-        let own_outputs = if gated {
-            tiling.outputs() / 2
-        } else {
-            tiling.outputs()
-        };
+        let own_outputs = self.own_outputs(tiling.outputs());
         let (args, tiles) = self.arguments(own_outputs as usize, 1);
         let options = tiling.options(self.half_is_f16, self.epilogue);
-        let kernel = device.kernel(Kernel::LINEAR_WIDE, &options)?;
         let launch = LaunchShape {
             grid: ((self.rows as u32).div_ceil(tiling.rows()), tiles, 1),
             threads: 32 * ROW_WARPS * tiling.output_warps() * tiling.groups(),
             shared_bytes: tiling.shared_bytes(),
         };
-        // SAFETY: weights have the shapes given, x and out hold `rows` rows of them.
-        unsafe {
-            device.launch(&kernel, launch, |l| {
-                l.arg(&args);
-            })
-        }
+        self.launch(device, (Kernel::LINEAR_WIDE, &options), launch, &args)
     }
 }
 
