@@ -36,12 +36,28 @@ enum Part {
     TensorParallel,
 }
 
+/// Kernels that `check` and `time` can be told to look at alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// Attention of few rows a sequence; `check` has prefill with it.
+    Attention,
+    /// Attention of prompts.
+    Prefill,
+    /// Top-p selection.
+    TopP,
+    /// Products of few rows.
+    Products,
+}
+
 /// Checks and times the GPU kernels.
 #[derive(Debug, Parser)]
 struct Args {
     /// What to do, in order.
     #[arg(required = true)]
     parts: Vec<Part>,
+    /// What of `check` and `time`, if not all.
+    #[arg(long, value_enum)]
+    only: Option<Kernels>,
     /// Which GPU.
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -77,20 +93,29 @@ fn main() -> Result<()> {
         bf16.set_decode_chunk(keys);
     }
     let choice = &DeviceChoice::gpu(args.gpu);
+    let wanted = |kernels: &[Kernels]| args.only.is_none_or(|only| kernels.contains(&only));
     let mut fine = true;
     for part in args.parts {
         device.use_graphs(true);
         match part {
             Part::Check => {
-                fine &= check_selection::check(&bf16)?;
-                for (backend, dtype) in [(&bf16, DType::Bf16), (&f16, DType::F16)] {
-                    fine &= check_linear::check(backend, dtype)?;
-                    fine &= check_attention::check(backend, dtype)?;
+                if wanted(&[Kernels::TopP]) {
+                    fine &= check_selection::check(&bf16)?;
                 }
-                fine &= check_hand_outs::check(&args.root, choice)?;
-                fine &= check_company::check(&args.root, choice)?;
-                fine &= check_sharing::check(&args.root, choice)?;
-                fine &= check_graphs::check(&args.root, &device)?;
+                for (backend, dtype) in [(&bf16, DType::Bf16), (&f16, DType::F16)] {
+                    if wanted(&[Kernels::Products]) {
+                        fine &= check_linear::check(backend, dtype)?;
+                    }
+                    if wanted(&[Kernels::Attention, Kernels::Prefill]) {
+                        fine &= check_attention::check(backend, dtype)?;
+                    }
+                }
+                if args.only.is_none() {
+                    fine &= check_hand_outs::check(&args.root, choice)?;
+                    fine &= check_company::check(&args.root, choice)?;
+                    fine &= check_sharing::check(&args.root, choice)?;
+                    fine &= check_graphs::check(&args.root, &device)?;
+                }
                 println!(
                     "{}\n",
                     if fine {
@@ -165,11 +190,19 @@ fn main() -> Result<()> {
                     "Copy: {:.2} TB/s, bytes read and written.\n",
                     bandwidth / 1e12
                 );
-                time_kernels::verification(&bf16, DType::Bf16, 5, bandwidth)?;
-                time_kernels::verification(&bf16, DType::Bf16, 1, bandwidth)?;
-                time_kernels::top_p(&bf16, bandwidth)?;
-                time_kernels::products(&bf16, bandwidth)?;
-                time_kernels::prefill(&bf16, DType::Bf16)?;
+                if wanted(&[Kernels::Attention]) {
+                    time_kernels::verification(&bf16, DType::Bf16, 5, bandwidth)?;
+                    time_kernels::verification(&bf16, DType::Bf16, 1, bandwidth)?;
+                }
+                if wanted(&[Kernels::TopP]) {
+                    time_kernels::top_p(&bf16, bandwidth)?;
+                }
+                if wanted(&[Kernels::Products]) {
+                    time_kernels::products(&bf16, bandwidth)?;
+                }
+                if wanted(&[Kernels::Prefill]) {
+                    time_kernels::prefill(&bf16, DType::Bf16)?;
+                }
             }
         }
     }

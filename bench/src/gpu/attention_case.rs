@@ -106,6 +106,11 @@ impl AttentionCase {
         self.pass_of(|span| (0, span.past), true)
     }
 
+    /// A pass over all positions that the case's blocks have.
+    pub fn whole_blocks_pass(&self) -> Pass<'_> {
+        self.pass_of(|span| (0, span.blocks.len() * BLOCK_TOKENS), true)
+    }
+
     fn pass_of(&self, part: impl Fn(&SpanCase) -> (usize, usize), bulk: bool) -> Pass<'_> {
         let mut pass = Pass {
             tokens: Vec::new(),

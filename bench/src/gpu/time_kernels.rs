@@ -3,7 +3,7 @@
 use anyhow::Result;
 use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
 use specattn_engine::cuda::selection::{RowSpec, Selector};
-use specattn_engine::cuda::{CudaBackend, ProductKernel};
+use specattn_engine::cuda::{CudaBackend, PrefillKernel, ProductKernel};
 
 use super::attention_case::AttentionCase;
 use super::check_selection::attention_row;
@@ -120,7 +120,7 @@ pub fn verification(
 pub fn prefill(backend: &CudaBackend, dtype: DType) -> Result<()> {
     println!("Prefill attention, causal, {dtype:?}: operations of the unmasked half only.\n");
     println!(
-        "| heads q/kv | head_dim | cached before | tokens | µs | TFLOP/s |\n| --- | --- | --- | --- | --- | --- |"
+        "| heads q/kv | head_dim | cached before | tokens | by warps µs | TFLOP/s | by warpgroups µs | TFLOP/s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     let mut numbers = Numbers(19);
     for (num_heads, num_kv_heads, head_dim, past, tokens) in [
@@ -148,23 +148,29 @@ pub fn prefill(backend: &CudaBackend, dtype: DType) -> Result<()> {
         );
         case.store_rows(backend, (&kv, 0), &pass, &qkv, &mut q)?;
         let mut out = backend.buffer();
-        let _turn = backend.begin(&pass, &shape);
-        let us = launched_us(backend.device(), |i| {
-            case.attend(
-                backend,
-                (&kv, i % 2),
-                &pass,
-                (&q, &mut out),
-                &mut HandOut::default(),
-            );
-            Ok(())
-        })?;
-        backend.finish()?;
         let pairs = tokens as f64 * past as f64 + tokens as f64 * (tokens as f64 + 1.0) / 2.0;
         let operations = 4.0 * pairs * (num_heads * head_dim) as f64;
+        let _turn = backend.begin(&pass, &shape);
+        let mut cells = Vec::new();
+        for kernel in [PrefillKernel::Warps, PrefillKernel::Warpgroups] {
+            backend.force_prefill_kernel(Some(kernel));
+            let us = launched_us(backend.device(), |i| {
+                case.attend(
+                    backend,
+                    (&kv, i % 2),
+                    &pass,
+                    (&q, &mut out),
+                    &mut HandOut::default(),
+                );
+                Ok(())
+            })?;
+            backend.finish()?;
+            cells.push(format!("{us:.0} | {:.0}", operations / us * 1e-6));
+        }
+        backend.force_prefill_kernel(None);
         println!(
-            "| {num_heads}/{num_kv_heads} | {head_dim} | {past} | {tokens} | {us:.0} | {:.0} |",
-            operations / us * 1e-6
+            "| {num_heads}/{num_kv_heads} | {head_dim} | {past} | {tokens} | {} |",
+            cells.join(" | ")
         );
     }
     println!();

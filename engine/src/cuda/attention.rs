@@ -1,4 +1,4 @@
-//! Attention on the GPU: which kernel a pass gets, with what options, and the scratch memory of split heads.
+//! Attention of few rows per span on the GPU: with what options its kernels run, and the scratch memory of split heads.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::memory::DeviceMemory;
 use super::recording::LaunchShape;
 use crate::backend::AttentionShape;
 
-/// Warps per block, in both kernels.
+/// Warps per block.
 const WARPS: u32 = 4;
 
 /// Attention of one layer.
@@ -30,7 +30,8 @@ pub(super) struct AttentionCall<'a> {
 }
 
 impl AttentionCall<'_> {
-    fn scale_log2(&self) -> f32 {
+    /// What scores are multiplied with, for powers of two.
+    pub(super) fn scale_log2(&self) -> f32 {
         std::f32::consts::LOG2_E / (self.shape.head_dim as f32).sqrt()
     }
 }
@@ -90,21 +91,6 @@ struct MergeArgs {
     scale_log2: f32,
 }
 
-/// Mirrors `PrefillArgs` in attention_prefill.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct PrefillArgs {
-    q: u64,
-    kv: u64,
-    out: u64,
-    spans: u64,
-    block_tables: u64,
-    num_heads: u32,
-    num_kv_heads: u32,
-    scale_log2: f32,
-    unused: u32,
-}
-
 /// Partial results of heads that several blocks work on.
 pub(super) struct DecodeScratch {
     partials: DeviceMemory,
@@ -160,20 +146,9 @@ fn merge_options(
     [half, head_dim, row_tiles, chunk, capture]
 }
 
-fn prefill_options(shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, u32); 3] {
-    [
-        ("HALF_IS_F16", half_is_f16),
-        ("HEAD_DIM", shape.head_dim as u32),
-        ("ROW_TILES", max_row_tiles(shape) as u32),
-    ]
-}
-
-/// Everything that [`decode`], with keys cut into `chunks`, and [`prefill`] may launch.
+/// Everything that [`decode`], with keys cut into `chunks`, may launch.
 pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks) -> Vec<Variant> {
-    let mut variants = vec![Variant {
-        kernel: Kernel::ATTENTION_PREFILL,
-        options: prefill_options(shape, half_is_f16).to_vec(),
-    }];
+    let mut variants = Vec::new();
     for row_tiles in 1..=max_row_tiles(shape) {
         for scores in 0..=2 {
             let options = decode_options((shape, half_is_f16), chunks, row_tiles, scores);
@@ -284,42 +259,6 @@ pub(super) fn decode(
     unsafe {
         device.launch(&kernel, launch, |l| {
             l.arg(&merge);
-        })
-    }
-}
-
-/// Causal attention of long spans.
-pub(super) fn prefill(device: &Device, call: &AttentionCall<'_>) -> Result<(), CudaError> {
-    let (shape, batch) = (call.shape, call.batch);
-    let row_tiles = max_row_tiles(&shape) as u32;
-    let head_dim = shape.head_dim as u32;
-    let options = prefill_options(&shape, call.kv.half_is_f16());
-    let kernel = device.kernel(Kernel::ATTENTION_PREFILL, &options)?;
-    let args = PrefillArgs {
-        q: call.q,
-        kv: call.kv.layer(call.layer),
-        out: call.out,
-        spans: batch.spans(),
-        block_tables: batch.block_tables(),
-        num_heads: shape.num_heads as u32,
-        num_kv_heads: shape.num_kv_heads as u32,
-        scale_log2: call.scale_log2(),
-        unused: 0,
-    };
-    let rows = WARPS * 16 * row_tiles;
-    let launch = LaunchShape {
-        grid: (
-            shape.num_heads as u32,
-            (batch.max_span_rows() as u32).div_ceil(rows),
-            batch.num_spans() as u32,
-        ),
-        threads: WARPS * 32,
-        shared_bytes: rows * (head_dim * 2 + 16) + 2 * 64 * (head_dim * 4 + 16),
-    };
-    // SAFETY: the batch describes spans inside the store; q and out hold its rows.
-    unsafe {
-        device.launch(&kernel, launch, |l| {
-            l.arg(&args);
         })
     }
 }

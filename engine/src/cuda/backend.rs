@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 use super::argmax::Argmax;
 use super::attention::{self, AttentionCall, DecodeScratch};
+use super::attention_prefill::{self, PrefillKernel};
 use super::batch::{self, DeviceBatch};
 use super::chunks::Chunks;
 use super::device::{Device, Turn};
@@ -45,6 +46,8 @@ pub struct CudaBackend {
     chunks: Option<Chunks>,
     /// Which kernel products take, where it is not to be the fastest one.
     product_kernel: Cell<Option<ProductKernel>>,
+    /// The same for attention of long spans.
+    prefill_kernel: Cell<Option<PrefillKernel>>,
     /// The way of weights, until all are there.
     staging: RefCell<Staging>,
     state: RefCell<State>,
@@ -92,6 +95,7 @@ impl CudaBackend {
             user: device.register(),
             chunks: None,
             product_kernel: Cell::new(None),
+            prefill_kernel: Cell::new(None),
             device,
             half,
         })
@@ -105,6 +109,11 @@ impl CudaBackend {
     /// Lets all products take one kernel; `None`: the fastest for each. For tuning and for checks.
     pub fn force_product_kernel(&self, kernel: Option<ProductKernel>) {
         self.product_kernel.set(kernel);
+    }
+
+    /// Lets attention of all long spans take one kernel; `None`: the fastest. For tuning and for checks.
+    pub fn force_prefill_kernel(&self, kernel: Option<PrefillKernel>) {
+        self.prefill_kernel.set(kernel);
     }
 
     fn chunks_for(&self, shape: &AttentionShape) -> Chunks {
@@ -248,7 +257,7 @@ impl CudaBackend {
             batch,
         };
         if pass.bulk {
-            return attention::prefill(&self.device, &call);
+            return attention_prefill::prefill(&self.device, &call, self.prefill_kernel.get());
         }
         let target = hand_outs.target(pass, batch, shape.num_heads, wanted)?;
         attention::decode(&self.device, &call, decode, target)?;
@@ -365,6 +374,11 @@ impl Backend for CudaBackend {
         let is_f16 = self.half == DType::F16;
         let chunks = self.chunks_for(shape);
         let mut variants = attention::variants(shape, u32::from(is_f16), chunks);
+        variants.push(attention_prefill::variant(
+            &self.device,
+            shape,
+            u32::from(is_f16),
+        ));
         variants.extend(linear::variants(is_f16));
         variants.extend(linear_wide::variants(is_f16, &self.device));
         variants.extend(linear_wgmma::variants(is_f16, &self.device));

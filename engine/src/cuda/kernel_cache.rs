@@ -18,7 +18,7 @@ use super::error::CudaError;
 /// What every kernel's source begins with.
 const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 
-/// A kernel: an entry point of one of the source files.
+/// A kernel: an entry point of one of the source files, which may share a header with others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Kernel {
     /// Name of the entry point.
@@ -27,39 +27,43 @@ pub(super) struct Kernel {
 }
 
 macro_rules! kernels {
-    ($($constant:ident = $file:literal $name:literal;)*) => {
+    ($($constant:ident = $($file:literal)and+, $name:literal;)*) => {
         impl Kernel {
-            $(pub(super) const $constant: Self = Self { name: $name, source: include_str!(concat!("kernels/", $file)) };)*
+            $(pub(super) const $constant: Self = Self {
+                name: $name,
+                source: concat!($(include_str!(concat!("kernels/", $file))),+),
+            };)*
         }
     };
 }
 
 kernels! {
-    ATTENTION_DECODE = "attention_decode.cu" "attention_decode";
-    ATTENTION_MERGE = "attention_merge.cu" "attention_merge";
-    ATTENTION_PREFILL = "attention_prefill.cu" "attention_prefill";
-    LINEAR = "linear.cu" "linear";
-    LINEAR_WIDE = "linear_wide.cu" "linear_wide";
-    LINEAR_WGMMA = "linear_wgmma.cu" "linear_wgmma";
-    EMBED = "elementwise.cu" "embed";
-    RMS_NORM = "elementwise.cu" "rms_norm";
-    GATHER_ROWS = "elementwise.cu" "gather_rows";
-    ROTARY_ANGLES = "elementwise.cu" "rotary_angles";
-    ROTATE_AND_STORE = "elementwise.cu" "rotate_and_store";
-    GATED_SILU = "elementwise.cu" "gated_silu";
-    ADD_BIAS = "elementwise.cu" "add_bias";
-    SUM_RANKS = "elementwise.cu" "sum_ranks";
-    FILL_RANDOM = "elementwise.cu" "fill_random";
-    SCORE_PROBABILITIES = "elementwise.cu" "score_probabilities";
-    ENTRY_MASSES = "elementwise.cu" "entry_masses";
-    ADD_BIASES = "elementwise.cu" "add_biases";
-    ROW_ARGMAX = "elementwise.cu" "row_argmax";
-    PEER_SUM = "peer_sum.cu" "peer_sum";
-    EXPAND_LISTS = "lists.cu" "expand_lists";
-    MIX_ROWS = "selection.cu" "mix_rows";
-    ADD_TO_MEANS = "selection.cu" "add_to_means";
-    SPREAD_MEANS = "selection.cu" "spread_means";
-    TOP_P = "selection.cu" "top_p";
+    ATTENTION_DECODE = "attention_decode.cu", "attention_decode";
+    ATTENTION_MERGE = "attention_merge.cu", "attention_merge";
+    ATTENTION_PREFILL = "attention_prefill.cu", "attention_prefill";
+    ATTENTION_PREFILL_WGMMA = "warpgroup.cuh" and "attention_prefill_wgmma.cu", "attention_prefill_wgmma";
+    LINEAR = "linear.cu", "linear";
+    LINEAR_WIDE = "linear_wide.cu", "linear_wide";
+    LINEAR_WGMMA = "warpgroup.cuh" and "linear_wgmma.cu", "linear_wgmma";
+    EMBED = "elementwise.cu", "embed";
+    RMS_NORM = "elementwise.cu", "rms_norm";
+    GATHER_ROWS = "elementwise.cu", "gather_rows";
+    ROTARY_ANGLES = "elementwise.cu", "rotary_angles";
+    ROTATE_AND_STORE = "elementwise.cu", "rotate_and_store";
+    GATED_SILU = "elementwise.cu", "gated_silu";
+    ADD_BIAS = "elementwise.cu", "add_bias";
+    SUM_RANKS = "elementwise.cu", "sum_ranks";
+    FILL_RANDOM = "elementwise.cu", "fill_random";
+    SCORE_PROBABILITIES = "elementwise.cu", "score_probabilities";
+    ENTRY_MASSES = "elementwise.cu", "entry_masses";
+    ADD_BIASES = "elementwise.cu", "add_biases";
+    ROW_ARGMAX = "elementwise.cu", "row_argmax";
+    PEER_SUM = "peer_sum.cu", "peer_sum";
+    EXPAND_LISTS = "lists.cu", "expand_lists";
+    MIX_ROWS = "selection.cu", "mix_rows";
+    ADD_TO_MEANS = "selection.cu", "add_to_means";
+    SPREAD_MEANS = "selection.cu", "spread_means";
+    TOP_P = "selection.cu", "top_p";
 }
 
 /// A kernel and the options that it is compiled with.

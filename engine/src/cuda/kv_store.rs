@@ -54,6 +54,11 @@ impl KvStore {
         self.layers.len()
     }
 
+    /// Entries of one layer: a key and a value of one KV head each.
+    pub(super) fn entries(&self) -> usize {
+        self.shape.num_blocks * self.shape.num_kv_heads * BLOCK_TOKENS
+    }
+
     /// Numbers in one layer.
     pub(super) fn layer_elements(&self) -> usize {
         self.shape.num_blocks * block_bytes(&self.shape) / self.shape.dtype.bytes()

@@ -213,7 +213,7 @@ impl Product<'_> {
         let own_outputs = self.own_outputs(tiling.outputs());
         let (product, tiles) = self.arguments(own_outputs as usize, 1);
         let map = |address, rows, box_rows| {
-            TensorMap::new(address, (rows, self.inputs()), box_rows, self.half_is_f16)
+            TensorMap::of_matrix(address, (rows, self.inputs()), box_rows, self.half_is_f16)
         };
         let mut weights = [TensorMap::zeroed(); 3];
         for (to, p) in weights.iter_mut().zip(self.projections) {

@@ -10,6 +10,7 @@
 
 mod argmax;
 mod attention;
+mod attention_prefill;
 mod backend;
 mod batch;
 mod bucket;
@@ -40,6 +41,7 @@ mod topology;
 mod turnstile;
 mod weights;
 
+pub use attention_prefill::PrefillKernel;
 pub use backend::CudaBackend;
 pub use device::{Device, Turn, device_count};
 pub use error::CudaError;

@@ -1,4 +1,4 @@
-//! [`TensorMap`]: how a tensor copy (TMA) finds a matrix, and how much of it it takes at a time.
+//! [`TensorMap`]: how a tensor copy (TMA) finds an array, and how much of it it takes at a time.
 
 use std::ffi::c_void;
 
@@ -7,44 +7,85 @@ use cudarc::driver::sys;
 
 use super::error::CudaError;
 
-/// Inputs of a box: as many as a 128-byte swizzle spans.
-const BOX_INPUTS: u32 = 64;
+/// Columns of a box: as many as a 128-byte swizzle spans.
+const BOX_COLUMNS: u32 = 64;
 
-/// A row-major matrix of 16-bit numbers, read in boxes of 64 inputs of some rows: 128-byte swizzled, zeros past the ends. Mirrors
-/// `TensorMap` in linear_wgmma.cu.
+/// An array of 16-bit numbers in two or three dimensions, read in boxes of 64 columns of some rows: 128-byte swizzled, zeros past the
+/// ends. Mirrors `TensorMap` in warpgroup.cuh.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(super) struct TensorMap([u64; 16]);
 
 impl TensorMap {
-    /// For the `[rows, inputs]` at `address`, in boxes of at most 256 rows; inputs are a multiple of 8.
+    /// For the `[rows, columns]` at `address`, in boxes of at most 256 rows; columns are a multiple of 8.
     ///
     /// # Errors
     /// The driver's, for shapes that it cannot describe.
-    pub(super) fn new(
+    pub(super) fn of_matrix(
         address: u64,
-        (rows, inputs): (usize, usize),
+        (rows, columns): (usize, usize),
         box_rows: u32,
         half_is_f16: bool,
     ) -> Result<Self, CudaError> {
+        let (sizes, stride) = ([columns as u64, rows as u64], [columns as u64 * 2]);
+        Self::encode(
+            address,
+            &sizes,
+            &stride,
+            &[BOX_COLUMNS, box_rows],
+            half_is_f16,
+        )
+    }
+
+    /// For the `[rows, middles, columns]` at `address`, in boxes of at most 256 rows of one middle; columns are a multiple of 8.
+    ///
+    /// # Errors
+    /// The driver's, for shapes that it cannot describe.
+    pub(super) fn of_slices(
+        address: u64,
+        (rows, middles, columns): (usize, usize, usize),
+        box_rows: u32,
+        half_is_f16: bool,
+    ) -> Result<Self, CudaError> {
+        let sizes = [columns as u64, middles as u64, rows as u64];
+        let strides = [columns as u64 * 2, (middles * columns) as u64 * 2];
+        Self::encode(
+            address,
+            &sizes,
+            &strides,
+            &[BOX_COLUMNS, 1, box_rows],
+            half_is_f16,
+        )
+    }
+
+    /// Columns first: sizes, the bytes from one to the next in each dimension after the first, and the box.
+    fn encode(
+        address: u64,
+        sizes: &[u64],
+        strides: &[u64],
+        own_box: &[u32],
+        half_is_f16: bool,
+    ) -> Result<Self, CudaError> {
+        assert!(
+            strides.len() + 1 == sizes.len() && own_box.len() == sizes.len() && sizes.len() <= 3
+        );
         let kind = if half_is_f16 {
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16
         } else {
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
         };
-        let (sizes, stride) = ([inputs as u64, rows as u64], inputs as u64 * 2);
-        let (own_box, every) = ([BOX_INPUTS, box_rows], [1, 1]);
+        let every = [1; 3];
         // SAFETY: zeros are a value of this plain C structure.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        // SAFETY: all arrays have the two dimensions named; the call only writes down what it is given.
+        // SAFETY: all arrays have as many dimensions as are named, strides one less; the call only writes down what it is given.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
                 kind,
-                2,
+                sizes.len() as u32,
                 address as *mut c_void,
                 sizes.as_ptr(),
-                &raw const stride,
+                strides.as_ptr(),
                 own_box.as_ptr(),
                 every.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -54,6 +95,6 @@ impl TensorMap {
             )
         };
         let described = encoded.result().map(|()| Self(map.opaque));
-        described.map_err(CudaError::driver("describing a matrix to the GPU"))
+        described.map_err(CudaError::driver("describing an array to the GPU"))
     }
 }

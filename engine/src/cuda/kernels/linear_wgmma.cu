@@ -54,52 +54,25 @@
 #define RESULTS ((RANK_ROWS * OWN_OUTPUTS + THREADS - 1) / THREADS)
 #define TURNS (RESULTS <= 16 ? RESULTS : 8)
 
-#define NAMES_4 "%0, %1, %2, %3"
-#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
-#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_20 NAMES_16 ", %16, %17, %18, %19"
-#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define NAMES_32 NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_40 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define VALUES_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define VALUES_8(i) VALUES_4(i), VALUES_4(i + 4)
-#define VALUES_16(i) VALUES_8(i), VALUES_8(i + 8)
-#define VALUES_20(i) VALUES_16(i), VALUES_4(i + 16)
-#define VALUES_24(i) VALUES_16(i), VALUES_8(i + 16)
-#define VALUES_32(i) VALUES_16(i), VALUES_16(i + 16)
-#define VALUES_40(i) VALUES_32(i), VALUES_8(i + 32)
-#if HALF_IS_F16
-#define HALF_NAME "f16"
-#else
-#define HALF_NAME "bf16"
-#endif
-#define WGMMA(columns, names, values, outputs, rows) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." HALF_NAME "." HALF_NAME " {" names "}, %" outputs ", %" rows ", 1, 1, 1, 0, 0;" \
-                 : values \
-                 : "l"(weights), "l"(x))
-
 // d[64 outputs][COLUMNS] += 16 inputs; of both operands shared memory holds 64 inputs a row, 128-byte swizzled. A lane's sums are those
 // that mma.sync would give it, eight columns after eight.
 __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], u64 weights, u64 x) {
 #if COLUMNS == 16
-    WGMMA("16", NAMES_8, VALUES_8(0), "8", "9");
+    WGMMA("16", NAMES_8, VALUES_8(0), "%8, %9", "1", weights, x);
 #elif COLUMNS == 32
-    WGMMA("32", NAMES_16, VALUES_16(0), "16", "17");
+    WGMMA("32", NAMES_16, VALUES_16(0), "%16, %17", "1", weights, x);
 #elif COLUMNS == 40
-    WGMMA("40", NAMES_20, VALUES_20(0), "20", "21");
+    WGMMA("40", NAMES_20, VALUES_20(0), "%20, %21", "1", weights, x);
 #elif COLUMNS == 48
-    WGMMA("48", NAMES_24, VALUES_24(0), "24", "25");
+    WGMMA("48", NAMES_24, VALUES_24(0), "%24, %25", "1", weights, x);
 #elif COLUMNS == 64
-    WGMMA("64", NAMES_32, VALUES_32(0), "32", "33");
+    WGMMA("64", NAMES_32, VALUES_32(0), "%32, %33", "1", weights, x);
 #elif COLUMNS == 80
-    WGMMA("80", NAMES_40, VALUES_40(0), "40", "41");
+    WGMMA("80", NAMES_40, VALUES_40(0), "%40, %41", "1", weights, x);
 #else
 #error "no instruction for so many columns"
 #endif
 }
-
-// How wgmma finds an operand: its address, 1,024 bytes from eight rows to the next, 128-byte swizzle.
-__device__ __forceinline__ u64 matrix_at(u32 address) { return u64(address >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62; }
 
 // A step through a block's tiles: some splits together, then the next.
 struct Step {
@@ -140,44 +113,12 @@ __device__ __forceinline__ float4 load_from(u32 rank, const float4* place) {
 #define CLUSTERED
 #endif
 
-// How a tensor copy finds a matrix and what it takes of it at a time (cuTensorMapEncodeTiled): 64 inputs of some rows, 128-byte swizzled,
-// zeros past the ends.
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-
 // Mirrors `WgmmaArgs` in linear_wgmma.rs.
 struct WgmmaArgs {
     TensorMap x;          // boxes of ROWS rows
     TensorMap weights[3]; // of OWN_OUTPUTS rows
     LinearArgs product;
 };
-
-// Barriers of shared memory that count arrivals and bytes copied.
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Until the barrier's phase of this parity is over.
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-
-__device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 input, u32 row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
-                 "r"(input), "r"(row), "r"(barrier)
-                 : "memory");
-}
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_wgmma(const __grid_constant__ WgmmaArgs args) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -201,7 +142,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
             barrier_init(filled + s * 8, 1);
             barrier_init(vacant + s * 8, THREADS / 32);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
 
@@ -253,13 +194,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
         const u32 s = begun % STAGES, stage = ring + s * STAGE_BYTES;
         barrier_wait(filled + s * 8, begun / STAGES % 2);
         const u32 weights = stage + group * (64 * 128), columns = stage + BLOCK_OUTPUTS * 128;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmma_begin();
 #pragma unroll
         for (int k = 0; k < TILE_INPUTS / 16; ++k)
 #pragma unroll
             for (int c = 0; c < COLUMN_BLOCKS; ++c)
                 wgmma(sum[c], matrix_at(weights + k * 32), matrix_at(columns + c * (COLUMNS * 128) + k * 32));
-        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+        wgmma_commit();
+        wgmma_wait<1>();
         if (begun++ > done) release();
     };
     for (u32 split = first_split; split < first_split + OWN_SPLITS; split += TOGETHER) {
@@ -267,7 +209,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
 #pragma unroll
             for (int k = 0; k < TOGETHER; ++k)
                 if (t + k < input_tiles) add_tile(sums[k]);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        wgmma_wait<0>();
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k)
+#pragma unroll
+            for (int c = 0; c < COLUMN_BLOCKS; ++c) hold(sums[k][c]);
         if (begun > done) release();
         if (CLUSTER == 1) {
 #pragma unroll
@@ -346,6 +292,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     }
 #if CLUSTER > 1
     // Nobody reads this block's memory any more.
+    __syncwarp();
     cluster_wait();
 #endif
 }
