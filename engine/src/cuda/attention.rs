@@ -14,8 +14,10 @@ use super::memory::DeviceMemory;
 use super::recording::LaunchShape;
 use crate::backend::AttentionShape;
 
-/// Warps per block.
-const WARPS: u32 = 4;
+/// Pipelines of a block, with a warp for each tile of rows.
+const PARTS: u32 = 4;
+/// Most tiles of 16 query rows per block.
+const MAX_ROW_TILES: usize = 2;
 
 /// Attention of one layer.
 pub(super) struct AttentionCall<'a> {
@@ -112,12 +114,7 @@ impl DecodeScratch {
     }
 }
 
-/// Most tiles of 16 query rows that a warp's registers hold.
-fn max_row_tiles(shape: &AttentionShape) -> usize {
-    if shape.head_dim <= 128 { 2 } else { 1 }
-}
-
-/// Stages of a warp's ring.
+/// Stages of a part's ring.
 fn decode_stages(shape: &AttentionShape) -> u32 {
     if shape.head_dim <= 64 { 4 } else { 3 }
 }
@@ -149,7 +146,7 @@ fn merge_options(
 /// Everything that [`decode`], with keys cut into `chunks`, may launch.
 pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks) -> Vec<Variant> {
     let mut variants = Vec::new();
-    for row_tiles in 1..=max_row_tiles(shape) {
+    for row_tiles in 1..=MAX_ROW_TILES {
         for scores in 0..=2 {
             let options = decode_options((shape, half_is_f16), chunks, row_tiles, scores);
             variants.push(Variant {
@@ -179,7 +176,7 @@ pub(super) fn decode(
     if units == 0 || rows == 0 {
         return Ok(());
     }
-    let row_tiles = if rows > 16 { max_row_tiles(&shape) } else { 1 };
+    let row_tiles = rows.div_ceil(16).min(MAX_ROW_TILES);
     let grid_rows = rows.div_ceil(16 * row_tiles);
     let stages = decode_stages(&shape);
     let places = units * shape.num_kv_heads * grid_rows;
@@ -222,8 +219,8 @@ pub(super) fn decode(
     let (entry, query) = (head_dim * 4 + 16, head_dim * 2 + 16);
     let launch = LaunchShape {
         grid: ((units * shape.num_kv_heads) as u32, grid_rows as u32, 1),
-        threads: WARPS * 32,
-        shared_bytes: 16 * row_tiles as u32 * query + WARPS * stages * 16 * entry,
+        threads: PARTS * row_tiles as u32 * 32,
+        shared_bytes: 16 * row_tiles as u32 * query + PARTS * stages * 16 * entry,
     };
     // SAFETY: the batch describes spans inside the store; outputs and scratch were sized above for this grid.
     unsafe {

@@ -1,10 +1,10 @@
 // Attention of a few query rows per sequence, dense or over an index list: decoding, drafting, verification.
 //
-// A block works on one chunk of keys of one KV head of one span; chunks grow along the keys (chunks.rs). Each of its warps runs a
-// private pipeline: it gathers tiles of 16 entries with cp.async, multiplies all query rows with them on tensor cores and keeps its
-// own online softmax (Dao et al. 2022), so that the loop needs no barrier. The warps' results are merged in shared memory; when a
-// head has several chunks, attention_merge.cu merges them in key order. Chunks and tiles are cut by key index alone, so a
-// row's bits depend neither on the rows beside it nor on the other spans.
+// A block works on one chunk of keys of one KV head of one span; chunks grow along the keys (chunks.rs). Its keys are dealt out to PARTS
+// pipelines of a warp for every 16 query rows: they gather tiles of 16 entries with cp.async, multiply their rows with them on tensor
+// cores and keep their own online softmax (Dao et al. 2022), so that only the warps of a part ever wait for each other. The parts' results
+// are merged in shared memory; when a head has several chunks, attention_merge.cu merges them in key order. Chunks and tiles are cut by
+// key index alone, so a row's bits depend neither on the rows beside it nor on the other spans.
 //
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
@@ -18,7 +18,8 @@
 #define STAGES 3
 #endif
 
-#define WARPS 4
+#define PARTS 4
+#define WARPS (PARTS * ROW_TILES)
 #define TILE_KEYS 16
 #define DIM_STEPS (HEAD_DIM / 16)
 // 16-byte pieces of an entry (K and V).
@@ -27,7 +28,7 @@
 #define ENTRY_STRIDE (HEAD_DIM * 4 + 16)
 #define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
 #define QUERY_STRIDE (HEAD_DIM * 2 + 16)
-// Numbers from row to row of a warp's results: four rows, of eight numbers at a time, meet no bank twice.
+// Numbers from row to row of a part's results: four rows, of eight numbers at a time, meet no bank twice.
 #define RESULT_STRIDE (HEAD_DIM / 32 * 32 + (HEAD_DIM % 32 > 8 ? 40 : 8))
 
 struct DecodeArgs {
@@ -50,7 +51,7 @@ struct DecodeArgs {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ float warp_max[WARPS][BLOCK_ROWS], warp_sums[WARPS][BLOCK_ROWS];
+    __shared__ float part_max[PARTS][BLOCK_ROWS], part_sums[PARTS][BLOCK_ROWS];
     __shared__ u32 entries[CHUNK];
     u8* const query = shared;
     u8* const ring = shared + BLOCK_ROWS * QUERY_STRIDE;
@@ -80,7 +81,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     const u32 end_key = min(first_key_of(chunk + 1), num_keys);
     const u32* const table = a.block_tables + unit.blocks;
 
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Keys, and rows, of this warp.
+    const u32 part = threadIdx.x / 32 % PARTS, own_tile = threadIdx.x / 32 / PARTS, lane = threadIdx.x % 32;
+    const u32 own_row = own_tile * 16 + lane / 4; // and the one eight further on
 
     // Where the chunk's entries are: resolved once, so that the loop depends on no load but its own copies.
     for (u32 i = threadIdx.x; i < (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS; i += WARPS * 32) {
@@ -98,24 +101,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         }
         entries[i] = entry;
     }
-    const u32 ring_base = shared_address(ring) + warp * STAGES * STAGE_BYTES;
+    const u32 ring_base = shared_address(ring) + part * STAGES * STAGE_BYTES;
     // Starts copying a tile. Partial results are to stay in the cache until they are merged, entries are not.
     const u64 policy = read_once();
     auto fetch = [&](u32 tile) {
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
-        const u32* const tile_entries = entries + (tile * WARPS + warp) * TILE_KEYS;
+        const u32* const tile_entries = entries + (tile * PARTS + part) * TILE_KEYS;
 #pragma unroll
-        for (int i = 0; i < TILE_KEYS * PIECES / 32; ++i) {
-            const u32 piece = i * 32 + lane, key = piece / PIECES, part = piece % PIECES;
+        for (int i = 0; i < TILE_KEYS * PIECES / 32 / ROW_TILES; ++i) {
+            const u32 piece = (i * ROW_TILES + own_tile) * 32 + lane, key = piece / PIECES, at = piece % PIECES;
             const u32 entry = tile_entries[key];
             const bool valid = entry != NONE;
-            copy_async(base + key * ENTRY_STRIDE + part * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + part * 8, valid, policy);
+            copy_async(base + key * ENTRY_STRIDE + at * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + at * 8, valid, policy);
         }
     };
+    // The warps of a part have copied what they waited for, and are done with the tile before.
+    auto meet = [&] {
+        if (ROW_TILES == 1) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "n"(ROW_TILES * 32) : "memory");
+    };
 
-    // Tiles of this warp: every WARPS-th of the chunk.
+    // Tiles of this part: every PARTS-th of the chunk.
     const u32 chunk_tiles = (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS;
-    const u32 tiles = chunk_tiles > warp ? (chunk_tiles - warp + WARPS - 1) / WARPS : 0;
+    const u32 tiles = chunk_tiles > part ? (chunk_tiles - part + PARTS - 1) / PARTS : 0;
     __syncthreads();
     // Entries cached before the pass stand still; the pass's own and the queries are what the kernel before writes.
     const bool has_own = end_key > cached;
@@ -128,72 +136,60 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     if (!has_own) wait_for_previous();
     // Queries to shared memory; rows past the end are zeros.
     for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
-        const u32 r = i / (HEAD_DIM / 8), part = i % (HEAD_DIM / 8), row = first_row + r;
+        const u32 r = i / (HEAD_DIM / 8), at = i % (HEAD_DIM / 8), row = first_row + r;
         const u32 token = row / group, head = kv_head * group + row % group;
         uint4 value = make_uint4(0, 0, 0, 0);
         if (row < num_rows)
-            value = *(const uint4*)(a.q + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + part * 8);
-        *(uint4*)(query + r * QUERY_STRIDE + part * 16) = value;
+            value = *(const uint4*)(a.q + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + at * 8);
+        *(uint4*)(query + r * QUERY_STRIDE + at * 16) = value;
     }
     __syncthreads();
 
-    float output[ROW_TILES][HEAD_DIM / 8][4];
-    float maximum[ROW_TILES][2], sum[ROW_TILES][2];
+    float output[HEAD_DIM / 8][4];
+    float maximum[2], sum[2];
     // Per row: keys from this index on are hidden by causality.
-    u32 limit[ROW_TILES][2];
+    u32 limit[2];
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
+    for (int n = 0; n < HEAD_DIM / 8; ++n)
 #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; ++n)
+        for (int i = 0; i < 4; ++i) output[n][i] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) output[m][n][i] = 0.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            maximum[m][half] = NEGATIVE_INFINITY;
-            sum[m][half] = 0.0f;
-            const u32 row = first_row + m * 16 + half * 8 + lane / 4;
-            limit[m][half] = min(cached + row / group + 1, end_key);
-        }
+    for (int half = 0; half < 2; ++half) {
+        maximum[half] = NEGATIVE_INFINITY;
+        sum[half] = 0.0f;
+        limit[half] = min(cached + (first_row + own_row + half * 8) / group + 1, end_key);
     }
 
-    const u32 query_address = shared_address(query) + (lane % 16) * QUERY_STRIDE + (lane / 16) * 16;
+    const u32 query_address = shared_address(query) + (own_tile * 16 + lane % 16) * QUERY_STRIDE + (lane / 16) * 16;
     for (u32 tile = 0; tile < tiles; ++tile) {
         copy_wait<STAGES - 2>();
-        __syncwarp();
+        meet();
         // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead.
         if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
         copy_commit();
 
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
-        const u32 tile_key = first_key + (tile * WARPS + warp) * TILE_KEYS;
-        float score[ROW_TILES][2][4];
+        const u32 tile_key = first_key + (tile * PARTS + part) * TILE_KEYS;
+        float score[2][4];
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
+        for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) score[m][n][i] = 0.0f;
+            for (int i = 0; i < 4; ++i) score[n][i] = 0.0f;
         const u32 key_address = base + ((lane / 16) * 8 + lane % 8) * ENTRY_STRIDE + (lane / 8 % 2) * 16;
 #pragma unroll
         for (int k = 0; k < DIM_STEPS; ++k) {
-            u32 keys[4];
+            u32 keys[4], rows[4];
             load_matrices(keys, key_address + k * 32);
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) {
-                u32 rows[4];
-                load_matrices(rows, query_address + m * 16 * QUERY_STRIDE + k * 32);
-                mma(score[m][0], rows, keys[0], keys[1]);
-                mma(score[m][1], rows, keys[2], keys[3]);
-            }
+            load_matrices(rows, query_address + k * 32);
+            mma(score[0], rows, keys[0], keys[1]);
+            mma(score[1], rows, keys[2], keys[3]);
         }
         if (tile_key + TILE_KEYS > min(cached, end_key)) {
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m)
+            for (int n = 0; n < 2; ++n)
 #pragma unroll
-                for (int n = 0; n < 2; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (tile_key + n * 8 + lane % 4 * 2 + i % 2 >= limit[m][i / 2]) score[m][n][i] = NEGATIVE_INFINITY;
+                for (int i = 0; i < 4; ++i)
+                    if (tile_key + n * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2]) score[n][i] = NEGATIVE_INFINITY;
         }
 #if CAPTURE
         if (capture != NO_CAPTURE) {
@@ -203,85 +199,72 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                 const u32 key = tile_key + n * 8 + lane % 4 * 2;
                 if (key >= end_key) continue;
 #pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const u32 row = first_row + m * 16 + half * 8 + lane / 4;
-                        if (!is_captured(row, num_rows, group)) continue;
-                        const u64 at = captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group);
-                        *(float2*)(a.scores + at * a.score_stride + key) =
-                            make_float2(score[m][n][half * 2] * a.scale_log2, score[m][n][half * 2 + 1] * a.scale_log2);
-                    }
+                for (int half = 0; half < 2; ++half) {
+                    const u32 row = first_row + own_row + half * 8;
+                    if (!is_captured(row, num_rows, group)) continue;
+                    const u64 at = captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group);
+                    *(float2*)(a.scores + at * a.score_stride + key) =
+                        make_float2(score[n][half * 2] * a.scale_log2, score[n][half * 2 + 1] * a.scale_log2);
+                }
             }
         }
 #endif
         // Online softmax, in powers of two.
-        u32 weights[ROW_TILES][4];
+        u32 weights[4];
         bool moved = false;
-        float shrink[ROW_TILES][2];
+        float shrink[2];
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
+        for (int half = 0; half < 2; ++half) {
+            float top = fmaxf(fmaxf(score[0][half * 2], score[0][half * 2 + 1]), fmaxf(score[1][half * 2], score[1][half * 2 + 1]));
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+            const float before = maximum[half], now = fmaxf(before, top);
+            const float reference = finite(now) * a.scale_log2;
+            shrink[half] = exp2_fast((before - finite(now)) * a.scale_log2);
+            moved |= now != before;
+            maximum[half] = now;
+            float p[4];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float top = fmaxf(fmaxf(score[m][0][half * 2], score[m][0][half * 2 + 1]),
-                                  fmaxf(score[m][1][half * 2], score[m][1][half * 2 + 1]));
-                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-                const float before = maximum[m][half], now = fmaxf(before, top);
-                const float reference = finite(now) * a.scale_log2;
-                shrink[m][half] = exp2_fast((before - finite(now)) * a.scale_log2);
-                moved |= now != before;
-                maximum[m][half] = now;
-                float p[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) p[i] = exp2_fast(fmaf(score[m][i / 2][half * 2 + i % 2], a.scale_log2, -reference));
-                sum[m][half] = sum[m][half] * shrink[m][half] + ((p[0] + p[1]) + (p[2] + p[3]));
-                weights[m][half] = pack(p[0], p[1]);
-                weights[m][half + 2] = pack(p[2], p[3]);
-            }
+            for (int i = 0; i < 4; ++i) p[i] = exp2_fast(fmaf(score[i / 2][half * 2 + i % 2], a.scale_log2, -reference));
+            sum[half] = sum[half] * shrink[half] + ((p[0] + p[1]) + (p[2] + p[3]));
+            weights[half] = pack(p[0], p[1]);
+            weights[half + 2] = pack(p[2], p[3]);
+        }
         if (__any_sync(FULL_WARP, moved)) {
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m)
+            for (int n = 0; n < HEAD_DIM / 8; ++n)
 #pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) output[m][n][i] *= shrink[m][i / 2];
+                for (int i = 0; i < 4; ++i) output[n][i] *= shrink[i / 2];
         }
         const u32 value_address = base + HEAD_DIM * 2 + (lane / 8 % 2 * 8 + lane % 8) * ENTRY_STRIDE + (lane / 16) * 16;
 #pragma unroll
         for (int n = 0; n < DIM_STEPS; ++n) {
             u32 values[4];
             load_matrices_transposed(values, value_address + n * 32);
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) {
-                mma(output[m][2 * n], weights[m], values[0], values[1]);
-                mma(output[m][2 * n + 1], weights[m], values[2], values[3]);
-            }
+            mma(output[2 * n], weights, values[0], values[1]);
+            mma(output[2 * n + 1], weights, values[2], values[3]);
         }
-        __syncwarp();
     }
     copy_wait<0>();
-    __syncwarp();
+    meet();
 
-    // Merge the warps. Each leaves its rows where its ring was.
-    float* const mine = (float*)(ring + warp * STAGES * STAGE_BYTES);
+    // Merge the parts. Each leaves its rows where its ring was.
+    float* const mine = (float*)(ring + part * STAGES * STAGE_BYTES);
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const u32 row = m * 16 + half * 8 + lane / 4;
-            if (first_row + m * 16 + half * 8 >= num_rows) break;
-            float s = sum[m][half];
-            s += __shfl_xor_sync(FULL_WARP, s, 1);
-            s += __shfl_xor_sync(FULL_WARP, s, 2);
-            if (lane % 4 == 0) {
-                warp_max[warp][row] = maximum[m][half];
-                warp_sums[warp][row] = s;
-            }
-#pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n)
-                *(float2*)(mine + row * RESULT_STRIDE + n * 8 + lane % 4 * 2) = make_float2(output[m][n][half * 2], output[m][n][half * 2 + 1]);
+    for (int half = 0; half < 2; ++half) {
+        const u32 row = own_row + half * 8;
+        if (first_row + own_tile * 16 + half * 8 >= num_rows) break;
+        float s = sum[half];
+        s += __shfl_xor_sync(FULL_WARP, s, 1);
+        s += __shfl_xor_sync(FULL_WARP, s, 2);
+        if (lane % 4 == 0) {
+            part_max[part][row] = maximum[half];
+            part_sums[part][row] = s;
         }
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n)
+            *(float2*)(mine + row * RESULT_STRIDE + n * 8 + lane % 4 * 2) = make_float2(output[n][half * 2], output[n][half * 2 + 1]);
+    }
     __syncthreads();
 
     const u64 place = (u64(unit.places + chunk) * a.num_kv_heads + kv_head) * gridDim.y + row_tile;
@@ -291,15 +274,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         if (row >= num_rows) break;
         float top = NEGATIVE_INFINITY;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, warp_max[w][r]);
+        for (int w = 0; w < PARTS; ++w) top = fmaxf(top, part_max[w][r]);
         const float reference = finite(top) * a.scale_log2;
         float total = 0.0f;
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            const float scale = exp2_fast((warp_max[w][r] - finite(top)) * a.scale_log2);
+        for (int w = 0; w < PARTS; ++w) {
+            const float scale = exp2_fast((part_max[w][r] - finite(top)) * a.scale_log2);
             const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * RESULT_STRIDE + d);
-            total += scale * warp_sums[w][r];
+            total += scale * part_sums[w][r];
             value.x += scale * v.x;
             value.y += scale * v.y;
             value.z += scale * v.z;

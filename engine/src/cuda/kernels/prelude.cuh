@@ -80,10 +80,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 shared
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-// Copies 16 bytes to shared memory asynchronously, past L1; zeros where `valid` is false.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+// Copies up to 16 bytes to shared memory asynchronously, past L1; zeros in the rest of the 16.
+__device__ __forceinline__ void copy_async_part(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+
+// Copies 16 bytes; zeros where `valid` is false.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) { copy_async_part(to, from, valid ? 16 : 0); }
 
 // For what is read once: it leaves the L2 cache first.
 __device__ __forceinline__ u64 read_once() {

@@ -3,7 +3,7 @@
 // Top-p works on fixed-point masses, units of 2^-31: sums are exact and free of order, so the mass condition holds exactly in
 // this arithmetic and a row's selection never depends on how it was summed or searched. A row is read from memory once, into
 // registers, while the next one is copied into shared memory; the threshold is sought between its neighbours, where a line between the
-// masses at both would have it, until few entries can be left between them, and one warp settles those without a barrier.
+// masses at both would have it, until few entries can be left between them. Those are tried at many thresholds at a time.
 //
 // Options: THREADS and VALUES (entries per thread, a multiple of 4): rows of up to THREADS * VALUES entries.
 
@@ -14,8 +14,11 @@
 #define VALUES 32
 #endif
 #define WARPS (THREADS / 32)
-// Entries that one warp settles.
+// Entries that are collected.
 #define FEW 1024
+// Thresholds at which those are tried at a time, and those of a warp.
+#define PROBES 64
+#define WARP_PROBES (PROBES / WARPS)
 
 #define UNIT 2147483648.0f
 
@@ -30,7 +33,7 @@ struct TopPArgs {
     const RowSpec* specs; // [num_rows]
     u32* selected;        // [num_rows, words], bit i of word w: entry 32 w + i; zeros past a row's end
     u32* thresholds;      // [num_rows]: the smallest selected mass, ~0 when nothing is
-    u32 num_rows, stride, words; // stride: a multiple of 4
+    u32 num_rows, stride, words; // multiples of 4: stride, words
 };
 
 __device__ __forceinline__ u32 warp_sum_u32(u32 x) { return __reduce_add_sync(FULL_WARP, x); }
@@ -43,6 +46,12 @@ __device__ __forceinline__ u32 block_sum(u32 x, u32* scratch) {
     return warp_sum_u32(threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
 }
 
+// sum += mass, if it is at or above the threshold. Additions and comparisons of integers share a half-wide pipe, products have one of
+// their own: so it is the product with gridDim.z, which is 1, as the compiler does not know.
+__device__ __forceinline__ void add_reaching(u32& sum, u32 mass, u32 threshold) {
+    asm("{\n.reg .pred reaches;\nsetp.ge.u32 reaches, %1, %2;\n@reaches mad.lo.u32 %0, %1, %3, %0;\n}" : "+r"(sum) : "r"(mass), "r"(threshold), "r"(gridDim.z));
+}
+
 // What lies between a < b by ratio, at a share of the way: that of their float bit patterns, which are nearly logarithms.
 __device__ __forceinline__ u32 between(u32 a, u32 b, float share) {
     const u32 from = __float_as_uint(float(a)), to = __float_as_uint(float(b));
@@ -52,16 +61,18 @@ __device__ __forceinline__ u32 between(u32 a, u32 b, float share) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a) {
     begin_kernel();
-    extern __shared__ __align__(16) float ahead[]; // [THREADS * VALUES]; each thread reads only what it copied
-    __shared__ u32 scratch[2][32], few[FEW], few_count, answer;
-    const u32 lane = threadIdx.x % 32;
+    extern __shared__ __align__(16) float ahead[]; // [THREADS * VALUES]; each warp reads only what it copied
+    __shared__ u32 scratch[2][PROBES], few[FEW], few_count;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // A warp has every WARPS-th run of 128 entries: a lane copies four neighbours of each run, and takes every 32nd.
     auto fetch = [&](u32 row) {
         if (row < a.num_rows) {
             const u32 length = a.specs[row].length;
+            const float* const from = a.rows + u64(row) * a.stride;
 #pragma unroll
             for (int j = 0; j < VALUES / 4; ++j) {
-                const u32 at = j * THREADS + threadIdx.x;
-                if (at * 4 < length) copy_async(shared_address(ahead + at * 4), a.rows + u64(row) * a.stride + at * 4, true);
+                const u32 at = (j * THREADS + threadIdx.x) * 4;
+                copy_async_part(shared_address(ahead + at), from + at, at < length ? min(length - at, 4) * 4 : 0);
             }
         }
         copy_commit();
@@ -70,24 +81,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
     u32 turn = 0;
     for (u32 row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
         copy_wait<0>();
+        __syncwarp();
         const u32 length = a.specs[row].length;
         const float p = a.specs[row].p;
         u32 mass[VALUES];
         u32 total = 0;
 #pragma unroll
-        for (int j = 0; j < VALUES / 4; ++j) {
-            const u32 at = j * THREADS + threadIdx.x;
-            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (at * 4 < length) v = *(const float4*)(ahead + at * 4);
-            const float x[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                // NaN and negative entries weigh nothing; what lies past the end does not count.
-                const bool counts = at * 4 + e < length;
-                mass[j * 4 + e] = counts ? u32(__float2uint_rn(fminf(fmaxf(x[e], 0.0f), 1.0f) * UNIT)) : 0;
-                total += mass[j * 4 + e];
-            }
+        for (int i = 0; i < VALUES; ++i) {
+            // NaN and negative entries weigh nothing.
+            mass[i] = __float2uint_rn(__saturatef(ahead[(i / 4 * WARPS + warp) * 128 + i % 4 * 32 + lane]) * UNIT);
+            total += mass[i];
         }
+        if (threadIdx.x == 0) few_count = 0;
+        __syncwarp();
         fetch(row + gridDim.x);
         total = block_sum(total, scratch[turn ^= 1]);
         const u32 wanted = u32(min(u64(ceil(double(p) * double(total))), u64(total)));
@@ -95,10 +101,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
         u32 reaches = 1, fails = NONE, above = total, below = 0; // the masses at both
         u32 probe = max(total / max(length, 1u), 2u), stride = 4;
         auto weigh = [&](u32 threshold) {
-            u32 sum = 0;
+            u32 sum[2] = {0, 0};
 #pragma unroll
-            for (int i = 0; i < VALUES; ++i) sum += mass[i] >= threshold ? mass[i] : 0;
-            return block_sum(sum, scratch[turn ^= 1]);
+            for (int i = 0; i < VALUES; ++i) add_reaching(sum[i % 2], mass[i], threshold);
+            return block_sum(sum[0] + sum[1], scratch[turn ^= 1]);
         };
         u32 threshold = NONE;
         if (wanted > 0) {
@@ -116,9 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
             }
             // An entry between the bounds weighs `reaches` at least, which says how many there can be.
             bool halved = true;
-            while (fails - reaches > 1 && (above - below) / reaches > FEW) {
+            while (fails - reaches > 1 && above - below >= u64(FEW + 1) * reaches) {
                 // A little further than the line has it, so that both bounds come near; where that did not help, the middle.
-                const float line = float(above - wanted) / float(above - below);
+                const float line = __fdividef(float(above - wanted), float(above - below));
                 const u32 width = __float_as_uint(float(fails)) - __float_as_uint(float(reaches));
                 const u32 at = between(reaches, fails, halved ? line + (line < 0.5f ? 0.0625f : -0.0625f) : 0.5f), m = weigh(at);
                 if (m >= wanted) reaches = at, above = m;
@@ -126,54 +132,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
                 halved = !halved || __float_as_uint(float(fails)) - __float_as_uint(float(reaches)) <= width / 2;
             }
             if (fails - reaches > 1) {
-                if (threadIdx.x == 0) few_count = 0;
                 u32 own = 0;
 #pragma unroll
-                for (int i = 0; i < VALUES; ++i) own += mass[i] >= reaches && mass[i] < fails;
-                u32 place = own;
+                for (int i = 0; i < VALUES; ++i) own += mass[i] - reaches < fails - reaches;
+                if (own > 0) {
+                    u32 place = atomicAdd(&few_count, own);
 #pragma unroll
-                for (int step = 1; step < 32; step *= 2) {
-                    const u32 before = __shfl_up_sync(FULL_WARP, place, step);
-                    if (lane >= step) place += before;
+                    for (int i = 0; i < VALUES; ++i)
+                        if (mass[i] - reaches < fails - reaches && place < FEW) few[place++] = mass[i];
                 }
                 __syncthreads();
-                u32 first = 0;
-                if (lane == 31) first = atomicAdd(&few_count, place);
-                place += __shfl_sync(FULL_WARP, first, 31) - own;
+                const u32 count = min(few_count, FEW);
+                while (fails - reaches > 1) {
+                    // Thresholds that rise from the first one that is not known to reach.
+                    const u32 gap = fails - reaches - 1;
+                    auto probe_at = [&](u32 number) { return reaches + 1 + u32(u64(number) * gap / PROBES); };
+                    u32 sum[WARP_PROBES] = {};
+#pragma unroll 1
+                    for (u32 i = lane; i < count; i += 32) {
+                        const u32 candidate = few[i];
 #pragma unroll
-                for (int i = 0; i < VALUES; ++i)
-                    if (mass[i] >= reaches && mass[i] < fails) few[place++] = mass[i];
-                __syncthreads();
-                if (threadIdx.x < 32) {
-                    u32 candidate[FEW / 32];
-#pragma unroll
-                    for (int i = 0; i < FEW / 32; ++i) candidate[i] = i * 32 + lane < few_count ? few[i * 32 + lane] : 0;
-                    while (fails - reaches > 1) {
-                        const u32 probe = reaches + (fails - reaches) / 2;
-                        u32 sum = 0;
-#pragma unroll
-                        for (int i = 0; i < FEW / 32; ++i) sum += candidate[i] >= probe ? candidate[i] : 0;
-                        if (below + warp_sum_u32(sum) >= wanted) reaches = probe;
-                        else fails = probe;
+                        for (int q = 0; q < WARP_PROBES; ++q) add_reaching(sum[q], candidate, probe_at(warp * WARP_PROBES + q));
                     }
-                    if (lane == 0) answer = reaches;
+                    u32* const sums = scratch[turn ^= 1];
+#pragma unroll
+                    for (int q = 0; q < WARP_PROBES; ++q) {
+                        sum[q] = warp_sum_u32(sum[q]);
+                        if (lane == 0) sums[warp * WARP_PROBES + q] = sum[q];
+                    }
+                    __syncthreads();
+                    u32 reaching = 0;
+#pragma unroll
+                    for (int q = 0; q < PROBES; q += 32) reaching += __popc(__ballot_sync(FULL_WARP, below + sums[q + lane] >= wanted));
+                    const u32 last = reaching > 0 ? probe_at(reaching - 1) : reaches;
+                    if (reaching < PROBES) fails = probe_at(reaching);
+                    reaches = last;
                 }
-                __syncthreads();
-                reaches = answer;
             }
             threshold = reaches;
         }
         u32* const words = a.selected + u64(row) * a.words;
 #pragma unroll
         for (int j = 0; j < VALUES / 4; ++j) {
-            const u32 at = (j * THREADS + threadIdx.x) * 4;
-            u32 bits = 0;
+            u32 bits[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) bits |= u32(mass[j * 4 + e] >= threshold) << e;
-            bits <<= lane % 8 * 4;
-#pragma unroll
-            for (int step = 1; step < 8; step *= 2) bits |= __shfl_xor_sync(FULL_WARP, bits, step);
-            if (lane % 8 == 0 && at < a.words * 32) words[at / 32] = bits;
+            for (int e = 0; e < 4; ++e) bits[e] = __ballot_sync(FULL_WARP, mass[j * 4 + e] >= threshold);
+            const u32 word = (j * WARPS + warp) * 4;
+            if (lane == 0 && word < a.words) *(uint4*)(words + word) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
         }
         if (threadIdx.x == 0) a.thresholds[row] = threshold;
         __syncthreads();
