@@ -13,9 +13,6 @@
 #define HEAD_DIM 128
 #endif
 
-// Chunks whose partial results are under way at a time.
-#define AT_A_TIME 8
-
 struct MergeArgs {
     const uint2* partials;       // [place][kv_head][row tile][BLOCK_ROWS][HEAD_DIM / 4]: means of values, as IEEE halves
     const float2* statistics;    // [place][kv_head][row tile][BLOCK_ROWS]: maximum score, sum
@@ -31,6 +28,47 @@ struct MergeArgs {
     float scale_log2;
 };
 
+// What chunks add up to: their largest score, mass relative to it, and four numbers of their weighted values.
+struct Merged {
+    float top, total;
+    float4 value;
+};
+
+// Of so many chunks, `stride` rows apart, with the loads of AT_A_TIME of them under way together.
+template <int AT_A_TIME>
+__device__ __forceinline__ Merged merge(const MergeArgs& a, u64 first, u64 stride, u32 chunks, u32 d) {
+    float top = NEGATIVE_INFINITY, total = 0.0f;
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (u32 c = 0; c < chunks; c += AT_A_TIME) {
+        float2 s[AT_A_TIME];
+        uint2 v[AT_A_TIME];
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; ++k) {
+            const u64 at = first + min(c + k, chunks - 1) * stride;
+            s[k] = __ldcg(a.statistics + at);
+            v[k] = __ldcg(a.partials + (at * HEAD_DIM + d) / 4);
+        }
+        float now = top;
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; ++k) now = fmaxf(now, s[k].x);
+        const float keep = exp2_fast((top - finite(now)) * a.scale_log2);
+        total *= keep;
+        value = make_float4(value.x * keep, value.y * keep, value.z * keep, value.w * keep);
+#pragma unroll
+        for (int k = 0; k < AT_A_TIME; ++k) {
+            const float add = c + k < chunks ? s[k].y * exp2_fast((s[k].x - finite(now)) * a.scale_log2) : 0.0f;
+            const float2 low = unpack_f16(v[k].x), high = unpack_f16(v[k].y);
+            total += add;
+            value.x += low.x * add;
+            value.y += low.y * add;
+            value.z += high.x * add;
+            value.w += high.y * add;
+        }
+        top = now;
+    }
+    return {top, total, value};
+}
+
 // Blocks are [num_kv_heads, rows]; group * HEAD_DIM / 4 threads, or fewer that take several turns.
 extern "C" __global__ void __launch_bounds__(256) attention_merge(const MergeArgs a) {
     let_next_start();
@@ -41,39 +79,14 @@ extern "C" __global__ void __launch_bounds__(256) attention_merge(const MergeArg
     wait_for_previous();
     if (chunks == 1) return;
     const u32 token = blockIdx.y - unit.first_row;
-    const u64 stride = u64(a.num_kv_heads) * a.row_tiles;
+    const u64 stride = u64(a.num_kv_heads) * a.row_tiles * BLOCK_ROWS;
     for (u32 i = threadIdx.x; i < group * (HEAD_DIM / 4); i += blockDim.x) {
         const u32 member = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = token * group + member;
         const u64 first = ((u64(unit.places) * a.num_kv_heads + kv_head) * a.row_tiles + row / BLOCK_ROWS) * BLOCK_ROWS + row % BLOCK_ROWS;
-        float top = NEGATIVE_INFINITY, total = 0.0f;
-        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (u32 c = 0; c < chunks; c += AT_A_TIME) {
-            float2 s[AT_A_TIME];
-            uint2 v[AT_A_TIME];
-#pragma unroll
-            for (int k = 0; k < AT_A_TIME; ++k) {
-                const u64 at = first + min(c + k, chunks - 1) * stride * BLOCK_ROWS;
-                s[k] = __ldcg(a.statistics + at);
-                v[k] = __ldcg(a.partials + (at * HEAD_DIM + d) / 4);
-            }
-            float now = top;
-#pragma unroll
-            for (int k = 0; k < AT_A_TIME; ++k) now = fmaxf(now, s[k].x);
-            const float keep = exp2_fast((top - finite(now)) * a.scale_log2);
-            total *= keep;
-            value = make_float4(value.x * keep, value.y * keep, value.z * keep, value.w * keep);
-#pragma unroll
-            for (int k = 0; k < AT_A_TIME; ++k) {
-                const float add = c + k < chunks ? s[k].y * exp2_fast((s[k].x - finite(now)) * a.scale_log2) : 0.0f;
-                const float2 low = unpack_f16(v[k].x), high = unpack_f16(v[k].y);
-                total += add;
-                value.x += low.x * add;
-                value.y += low.y * add;
-                value.z += high.x * add;
-                value.w += high.y * add;
-            }
-            top = now;
-        }
+        // Waiting for memory once is worth reading the last chunk again; for a few chunks it is not.
+        const auto [top, total, value] = chunks <= 4   ? merge<4>(a, first, stride, chunks, d)
+                                         : chunks <= 8 ? merge<8>(a, first, stride, chunks, d)
+                                                       : merge<16>(a, first, stride, chunks, d);
         const float inverse = 1.0f / total;
         const u32 head = kv_head * group + member;
         *(uint2*)(a.out + (u64(blockIdx.y) * a.num_heads + head) * HEAD_DIM + d) =
