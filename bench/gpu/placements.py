@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tokens/s of the services at Llama-3-8B and Llama-3.2-1B shapes, by which GPUs verify and draft worker run on.
+"""Tokens/s of the services at Llama-3-8B and a draft's shape (Llama-3.2-1B), by which GPUs verify and draft worker run on.
 
     python3 bench/gpu/placements.py --bin target/release cuda:0/cuda:0 cuda:0/cuda:1 cuda:0,1/cuda:1
 
@@ -78,6 +78,7 @@ def parser():
     p.add_argument("--loads", nargs="+", choices=[load[0] for load in LOADS], help="some of the loads only")
     p.add_argument("--kv-mib", type=int, default=16384, help="KV memory of each verify worker")
     p.add_argument("--draft-kv-mib", type=int, default=8192, help="KV memory of each draft worker")
+    p.add_argument("--draft-shape", default="llama-3.2-1b.json", help="the draft's shape, a file of configs/")
     p.add_argument("--timeline", action="store_true", help="let workers log their forwards, for timeline.py")
     p.add_argument("--share-prefixes", action="store_true", help="process prompts before the clock starts")
     p.add_argument("--warm-up", type=int, default=64,
@@ -93,11 +94,11 @@ def parser():
 
 
 def serve(args, device, work):
-    line = ["serve", "--random-weights", CONFIGS / "llama-3-8b.json", "--random-draft-weights", CONFIGS / "llama-3.2-1b.json",
+    line = ["serve", "--random-weights", CONFIGS / "llama-3-8b.json", "--random-draft-weights", CONFIGS / args.draft_shape,
             "--device", device, "--kv-cache-mib", args.kv_mib, "--draft-kv-cache-mib", args.draft_kv_mib]
     if not args.share_prefixes:
         line.append("--no-prefix-sharing")
-    line += args.serve_flags
+    line += logging(args) + args.serve_flags
     processes = []
     spawn(args, work, processes, "specattn", PORT, *line)
     wait(args, work, processes, 2)
@@ -112,16 +113,19 @@ def start(args, verify, draft, work):
 
     worker("specattn-gateway", PORT, "--tokenizer", ROOT / "models/target")
     common = ["--gateway", URL] + ([] if args.share_prefixes else ["--no-prefix-sharing"])
-    if args.timeline:
-        common += ["--log-json", "--log-level", "info,specattn_worker::scheduler=trace"]
+    common += logging(args)
     for port, device in zip(verify_ports(len(verify)), verify):
         worker("specattn-verify", port, "--random-weights", CONFIGS / "llama-3-8b.json", "--device", device, "--kv-cache-mib", args.kv_mib,
               *common, *args.verify_flags)
     for port, device in zip(draft_ports(len(draft)), draft):
-        worker("specattn-draft", port, "--random-weights", CONFIGS / "llama-3.2-1b.json", "--device", device, "--kv-cache-mib", args.draft_kv_mib,
+        worker("specattn-draft", port, "--random-weights", CONFIGS / args.draft_shape, "--device", device, "--kv-cache-mib", args.draft_kv_mib,
               *common, *args.draft_flags)
     wait(args, work, processes, len(verify) + len(draft))
     return processes
+
+
+def logging(args):
+    return ["--log-json", "--log-level", "info,specattn_worker::scheduler=trace"] if args.timeline else []
 
 
 def spawn(args, work, processes, name, port, *line):
@@ -228,7 +232,7 @@ def modelled(args, load, sessions, workers):
         return 2 * (weights + entries) / (args.bandwidth * 1e12)
 
     verify, draft = workers
-    round_ = seconds("llama-3-8b.json", sessions / verify) + drafted * seconds("llama-3.2-1b.json", sessions / draft)
+    round_ = seconds("llama-3-8b.json", sessions / verify) + drafted * seconds(args.draft_shape, sessions / draft)
     return f"{sessions * (drafted + 1) / round_:.0f}"
 
 
