@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::attention::{AttentionRows, SpanLists};
 use crate::checkpoint::Tensor;
+use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::row_selection::{RowSelection, SelectedRows};
 pub use crate::share::Cut;
@@ -168,8 +169,9 @@ pub trait Backend: Send {
     type Turn;
 
     /// Waits until this model may use the device, held for the length of a forward, and tells it what the pass is: all
-    /// that later operations need to know beside their buffers. Models that share a device take turns.
-    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Self::Turn;
+    /// that later operations need to know beside their buffers. Models that share a device take turns. `crew` may help to put the
+    /// lists of many sessions in place.
+    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape, crew: &mut Crew) -> Self::Turn;
     /// Waits for everything that was asked for since [`Backend::begin`].
     ///
     /// # Errors
@@ -269,11 +271,17 @@ pub trait Backend: Send {
     fn selects(&self, _kv_len: usize) -> bool {
         false
     }
-    /// After the last layer's attention: the selections of [`Pass::selections`], in order, each as long as its span reaches.
+    /// After the last layer's attention: the selections of [`Pass::selections`], in order, each as long as its span reaches. `crew`
+    /// may help to hand them out.
     ///
     /// # Errors
     /// The first failure of the pass.
-    fn select(&self, _pass: &Pass<'_>, _out: &mut [&mut SelectedRows]) -> Result<(), EngineError> {
+    fn select(
+        &self,
+        _pass: &Pass<'_>,
+        _out: &mut [&mut SelectedRows],
+        _crew: &mut Crew,
+    ) -> Result<(), EngineError> {
         Ok(())
     }
     /// After the last layer: fills in, for all layers at once, the masses that [`Backend::attention`] has left on the device.

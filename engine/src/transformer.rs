@@ -64,7 +64,8 @@ pub(crate) struct Transformer<B: Backend> {
     /// Of this rank's heads.
     shape: AttentionShape,
     place: Place<B::Buffer>,
-    crew: Crew,
+    /// For counting lists, and for handing them to the device and selections back.
+    crews: [Crew; 2],
 }
 
 /// What a rank yields for a step: its heads' attention, its part of the vocabulary's logits, its KV heads' masses and reads.
@@ -113,7 +114,7 @@ impl<B: Backend> Transformer<B> {
             activations,
             shape,
             place,
-            crew,
+            crews: [crew.clone(), crew],
         })
     }
 
@@ -224,7 +225,8 @@ impl<B: Backend> Transformer<B> {
         mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
         let own = |lists| self.place.share.lists(lists, &self.config);
-        let lists = span_lists(steps, &mut self.crew, own);
+        let [counting, handing] = &mut self.crews;
+        let lists = span_lists(steps, counting, own);
         let pass = layout(steps, outputs, bulk, lists);
         let shape = self.shape;
         let eps = self.config.rms_norm_eps;
@@ -237,7 +239,7 @@ impl<B: Backend> Transformer<B> {
         }
         let (backend, kv, weights) = (&self.backend, &self.kv, &self.weights);
         let (place, a) = (&self.place, &mut self.activations);
-        let _turn = backend.begin(&pass, &shape);
+        let _turn = backend.begin(&pass, &shape, handing);
         backend.embed(&weights.embedding.weight, &pass, &mut a.hidden);
         backend.angles(&pass, &self.inverse_frequencies, &mut a.angles);
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -300,7 +302,7 @@ impl<B: Backend> Transformer<B> {
             let selected = outputs
                 .iter_mut()
                 .filter_map(|output| output.step.selected.as_mut());
-            backend.select(&pass, &mut selected.collect::<Vec<_>>())?;
+            backend.select(&pass, &mut selected.collect::<Vec<_>>(), handing)?;
         }
         let mut masses = all_masses(outputs);
         if !masses.is_empty() {

@@ -1,6 +1,7 @@
 //! One attention problem: sequences of given lengths in a paged cache, queries, lists.
 
 use anyhow::Result;
+use specattn_engine::Crew;
 use specattn_engine::backend::{
     AttentionArgs, AttentionShape, Backend, DType, HandOut, KvShape, Pass, RotateArgs, Span,
 };
@@ -151,7 +152,7 @@ impl AttentionCase {
     ) -> Result<()> {
         let qkv = backend.buffer_of(qkv)?;
         let mut angles = backend.buffer();
-        let _turn = backend.begin(pass, &self.shape);
+        let _turn = backend.begin(pass, &self.shape, &mut Crew::alone());
         // Frequencies of 0: every angle is 0 and rotation the identity.
         backend.angles(pass, &vec![0.0; self.shape.head_dim / 2], &mut angles);
         let args = RotateArgs {

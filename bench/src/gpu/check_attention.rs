@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use specattn_engine::AttentionRows;
+use specattn_engine::Crew;
 use specattn_engine::backend::{AttentionShape, Backend, Capture, DType, HandOut, Masses};
 use specattn_engine::cuda::{CudaBackend, PrefillKernel};
 
@@ -137,7 +138,7 @@ fn run(
     let mut out = backend.buffer();
     let mut read = Vec::new();
     {
-        let _turn = backend.begin(&pass, shape);
+        let _turn = backend.begin(&pass, shape, &mut Crew::alone());
         let mut nothing = HandOut::default();
         case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut nothing);
         backend.read(&out, &mut read)?;
@@ -181,7 +182,7 @@ fn run(
             .collect(),
     };
     let mut again = Vec::new();
-    let _turn = backend.begin(&pass, shape);
+    let _turn = backend.begin(&pass, shape, &mut Crew::alone());
     case.attend(backend, (&kv, layer), &pass, (&q, &mut out), &mut wanted);
     let all_layers = mass_rows.iter_mut().enumerate();
     let mut all_layers: Vec<Masses<'_>> = all_layers

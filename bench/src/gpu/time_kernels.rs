@@ -1,6 +1,7 @@
 //! Kernels against the bytes they must move, or the operations they must do.
 
 use anyhow::Result;
+use specattn_engine::Crew;
 use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
 use specattn_engine::cuda::selection::{RowSpec, Selector};
 use specattn_engine::cuda::{CudaBackend, PrefillKernel, ProductKernel};
@@ -85,7 +86,7 @@ pub fn verification(
             let qkv = numbers.rounded(rows * (num_heads + 2 * num_kv_heads) * 128, 1.0, dtype);
             case.store_rows(backend, (&kv, 0), &pass, &qkv, &mut q)?;
             let mut out = backend.buffer();
-            let _turn = backend.begin(&pass, &shape);
+            let _turn = backend.begin(&pass, &shape, &mut Crew::alone());
             let mut attend = |i: usize| {
                 case.attend(
                     backend,
@@ -150,7 +151,7 @@ pub fn prefill(backend: &CudaBackend, dtype: DType) -> Result<()> {
         let mut out = backend.buffer();
         let pairs = tokens as f64 * past as f64 + tokens as f64 * (tokens as f64 + 1.0) / 2.0;
         let operations = 4.0 * pairs * (num_heads * head_dim) as f64;
-        let _turn = backend.begin(&pass, &shape);
+        let _turn = backend.begin(&pass, &shape, &mut Crew::alone());
         let mut cells = Vec::new();
         for kernel in [PrefillKernel::Warps, PrefillKernel::Warpgroups] {
             backend.force_prefill_kernel(Some(kernel));

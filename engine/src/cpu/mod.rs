@@ -30,6 +30,7 @@ use crate::backend::{
     Pass, Peak, RotateArgs, Span, random_spread,
 };
 use crate::checkpoint::Tensor;
+use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::sampling::most_probable;
 
@@ -198,7 +199,7 @@ impl Backend for CpuBackend {
     type Kv = KvStore;
     type Turn = Turn;
 
-    fn begin(&self, _pass: &Pass<'_>, _shape: &AttentionShape) -> Turn {
+    fn begin(&self, _pass: &Pass<'_>, _shape: &AttentionShape, _crew: &mut Crew) -> Turn {
         self.pool.turn()
     }
 

@@ -44,6 +44,8 @@ impl Argmax {
         biases: &[Bias],
     ) -> Result<impl Iterator<Item = Option<Peak>> + use<'_>, CudaError> {
         if !biases.is_empty() {
+            // What was recorded so far becomes a list of launches of its own, with a graph: a copy comes between it and the rest.
+            kernels.device.flush();
             self.biases.grow(size_of_val(biases))?;
             self.biases.write_pinned(0, biases, &mut self.leaving)?;
             kernels.add_biases(x, width, (self.biases.address(), biases.len()))?;

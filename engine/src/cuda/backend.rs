@@ -30,6 +30,7 @@ use crate::backend::{
     Masses, Pass, Peak, RotateArgs,
 };
 use crate::checkpoint::Tensor;
+use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::row_selection::SelectedRows;
 
@@ -310,7 +311,7 @@ impl Backend for CudaBackend {
     type Kv = KvStore;
     type Turn = Turn;
 
-    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape) -> Turn {
+    fn begin(&self, pass: &Pass<'_>, shape: &AttentionShape, crew: &mut Crew) -> Turn {
         let turn = self.device.turn(self.user);
         let chunks = self.chunks_for(shape);
         let mut state = self.state.borrow_mut();
@@ -318,7 +319,7 @@ impl Backend for CudaBackend {
             batch, hand_outs, ..
         } = &mut *state;
         let result = batch
-            .upload(&self.device, pass, chunks, &pass.captures)
+            .upload(&self.device, pass, chunks, crew)
             .and_then(|()| hand_outs.begin(pass, batch, shape.num_heads));
         self.device.note(result);
         // From here on there is little but launches. Bulk passes mix them with a library's, and are long enough.
@@ -482,9 +483,14 @@ impl Backend for CudaBackend {
         kv_len <= MAX_ROW
     }
 
-    fn select(&self, pass: &Pass<'_>, out: &mut [&mut SelectedRows]) -> Result<(), EngineError> {
+    fn select(
+        &self,
+        pass: &Pass<'_>,
+        out: &mut [&mut SelectedRows],
+        crew: &mut Crew,
+    ) -> Result<(), EngineError> {
         let mut state = self.state.borrow_mut();
-        self.device.note(state.hand_outs.selected(pass, out));
+        self.device.note(state.hand_outs.selected(pass, out, crew));
         Ok(self.device.take_failure()?)
     }
 

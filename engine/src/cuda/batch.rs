@@ -20,6 +20,7 @@ use super::pinned::PinnedMemory;
 use super::recording::LaunchShape;
 use crate::attention::{SpanList, SpanLists};
 use crate::backend::{Pass, Span};
+use crate::crew::Crew;
 
 /// "None" to the kernels.
 pub(super) const NONE: u32 = u32::MAX;
@@ -79,6 +80,11 @@ impl Cut {
         words[1] |= chunk as u32;
         words
     }
+}
+
+/// A list's bits in the kernels' words: low halves first, as on every host that a GPU is in.
+fn bitmap_of<'a>(list: &SpanList<'a>) -> &'a [u32] {
+    bytemuck::cast_slice(list.set().words())
 }
 
 /// The spans of a pass. `captures` gives the capturing ones their numbers.
@@ -145,13 +151,13 @@ impl DeviceBatch {
         }
     }
 
-    /// Describes `pass`, whose keys are cut into `chunks`. `captures` gives the capturing spans their numbers.
+    /// Describes `pass`, whose keys are cut into `chunks`.
     pub(super) fn upload(
         &mut self,
         device: &Device,
         pass: &Pass<'_>,
         chunks: Chunks,
-        captures: &[usize],
+        crew: &mut Crew,
     ) -> Result<(), CudaError> {
         let words = &mut self.words;
         words.clear();
@@ -185,7 +191,7 @@ impl DeviceBatch {
         }
         debug_assert_eq!(words.len() - self.at.spans, SPAN_WORDS * pass.spans.len());
         self.at.cut_spans = section(words);
-        let cuts = cut_spans(pass, chunks, captures);
+        let cuts = cut_spans(pass, chunks, &pass.captures);
         words.extend(cuts.iter().flat_map(|cut| cut.words));
         self.has_pieces = cuts.iter().any(|cut| chunks.count(cut.keys) > 1);
         self.at.list_ranges = section(words);
@@ -232,7 +238,7 @@ impl DeviceBatch {
         let (mut bitmap, mut slot, mut blocks) = (0, 0, 0);
         for span in &pass.spans {
             for list in span.lists.iter().flat_map(SpanLists::lists) {
-                let length = 2 * list.set().words().len();
+                let length = bitmap_of(list).len();
                 words.extend([bitmap, length, slot, blocks].map(|x| x as u32));
                 bitmap += length;
                 slot += list.len();
@@ -241,18 +247,26 @@ impl DeviceBatch {
         }
         self.num_lists = (words.len() - self.at.lists) / LIST_WORDS;
         self.at.bitmaps = section(words);
-        // Megabytes where many sessions read by lists: from the sets to pinned memory at once.
+        // Megabytes where many sessions read by lists: from the sets to pinned memory at once, by several threads.
         let staged = self.host.elements(self.at.bitmaps + bitmap)?;
         let (before, mut bitmaps) = staged.split_at_mut(self.at.bitmaps);
         before.copy_from_slice(words);
-        let lists = pass.spans.iter().flat_map(|span| &span.lists);
-        for list in lists.flat_map(SpanLists::lists) {
-            // Low halves first, as on every host that a GPU is in.
-            let own: &[u32] = bytemuck::cast_slice(list.set().words());
-            let (to, rest) = bitmaps.split_at_mut(own.len());
-            to.copy_from_slice(own);
+        let mut parts = Vec::new();
+        for lists in pass.spans.iter().filter_map(|span| span.lists.as_ref()) {
+            let own = lists.lists().iter().map(|list| bitmap_of(list).len()).sum();
+            let (to, rest) = bitmaps.split_at_mut(own);
+            parts.push((lists, to));
             bitmaps = rest;
         }
+        crew.for_each(&mut parts, |(lists, to)| {
+            let mut to = &mut to[..];
+            for own in lists.lists().iter().map(bitmap_of) {
+                let (here, rest) = to.split_at_mut(own.len());
+                here.copy_from_slice(own);
+                to = rest;
+            }
+        });
+        drop(parts);
         self.memory.grow(size_of_val(&*staged))?;
         self.memory.write(0, staged)?;
         self.expand_lists(device)

@@ -17,6 +17,7 @@ use super::row_mixer::RowMixer;
 use super::selection::ROW_STEP;
 use crate::attention::SpanLists;
 use crate::backend::{AttentionShape, Capture, HandOut, Masses, Pass};
+use crate::crew::Crew;
 use crate::row_selection::SelectedRows;
 
 /// Scores of one layer, and what is made of them.
@@ -170,8 +171,9 @@ impl HandOuts {
         &mut self,
         pass: &Pass<'_>,
         out: &mut [&mut SelectedRows],
+        crew: &mut Crew,
     ) -> Result<(), CudaError> {
-        self.mixer.select(pass, out, &mut self.host)
+        self.mixer.select(pass, (out, crew), &mut self.host)
     }
 
     /// After the last layer: masses of all layers, of the spans that wanted them, in order.

@@ -4,6 +4,7 @@
 //! ever stored, and a row that mixes heads of several layers grows from one to the next. After the last layer all rows of all
 //! spans are selected from by one launch; rows of means are gathered first ([`RoundSums`]).
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -18,7 +19,8 @@ use super::recording::LaunchShape;
 use super::round_sums::RoundSums;
 use super::selection::{ROW_STEP, RowSpec, Selector};
 use crate::backend::Pass;
-use crate::row_selection::SelectedRows;
+use crate::crew::Crew;
+use crate::row_selection::{MixedHead, SelectedRows};
 
 /// Words of a job; mirrors `MixJob` in selection.cu.
 const JOB_WORDS: usize = 8;
@@ -34,6 +36,10 @@ pub(super) struct RowMixer {
     rows: DeviceMemory,
     selector: Selector,
     sums: RoundSums,
+    /// Jobs by layer, and their terms; kept for their memory.
+    jobs: Vec<Vec<u32>>,
+    terms: Vec<u32>,
+    words: Vec<u32>,
     jobs_of_layer: Vec<Range<usize>>,
     first_mean: usize,
     first_term: usize,
@@ -51,6 +57,9 @@ impl RowMixer {
             rows: DeviceMemory::new(device),
             selector: Selector::new(device),
             sums: RoundSums::new(device),
+            jobs: Vec::new(),
+            terms: Vec::new(),
+            words: Vec::new(),
             jobs_of_layer: Vec::new(),
             first_mean: 0,
             first_term: 0,
@@ -69,7 +78,8 @@ impl RowMixer {
     ) -> Result<(), CudaError> {
         self.specs.clear();
         self.sums.begin();
-        let (mut jobs, mut terms): (Vec<Vec<u32>>, Vec<u32>) = (Vec::new(), Vec::new());
+        self.jobs.iter_mut().for_each(Vec::clear);
+        self.terms.clear();
         let mut means = Vec::new();
         let mut longest = 0;
         for &(span, selection) in &pass.selections {
@@ -88,29 +98,34 @@ impl RowMixer {
             self.sums
                 .describe(selection.round, &spread, length, &mut means)?;
             for row in &selection.rows {
-                let mut of_row = row.terms.clone();
-                of_row.sort_by_key(|term| term.layer);
-                for (index, chunk) in of_row.chunk_by(|a, b| a.layer == b.layer).enumerate() {
+                for (index, chunk) in by_layer(&row.terms)
+                    .chunk_by(|a, b| a.layer == b.layer)
+                    .enumerate()
+                {
                     let layer = chunk[0].layer as usize;
-                    jobs.resize_with(jobs.len().max(layer + 1), Vec::new);
-                    jobs[layer].extend([
+                    if self.jobs.len() <= layer {
+                        self.jobs.resize_with(layer + 1, Vec::new);
+                    }
+                    self.jobs[layer].extend([
                         self.specs.len() as u32,
                         captured as u32,
-                        terms.len() as u32 / 2,
+                        self.terms.len() as u32 / 2,
                         chunk.len() as u32,
                         length as u32,
                         u32::from(index > 0),
                         0,
                         0,
                     ]);
-                    terms.extend(chunk.iter().flat_map(|t| [t.head, t.weight.to_bits()]));
+                    let terms = chunk.iter().flat_map(|t| [t.head, t.weight.to_bits()]);
+                    self.terms.extend(terms);
                 }
                 self.specs.push(RowSpec { length, p: row.p });
             }
         }
         self.jobs_of_layer.clear();
-        let mut words = Vec::new();
-        for of_layer in &jobs {
+        let words = &mut self.words;
+        words.clear();
+        for of_layer in &self.jobs {
             let first = words.len() / JOB_WORDS;
             words.extend_from_slice(of_layer);
             self.jobs_of_layer.push(first..words.len() / JOB_WORDS);
@@ -118,12 +133,12 @@ impl RowMixer {
         self.first_mean = words.len();
         words.extend_from_slice(&means);
         self.first_term = words.len();
-        words.extend_from_slice(&terms);
+        words.extend_from_slice(&self.terms);
         self.stride = bucket(longest, ROW_STEP);
         self.selector.describe(&self.specs)?;
         self.rows.grow(self.specs.len() * self.stride * 4)?;
-        self.plan.grow(words.len() * 4)?;
-        self.plan.write_pinned(0, &words, &mut self.upload)
+        self.plan.grow(self.words.len() * 4)?;
+        self.plan.write_pinned(0, &self.words, &mut self.upload)
     }
 
     /// Adds what the scores of `layer` give to the rows.
@@ -164,7 +179,7 @@ impl RowMixer {
     pub(super) fn select(
         &mut self,
         pass: &Pass<'_>,
-        out: &mut [&mut SelectedRows],
+        (out, crew): (&mut [&mut SelectedRows], &mut Crew),
         host: &mut PinnedMemory,
     ) -> Result<(), CudaError> {
         let means = self.plan.address() + (self.first_mean * 4) as u64;
@@ -173,18 +188,32 @@ impl RowMixer {
         let words = self.selector.words() / 2;
         let selected = self.selector.selected();
         let bits: &[u64] = selected.read_pinned(0, self.specs.len() * words, host)?;
-        let mut first = 0;
+        let mut rest = bits;
+        let mut parts = Vec::new();
         for (out, (_, selection)) in out.iter_mut().zip(&pass.selections) {
+            let (own, others) = rest.split_at(selection.rows.len() * words);
+            parts.push((out, own));
+            rest = others;
+        }
+        // Megabytes where many sessions have their own reads chosen.
+        crew.for_each(&mut parts, |(out, bits)| {
             let own = out.words_per_row();
             out.words.clear();
-            for row in bits[first * words..]
-                .chunks_exact(words)
-                .take(selection.rows.len())
-            {
+            out.words.reserve_exact(bits.len() / words * own);
+            for row in bits.chunks_exact(words) {
                 out.words.extend_from_slice(&row[..own]);
             }
-            first += selection.rows.len();
-        }
+        });
         Ok(())
     }
+}
+
+/// The terms with those of a layer side by side, as most rows have them.
+fn by_layer(terms: &[MixedHead]) -> Cow<'_, [MixedHead]> {
+    if terms.is_sorted_by_key(|term| term.layer) {
+        return Cow::Borrowed(terms);
+    }
+    let mut sorted = terms.to_vec();
+    sorted.sort_by_key(|term| term.layer);
+    Cow::Owned(sorted)
 }
