@@ -260,7 +260,7 @@ impl CudaBackend {
         if pass.bulk {
             return attention_prefill::prefill(&self.device, &call, self.prefill_kernel.get());
         }
-        let target = hand_outs.target(pass, batch, shape.num_heads, wanted)?;
+        let target = hand_outs.target(pass, args.layer, wanted)?;
         attention::decode(&self.device, &call, decode, target)?;
         let Some(target) = target else {
             return Ok(());

@@ -13,22 +13,22 @@ use super::elementwise::RowKernels;
 use super::error::CudaError;
 use super::memory::DeviceMemory;
 use super::pinned::PinnedMemory;
-use super::row_mixer::RowMixer;
+use super::row_mixer::{Captured, RowMixer};
 use super::selection::ROW_STEP;
 use crate::attention::SpanLists;
 use crate::backend::{AttentionShape, Capture, HandOut, Masses, Pass};
 use crate::crew::Crew;
 use crate::row_selection::SelectedRows;
 
-/// Scores of one layer, and what is made of them.
+/// Scores of a few layers, and what is made of them.
 pub(super) struct HandOuts {
+    /// `[layers of a group][capturing span][tokens][num_heads][stride]`.
     scores: DeviceMemory,
     statistics: DeviceMemory,
     /// `[spans that want them][layers][num_kv_heads][stride]`.
     masses: DeviceMemory,
     mixer: RowMixer,
-    /// Keys of the pass's longest row of scores, rounded up.
-    stride: usize,
+    captured: Captured,
     /// Where all of it arrives.
     host: PinnedMemory,
 }
@@ -51,7 +51,7 @@ impl HandOuts {
             statistics: memory(),
             masses: memory(),
             mixer: RowMixer::new(device),
-            stride: 0,
+            captured: Captured::default(),
             host: device.pinned(),
         }
     }
@@ -63,35 +63,43 @@ impl HandOuts {
         batch: &DeviceBatch,
         num_heads: usize,
     ) -> Result<(), CudaError> {
-        self.stride = stride(pass);
+        let tokens = captured_tokens(pass, batch);
+        self.captured = Captured {
+            tokens,
+            num_heads,
+            layer_rows: pass.captures.len() * tokens * num_heads,
+            stride: stride(pass),
+        };
         if pass.selections.is_empty() {
             return Ok(());
         }
-        self.mixer
-            .begin(pass, captured_tokens(pass, batch), num_heads)
+        self.mixer.begin(pass, self.captured)
     }
 
     /// Where a layer's scores go; `None` where nothing is made of them.
     pub(super) fn target(
         &mut self,
         pass: &Pass<'_>,
-        batch: &DeviceBatch,
-        num_heads: usize,
+        layer: usize,
         wanted: &HandOut<'_>,
     ) -> Result<Option<ScoreTarget>, CudaError> {
         let to_host = !wanted.captures.is_empty() || !wanted.masses.is_empty();
         if !to_host && pass.selections.is_empty() {
             return Ok(None);
         }
-        let tokens = captured_tokens(pass, batch);
-        let rows = pass.captures.len() * tokens * num_heads;
-        let stride = self.stride;
-        self.scores.grow(rows * stride * 4)?;
-        self.statistics.grow(rows * 8)?;
+        // Without selections a layer's scores are done with when the next one's come.
+        let layers = match pass.selections.len() {
+            0 => 1,
+            _ => self.captured.group_layers(),
+        };
+        let (rows, stride) = (self.captured.layer_rows, self.captured.stride);
+        self.scores.grow(layers * rows * stride * 4)?;
+        self.statistics.grow(layers * rows * 8)?;
+        let before = layer % layers * rows;
         Ok(Some(ScoreTarget {
-            scores: self.scores.address(),
-            statistics: self.statistics.address(),
-            tokens,
+            scores: self.scores.address() + (before * stride * 4) as u64,
+            statistics: self.statistics.address() + (before * 8) as u64,
+            tokens: self.captured.tokens,
             last_only: selects_only(pass),
             stride,
         }))
@@ -106,7 +114,8 @@ impl HandOuts {
         wanted: &mut HandOut<'_>,
     ) -> Result<(), CudaError> {
         if !pass.selections.is_empty() {
-            self.mixer.mix(layer.index, target)?;
+            let group = (self.scores.address(), self.statistics.address());
+            self.mixer.mix((layer.index, layer.count), group)?;
         }
         let heads = layer.shape.num_kv_heads;
         let of_span = layer.count * heads * target.stride * 4;
@@ -141,11 +150,12 @@ impl HandOuts {
         let span = &pass.spans[wanted.span];
         let last = number_of(pass, wanted.span) * target.tokens + span.rows.len() - 1;
         let first = last * shape.num_heads;
+        let before = (target.scores - self.scores.address()) as usize;
         kernels.score_probabilities(at_row(target, first), shape.num_heads, (stride, stride))?;
         let elements = shape.num_heads * stride;
         let by_key: &[f32] =
             self.scores
-                .read_pinned(first * stride * 4, elements, &mut self.host)?;
+                .read_pinned(before + first * stride * 4, elements, &mut self.host)?;
         let kv_len = wanted.rows.kv_len;
         let to = &mut wanted.rows.probs[wanted.slot * shape.num_heads * kv_len..];
         let heads = by_key.chunks_exact(stride).enumerate();
@@ -182,7 +192,7 @@ impl HandOuts {
         pass: &Pass<'_>,
         out: &mut [Masses<'_>],
     ) -> Result<(), CudaError> {
-        let stride = self.stride;
+        let stride = self.captured.stride;
         let heads: usize = out.iter().map(|wanted| wanted.of_head.len()).sum();
         let by_key: &[f32] = self.masses.read_pinned(0, heads * stride, &mut self.host)?;
         let mut rows = by_key.chunks_exact(stride);

@@ -1,14 +1,13 @@
 //! [`RowMixer`]: from the captured scores of each layer to selections, without a row leaving the device.
 //!
-//! Rows are mixed layer by layer, while a layer's scores are still in the L2 cache; so scores of one layer are all that is
-//! ever stored, and a row that mixes heads of several layers grows from one to the next. After the last layer all rows of all
-//! spans are selected from by one launch; rows of means are gathered first ([`RoundSums`]).
+//! Rows are mixed while scores are still in the L2 cache: a few layers' at a time, as many as fit there, so that these are all that is
+//! ever stored, and a row that mixes heads of more layers grows from one group of them to the next. After the last layer all rows of
+//! all spans are selected from by one launch; rows of means are gathered first ([`RoundSums`]).
 
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::attention::ScoreTarget;
 use super::bucket::bucket;
 use super::device::Device;
 use super::error::CudaError;
@@ -25,10 +24,33 @@ use crate::row_selection::{MixedHead, SelectedRows};
 /// Words of a job; mirrors `MixJob` in selection.cu.
 const JOB_WORDS: usize = 8;
 
+/// Scores that are kept until they are mixed: they stay in any L2 cache that this backend meets.
+const GROUP_BYTES: usize = 16 << 20;
+
+/// The scores that a pass leaves.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Captured {
+    /// Tokens per capturing span: all of the longest one, or the last of each.
+    pub(super) tokens: usize,
+    /// Query heads.
+    pub(super) num_heads: usize,
+    /// Rows of a layer: capturing spans, tokens, heads.
+    pub(super) layer_rows: usize,
+    /// Entries from row to row.
+    pub(super) stride: usize,
+}
+
+impl Captured {
+    /// Layers whose scores are kept at a time.
+    pub(super) fn group_layers(&self) -> usize {
+        (GROUP_BYTES / (self.layer_rows * self.stride * 4).max(1)).max(1)
+    }
+}
+
 /// The rows that one pass selects from.
 pub(super) struct RowMixer {
     device: Arc<Device>,
-    /// Jobs, layer by layer, then rows of means, then the jobs' terms.
+    /// Jobs, group of layers by group, then rows of means, then the jobs' terms.
     plan: DeviceMemory,
     /// What carries it there; left alone until the pass has ended.
     upload: PinnedMemory,
@@ -36,11 +58,12 @@ pub(super) struct RowMixer {
     rows: DeviceMemory,
     selector: Selector,
     sums: RoundSums,
-    /// Jobs by layer, and their terms; kept for their memory.
+    /// Jobs by group of layers, and their terms; kept for their memory.
     jobs: Vec<Vec<u32>>,
     terms: Vec<u32>,
     words: Vec<u32>,
-    jobs_of_layer: Vec<Range<usize>>,
+    jobs_of_group: Vec<Range<usize>>,
+    captured: Captured,
     first_mean: usize,
     first_term: usize,
     specs: Vec<RowSpec>,
@@ -60,7 +83,8 @@ impl RowMixer {
             jobs: Vec::new(),
             terms: Vec::new(),
             words: Vec::new(),
-            jobs_of_layer: Vec::new(),
+            jobs_of_group: Vec::new(),
+            captured: Captured::default(),
             first_mean: 0,
             first_term: 0,
             specs: Vec::new(),
@@ -68,14 +92,13 @@ impl RowMixer {
         }
     }
 
-    /// Takes the selections of `pass`, whose captured scores will hold `captured_tokens` tokens of `num_heads` rows per
-    /// capturing span: all tokens of the longest one, or the last token of each.
-    pub(super) fn begin(
-        &mut self,
-        pass: &Pass<'_>,
-        captured_tokens: usize,
-        num_heads: usize,
-    ) -> Result<(), CudaError> {
+    /// Takes the selections of `pass`, which will leave these scores.
+    pub(super) fn begin(&mut self, pass: &Pass<'_>, captured: Captured) -> Result<(), CudaError> {
+        self.captured = captured;
+        let group_of = {
+            let layers = captured.group_layers();
+            move |term: &MixedHead| term.layer as usize / layers
+        };
         self.specs.clear();
         self.sums.begin();
         self.jobs.iter_mut().for_each(Vec::clear);
@@ -86,8 +109,8 @@ impl RowMixer {
             let number = pass.captures.iter().position(|&c| c == span);
             let number = number.expect("a span that selects is among the pass's captures");
             let span = &pass.spans[span];
-            let last = (captured_tokens - 1).min(span.rows.len() - 1);
-            let captured = (number * captured_tokens + last) * num_heads;
+            let last = (captured.tokens - 1).min(span.rows.len() - 1);
+            let first_row = (number * captured.tokens + last) * captured.num_heads;
             let length = span.past + span.rows.len();
             longest = longest.max(length);
             let first = self.specs.len();
@@ -99,16 +122,16 @@ impl RowMixer {
                 .describe(selection.round, &spread, length, &mut means)?;
             for row in &selection.rows {
                 for (index, chunk) in by_layer(&row.terms)
-                    .chunk_by(|a, b| a.layer == b.layer)
+                    .chunk_by(|a, b| group_of(a) == group_of(b))
                     .enumerate()
                 {
-                    let layer = chunk[0].layer as usize;
-                    if self.jobs.len() <= layer {
-                        self.jobs.resize_with(layer + 1, Vec::new);
+                    let group = group_of(&chunk[0]);
+                    if self.jobs.len() <= group {
+                        self.jobs.resize_with(group + 1, Vec::new);
                     }
-                    self.jobs[layer].extend([
+                    self.jobs[group].extend([
                         self.specs.len() as u32,
-                        captured as u32,
+                        first_row as u32,
                         self.terms.len() as u32 / 2,
                         chunk.len() as u32,
                         length as u32,
@@ -116,19 +139,23 @@ impl RowMixer {
                         0,
                         0,
                     ]);
-                    let terms = chunk.iter().flat_map(|t| [t.head, t.weight.to_bits()]);
+                    let row = |term: &MixedHead| {
+                        let layer = term.layer as usize % captured.group_layers();
+                        (layer * captured.layer_rows) as u32 + term.head
+                    };
+                    let terms = chunk.iter().flat_map(|t| [row(t), t.weight.to_bits()]);
                     self.terms.extend(terms);
                 }
                 self.specs.push(RowSpec { length, p: row.p });
             }
         }
-        self.jobs_of_layer.clear();
+        self.jobs_of_group.clear();
         let words = &mut self.words;
         words.clear();
-        for of_layer in &self.jobs {
+        for of_group in &self.jobs {
             let first = words.len() / JOB_WORDS;
-            words.extend_from_slice(of_layer);
-            self.jobs_of_layer.push(first..words.len() / JOB_WORDS);
+            words.extend_from_slice(of_group);
+            self.jobs_of_group.push(first..words.len() / JOB_WORDS);
         }
         self.first_mean = words.len();
         words.extend_from_slice(&means);
@@ -141,13 +168,19 @@ impl RowMixer {
         self.plan.write_pinned(0, &self.words, &mut self.upload)
     }
 
-    /// Adds what the scores of `layer` give to the rows.
-    pub(super) fn mix(&self, layer: usize, scores: &ScoreTarget) -> Result<(), CudaError> {
-        let Some(jobs) = self
-            .jobs_of_layer
-            .get(layer)
-            .filter(|jobs| !jobs.is_empty())
-        else {
+    /// Adds what scores give to the rows, once those of a whole group of layers are there: `layer`, of so many, is the one that was
+    /// captured last, and `(scores, statistics)` is where the group's begin.
+    pub(super) fn mix(
+        &self,
+        (layer, layers): (usize, usize),
+        (scores, statistics): (u64, u64),
+    ) -> Result<(), CudaError> {
+        let in_group = self.captured.group_layers();
+        if (layer + 1) % in_group != 0 && layer + 1 != layers {
+            return Ok(());
+        }
+        let jobs = self.jobs_of_group.get(layer / in_group);
+        let Some(jobs) = jobs.filter(|jobs| !jobs.is_empty()) else {
             return Ok(());
         };
         let kernel = self.device.kernel(Kernel::MIX_ROWS, &[])?;
@@ -155,7 +188,7 @@ impl RowMixer {
         let job_address = plan + (jobs.start * JOB_WORDS * 4) as u64;
         let term_address = plan + (self.first_term * 4) as u64;
         let (rows, row_stride) = (self.rows.address(), self.stride as u32);
-        let score_stride = scores.stride as u32;
+        let score_stride = self.captured.stride as u32;
         let launch = LaunchShape {
             grid: (row_stride.div_ceil(1024), jobs.len() as u32, 1),
             threads: 256,
@@ -164,8 +197,8 @@ impl RowMixer {
         // SAFETY: jobs name rows below the number that memory was made for, and heads of captured tokens.
         unsafe {
             self.device.launch(&kernel, launch, |l| {
-                l.arg(&scores.scores)
-                    .arg(&scores.statistics)
+                l.arg(&scores)
+                    .arg(&statistics)
                     .arg(&job_address)
                     .arg(&term_address)
                     .arg(&rows)
@@ -208,7 +241,7 @@ impl RowMixer {
     }
 }
 
-/// The terms with those of a layer side by side, as most rows have them.
+/// The terms by layer, as most rows have them.
 fn by_layer(terms: &[MixedHead]) -> Cow<'_, [MixedHead]> {
     if terms.is_sorted_by_key(|term| term.layer) {
         return Cow::Borrowed(terms);
@@ -216,4 +249,36 @@ fn by_layer(terms: &[MixedHead]) -> Cow<'_, [MixedHead]> {
     let mut sorted = terms.to_vec();
     sorted.sort_by_key(|term| term.layer);
     Cow::Owned(sorted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_of_layers_fits_the_cache_or_is_one_layer() {
+        let of = |spans: usize, stride| Captured {
+            tokens: 1,
+            num_heads: 32,
+            layer_rows: spans * 32,
+            stride,
+        };
+        assert_eq!(of(1, 4096).group_layers(), 32);
+        assert_eq!(of(1, 32_768).group_layers(), 4);
+        assert_eq!(of(32, 8192).group_layers(), 1);
+        assert!(Captured::default().group_layers() > 0);
+    }
+
+    #[test]
+    fn terms_come_by_layer() {
+        let term = |layer, head| MixedHead {
+            layer,
+            head,
+            weight: 0.5,
+        };
+        let sorted = [term(0, 3), term(0, 1), term(2, 0)];
+        assert!(matches!(by_layer(&sorted), Cow::Borrowed(_)));
+        let mixed = [term(2, 0), term(0, 3), term(0, 1)];
+        assert_eq!(by_layer(&mixed)[..], sorted);
+    }
 }
