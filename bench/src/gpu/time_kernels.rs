@@ -237,8 +237,14 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
         "| product | inputs → outputs | rows | floor µs | few rows' kernel µs | many rows' µs | split µs | by warpgroups µs | chosen µs | ÷ floor | cuBLAS µs |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     type Shape = (&'static str, usize, &'static [usize], Epilogue);
-    let shapes: [Shape; 5] = [
+    let shapes: [Shape; 6] = [
         ("qkv", 4096, &[4096, 1024, 1024], Epilogue::Store),
+        (
+            "qkv, groups of one",
+            4096,
+            &[4096, 4096, 4096],
+            Epilogue::Store,
+        ),
         ("output", 4096, &[4096], Epilogue::Add),
         ("gate, up", 4096, &[14_336, 14_336], Epilogue::SwiGlu),
         ("down", 14_336, &[4096], Epilogue::Add),
