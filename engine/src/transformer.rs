@@ -64,8 +64,17 @@ pub(crate) struct Transformer<B: Backend> {
     /// Of this rank's heads.
     shape: AttentionShape,
     place: Place<B::Buffer>,
-    /// For counting lists, and for handing them to the device and selections back.
-    crews: [Crew; 2],
+    crews: Crews,
+}
+
+/// Who helps with what.
+struct Crews {
+    /// Counting the lists of a pass.
+    counting: Crew,
+    /// Handing them to the device.
+    listing: Crew,
+    /// Taking selections from it.
+    selecting: Crew,
 }
 
 /// What a rank yields for a step: its heads' attention, its part of the vocabulary's logits, its KV heads' masses and reads.
@@ -114,7 +123,11 @@ impl<B: Backend> Transformer<B> {
             activations,
             shape,
             place,
-            crews: [crew.clone(), crew],
+            crews: Crews {
+                counting: crew.clone(),
+                listing: crew.clone(),
+                selecting: crew,
+            },
         })
     }
 
@@ -225,8 +238,8 @@ impl<B: Backend> Transformer<B> {
         mut chooser: Option<&mut dyn KeyChooser>,
     ) -> Result<(), EngineError> {
         let own = |lists| self.place.share.lists(lists, &self.config);
-        let [counting, handing] = &mut self.crews;
-        let lists = span_lists(steps, counting, own);
+        let crews = &mut self.crews;
+        let lists = span_lists(steps, &mut crews.counting, own);
         let pass = layout(steps, outputs, bulk, lists);
         let shape = self.shape;
         let eps = self.config.rms_norm_eps;
@@ -239,7 +252,7 @@ impl<B: Backend> Transformer<B> {
         }
         let (backend, kv, weights) = (&self.backend, &self.kv, &self.weights);
         let (place, a) = (&self.place, &mut self.activations);
-        let _turn = backend.begin(&pass, &shape, handing);
+        let _turn = backend.begin(&pass, &shape, &mut crews.listing);
         backend.embed(&weights.embedding.weight, &pass, &mut a.hidden);
         backend.angles(&pass, &self.inverse_frequencies, &mut a.angles);
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -302,7 +315,8 @@ impl<B: Backend> Transformer<B> {
             let selected = outputs
                 .iter_mut()
                 .filter_map(|output| output.step.selected.as_mut());
-            backend.select(&pass, &mut selected.collect::<Vec<_>>(), handing)?;
+            let mut selected = selected.collect::<Vec<_>>();
+            backend.select(&pass, &mut selected, &mut crews.selecting)?;
         }
         let mut masses = all_masses(outputs);
         if !masses.is_empty() {

@@ -1,8 +1,8 @@
 //! Whether a token's logits have the same bits in a pass of its own and beside others: what makes speculation give the
 //! target's own greedy text.
 //!
-//! The contexts lie around the ends of key tiles (16) and of units of decode attention (512 or 1,024 keys), where a pass over
-//! several tokens has keys that its first tokens must not see.
+//! The contexts lie around the ends of key tiles (16) and of chunks of decode attention (256 keys, later more), where a pass over
+//! several tokens has keys that its first tokens must not see, and chunks that they have none in; behind 250 and 255 tokens the first chunk ends.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use specattn_engine::{DeviceChoice, LoadOptions, LogitRows, Model, Step};
 
 use super::numbers::Numbers;
 
-const CONTEXTS: [usize; 8] = [1, 13, 300, 509, 1019, 1021, 1500, 2044];
+const CONTEXTS: [usize; 10] = [1, 13, 250, 255, 300, 509, 1019, 1021, 1500, 2044];
 /// Tokens of a pass beside one another.
 const TOGETHER: [usize; 3] = [2, 5, 9];
 

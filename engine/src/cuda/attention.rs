@@ -1,4 +1,5 @@
-//! Attention of few rows per span on the GPU: with what options its kernels run, and the scratch memory of split heads.
+//! Attention on the GPU: what a call of it is, and that of few rows per span: with what options its kernels run, and the scratch memory of
+//! split heads.
 
 use std::sync::Arc;
 

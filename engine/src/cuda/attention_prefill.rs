@@ -53,27 +53,20 @@ struct PrefillWgmmaArgs {
 
 const _: () = assert!(size_of::<PrefillWgmmaArgs>().is_multiple_of(64));
 
-/// A block of warps: how many, and tiles of 16 query rows of each.
-#[derive(Debug, Clone, Copy)]
-struct WarpTiling {
-    row_tiles: u32,
+/// Warps of a block by warps.
+const WARPS: u32 = 4;
+
+/// Tiles of 16 query rows that the registers of such a warp hold.
+fn row_tiles(shape: &AttentionShape) -> u32 {
+    if shape.head_dim <= 128 { 2 } else { 1 }
 }
 
-impl WarpTiling {
-    const WARPS: u32 = 4;
-
-    fn of(shape: &AttentionShape) -> Self {
-        let row_tiles = if shape.head_dim <= 128 { 2 } else { 1 };
-        Self { row_tiles }
-    }
-
-    fn options(self, shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, u32); 3] {
-        [
-            ("HALF_IS_F16", half_is_f16),
-            ("HEAD_DIM", shape.head_dim as u32),
-            ("ROW_TILES", self.row_tiles),
-        ]
-    }
+fn warp_options(shape: &AttentionShape, half_is_f16: u32) -> [(&'static str, u32); 3] {
+    [
+        ("HALF_IS_F16", half_is_f16),
+        ("HEAD_DIM", shape.head_dim as u32),
+        ("ROW_TILES", row_tiles(shape)),
+    ]
 }
 
 /// How warpgroups take keys.
@@ -146,7 +139,7 @@ pub(super) fn variant(device: &Device, shape: &AttentionShape, half_is_f16: u32)
         },
         None => Variant {
             kernel: Kernel::ATTENTION_PREFILL,
-            options: WarpTiling::of(shape).options(shape, half_is_f16).to_vec(),
+            options: warp_options(shape, half_is_f16).to_vec(),
         },
     }
 }
@@ -178,8 +171,7 @@ fn grid(call: &AttentionCall<'_>, rows: u32) -> (u32, u32, u32) {
 
 fn by_warps(device: &Device, call: &AttentionCall<'_>) -> Result<(), CudaError> {
     let (shape, batch) = (call.shape, call.batch);
-    let tiling = WarpTiling::of(&shape);
-    let options = tiling.options(&shape, call.kv.half_is_f16());
+    let options = warp_options(&shape, call.kv.half_is_f16());
     let kernel = device.kernel(Kernel::ATTENTION_PREFILL, &options)?;
     let args = PrefillArgs {
         q: call.q,
@@ -192,12 +184,12 @@ fn by_warps(device: &Device, call: &AttentionCall<'_>) -> Result<(), CudaError> 
         scale_log2: call.scale_log2(),
         unused: 0,
     };
-    let rows = WarpTiling::WARPS * 16 * tiling.row_tiles;
+    let rows = WARPS * 16 * row_tiles(&shape);
     let head_dim = shape.head_dim as u32;
     let entries = 2 * BLOCK_TOKENS as u32;
     let launch = LaunchShape {
         grid: grid(call, rows),
-        threads: WarpTiling::WARPS * 32,
+        threads: WARPS * 32,
         shared_bytes: rows * (head_dim * 2 + 16) + entries * (head_dim * 4 + 16),
     };
     // SAFETY: the batch describes spans inside the store; q and out hold its rows.

@@ -260,7 +260,7 @@ impl CudaBackend {
         if pass.bulk {
             return attention_prefill::prefill(&self.device, &call, self.prefill_kernel.get());
         }
-        let target = hand_outs.target(pass, args.layer, wanted)?;
+        let target = hand_outs.target(pass, (args.layer, args.kv.num_layers()), wanted)?;
         attention::decode(&self.device, &call, decode, target)?;
         let Some(target) = target else {
             return Ok(());

@@ -24,7 +24,7 @@ pub enum CudaError {
     },
     /// The GPU lacks what the kernels use.
     #[error(
-        "{name} has compute capability {major}.{minor} and {} KiB of shared memory per block; the kernels need 8.0 and 210 KiB, \
+        "{name} has compute capability {major}.{minor} and {} KiB of shared memory per block; the kernels need 8.0 and 217 KiB, \
          which an H100 and later GPUs of data centres have: --device cpu does without",
         shared_bytes >> 10
     )]

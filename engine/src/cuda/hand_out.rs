@@ -76,11 +76,11 @@ impl HandOuts {
         self.mixer.begin(pass, self.captured)
     }
 
-    /// Where a layer's scores go; `None` where nothing is made of them.
+    /// Where the scores of a layer, of so many, go; `None` where nothing is made of them.
     pub(super) fn target(
         &mut self,
         pass: &Pass<'_>,
-        layer: usize,
+        (layer, count): (usize, usize),
         wanted: &HandOut<'_>,
     ) -> Result<Option<ScoreTarget>, CudaError> {
         let to_host = !wanted.captures.is_empty() || !wanted.masses.is_empty();
@@ -90,7 +90,7 @@ impl HandOuts {
         // Without selections a layer's scores are done with when the next one's come.
         let layers = match pass.selections.len() {
             0 => 1,
-            _ => self.captured.group_layers(),
+            _ => self.captured.group_layers().min(count),
         };
         let (rows, stride) = (self.captured.layer_rows, self.captured.stride);
         self.scores.grow(layers * rows * stride * 4)?;
@@ -132,6 +132,7 @@ impl HandOuts {
             // The host waits in every layer: no graph would cover more than one.
             kernels.device.interrupt();
         }
+        // In place, and maybe before the group is mixed: a span has selections or rows, never both.
         for wanted in &mut wanted.captures {
             self.rows_to_host(kernels, pass, (target, layer), wanted)?;
         }

@@ -2,7 +2,7 @@
 //!
 //! Weights, queries, keys and values are 16-bit (bfloat16 or f16, the checkpoint's type); the residual stream, sums, softmax
 //! and logits are f32. Small passes run on kernels whose row results do not depend on the other rows, so that greedy
-//! speculative text equals plain text here as on the CPU; long prompt chunks use cuBLAS and their own attention kernel.
+//! speculative text equals plain text here as on the CPU; long prompt chunks use cuBLAS and their own attention kernels.
 //!
 //! A model may be split over GPUs, which add up through each other's memory and NCCL.
 //!

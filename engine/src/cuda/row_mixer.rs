@@ -95,10 +95,8 @@ impl RowMixer {
     /// Takes the selections of `pass`, which will leave these scores.
     pub(super) fn begin(&mut self, pass: &Pass<'_>, captured: Captured) -> Result<(), CudaError> {
         self.captured = captured;
-        let group_of = {
-            let layers = captured.group_layers();
-            move |term: &MixedHead| term.layer as usize / layers
-        };
+        let layers = captured.group_layers();
+        let group_of = |term: &MixedHead| term.layer as usize / layers;
         self.specs.clear();
         self.sums.begin();
         self.jobs.iter_mut().for_each(Vec::clear);
@@ -139,11 +137,13 @@ impl RowMixer {
                         0,
                         0,
                     ]);
-                    let row = |term: &MixedHead| {
-                        let layer = term.layer as usize % captured.group_layers();
+                    let captured_row = |term: &MixedHead| {
+                        let layer = term.layer as usize % layers;
                         (layer * captured.layer_rows) as u32 + term.head
                     };
-                    let terms = chunk.iter().flat_map(|t| [row(t), t.weight.to_bits()]);
+                    let terms = chunk
+                        .iter()
+                        .flat_map(|t| [captured_row(t), t.weight.to_bits()]);
                     self.terms.extend(terms);
                 }
                 self.specs.push(RowSpec { length, p: row.p });

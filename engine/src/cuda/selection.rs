@@ -113,7 +113,7 @@ impl Selector {
             specs.len()
         );
         self.describe(specs)?;
-        // Even, so that the host may take them for 64-bit words.
+        // A multiple of 8: the kernel stores four words at a time, the host takes them for 64-bit ones.
         self.words = bucket(longest, ROW_STEP) / 32;
         self.selected.grow(specs.len() * self.words * 4)?;
         self.thresholds.grow(specs.len() * 4)?;

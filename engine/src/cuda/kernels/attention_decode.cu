@@ -2,7 +2,7 @@
 //
 // A block works on one chunk of keys of one KV head of one span; chunks grow along the keys (chunks.rs). Its keys are dealt out to PARTS
 // pipelines of a warp for every 16 query rows: they gather tiles of 16 entries with cp.async, multiply their rows with them on tensor
-// cores and keep their own online softmax (Dao et al. 2022), so that only the warps of a part ever wait for each other. The parts' results
+// cores and keep their own online softmax (Dao et al. 2022), so that in the loop only the warps of a part wait for each other. The parts' results
 // are merged in shared memory; when a head has several chunks, attention_merge.cu merges them in key order. Chunks and tiles are cut by
 // key index alone, so a row's bits depend neither on the rows beside it nor on the other spans.
 //
@@ -291,16 +291,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         const u32 token = row / group, head = kv_head * group + row % group;
         // A row that sees no key of this chunk has no mass in it.
         const float inverse = alone || total > 0.0f ? 1.0f / total : 0.0f;
+        const uint2 mean = make_uint2(pack_f16(value.x * inverse, value.y * inverse), pack_f16(value.z * inverse, value.w * inverse));
         if (alone) {
+            // What merging would make of it: a row's bits must not tell whether later tokens of its span have begun another chunk.
+            const float2 low = unpack_f16(mean.x), high = unpack_f16(mean.y);
             *(uint2*)(a.out + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + d) =
-                make_uint2(pack(value.x * inverse, value.y * inverse), pack(value.z * inverse, value.w * inverse));
+                make_uint2(pack(low.x * total * inverse, low.y * total * inverse), pack(high.x * total * inverse, high.y * total * inverse));
 #if CAPTURE
             if (d == 0 && capture != NO_CAPTURE && is_captured(row, num_rows, group))
                 a.score_statistics[captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group)] = make_float2(reference, total);
 #endif
         } else {
-            a.partials[((place * BLOCK_ROWS + r) * HEAD_DIM + d) / 4] =
-                make_uint2(pack_f16(value.x * inverse, value.y * inverse), pack_f16(value.z * inverse, value.w * inverse));
+            a.partials[((place * BLOCK_ROWS + r) * HEAD_DIM + d) / 4] = mean;
             if (d == 0) a.statistics[place * BLOCK_ROWS + r] = make_float2(top, total);
         }
     }

@@ -1,6 +1,6 @@
 // Causal attention of many query rows on Hopper, by warpgroup instructions (FlashAttention-3, Shah et al. 2024, sections 3.1 and 3.2).
 //
-// A block owns 128 rows of one query head of one span: two warpgroups with 64 rows each, and a warp whose first thread keeps a ring filled by
+// A block owns 128 rows of one query head of one span: two warpgroups with 64 rows each, and a third whose first thread keeps a ring filled by
 // tensor copies, with tiles of keys and of values in the order in which they are used. A warpgroup has the next tile's scores computed while
 // the tensor cores still weigh this tile's values, and softmax runs beside them. Late rows, which read most, start first.
 //
@@ -101,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         const u32* const table = a.block_tables + span.blocks;
         const u32 blocks = (num_keys + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         u32 number = 0;
-        auto fetch = [&](u32 tile, u32 values) {
+        // `part`: 0 for keys, 1 for values.
+        auto fetch = [&](u32 tile, u32 part) {
             const u32 stage = number % STAGES, to = ring + stage * TILE_BYTES, barrier = filled + stage * 8;
             // The first time round, a stage is vacant: the phase before a barrier's first is over.
             barrier_wait(vacant + stage * 8, number / STAGES % 2 ^ 1);
@@ -110,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
             for (u32 b = 0; b < here; ++b) {
                 const u32 entry = (__ldg(table + tile * TILE_BLOCKS + b) * a.num_kv_heads + kv_head) * BLOCK_TOKENS;
                 for (u32 panel = 0; panel < PANELS; ++panel)
-                    copy_tensor(to + panel * TILE_PANEL + b * (BLOCK_TOKENS * PANEL_ROW), a.kv, panel * PANEL, values, entry, barrier);
+                    copy_tensor(to + panel * TILE_PANEL + b * (BLOCK_TOKENS * PANEL_ROW), a.kv, panel * PANEL, part, entry, barrier);
             }
             ++number;
         };
@@ -142,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
     auto wait_for_tile = [&](u32 number) { barrier_wait(filled + number % STAGES * 8, number / STAGES % 2); };
     auto release = [&] {
         if (lane == 0) barrier_arrive(vacant + used % STAGES * 8);
+        __syncwarp();
         ++used;
     };
     auto begin_scores = [&](u32 number) {
@@ -231,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
         pack_weights();
     }
     wait_for_tile(used);
-    // What lies past the last key was another sequence's, or never written: weights of 0 do not make nothing of a NaN.
+    // What lies past the last key belongs to another sequence or was never written: 0 times a NaN is not 0.
     const u32 rest = tiles * KEYS - num_keys;
     if (rest > 0) {
         uint4* const values = (uint4*)(shared + PANELS * QUERY_PANEL + used % STAGES * TILE_BYTES);
@@ -239,6 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma
             const u32 row = i / (PANEL_ROW / 16), panel = row / rest;
             values[(panel * KEYS + KEYS - rest + row % rest) * (PANEL_ROW / 16) + i % (PANEL_ROW / 16)] = make_uint4(0, 0, 0, 0);
         }
+        __syncwarp();
         asm volatile("fence.proxy.async.shared::cta;\nbar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");
     }
     wgmma_begin();

@@ -54,8 +54,7 @@
 #define RESULTS ((RANK_ROWS * OWN_OUTPUTS + THREADS - 1) / THREADS)
 #define TURNS (RESULTS <= 16 ? RESULTS : 8)
 
-// d[64 outputs][COLUMNS] += 16 inputs; of both operands shared memory holds 64 inputs a row, 128-byte swizzled. A lane's sums are those
-// that mma.sync would give it, eight columns after eight.
+// d[64 outputs][COLUMNS] += 16 inputs.
 __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], u64 weights, u64 x) {
 #if COLUMNS == 16
     WGMMA("16", NAMES_8, VALUES_8(0), "%8, %9", "1", weights, x);

@@ -193,18 +193,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) top_p(const TopPArgs a)
     }
 }
 
-// A row that is mixed from captured heads of one layer. Mirrors `JOB_WORDS` in row_mixer.rs.
+// A row that is mixed from captured heads of a group of layers. Mirrors `JOB_WORDS` in row_mixer.rs.
 struct MixJob {
     u32 row;      // of the output
-    u32 captured; // first head's row of the captured ones
+    u32 captured; // the group's row of its session's first head in its first layer
     u32 terms, num_terms;
     u32 length;
-    u32 adds;     // whether an earlier layer has written the row
+    u32 adds;     // whether an earlier group has written the row
     u32 unused[2];
 };
 
 struct MixTerm {
-    u32 head;
+    u32 row; // from `captured` on
     float weight;
 };
 
@@ -221,9 +221,9 @@ extern "C" __global__ void __launch_bounds__(256) mix_rows(const float* scores, 
 #pragma unroll 4
     for (u32 t = 0; t < job.num_terms; ++t) {
         const MixTerm term = terms[job.terms + t];
-        const u64 head = job.captured + term.head;
-        const float2 s = statistics[head];
-        const float4 score = *(const float4*)(scores + head * score_stride + at);
+        const u64 row = job.captured + term.row;
+        const float2 s = statistics[row];
+        const float4 score = *(const float4*)(scores + row * score_stride + at);
         const float scale = term.weight / s.y;
         sum.x = fmaf(exp2_fast(score.x - s.x), scale, sum.x);
         sum.y = fmaf(exp2_fast(score.y - s.x), scale, sum.y);

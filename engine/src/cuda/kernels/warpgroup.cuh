@@ -55,7 +55,7 @@ __device__ __forceinline__ u64 matrix_at(u32 address, u32 panel_bytes = 16) {
     return u64(address >> 4) | u64(panel_bytes >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-// Around instructions: what registers hold is there before, and what they compute is not touched until `wgmma_wait` and `hold`.
+// Before instructions: registers written so far are theirs to read. What they compute is read only after `wgmma_wait` and `hold`.
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
