@@ -1,10 +1,9 @@
 //! Attention kernels against softmax attention in f64 over a grid of odd shapes.
 
 use anyhow::Result;
-use specattn_engine::AttentionRows;
-use specattn_engine::Crew;
 use specattn_engine::backend::{AttentionShape, Backend, Capture, DType, HandOut, Masses};
 use specattn_engine::cuda::{CudaBackend, PrefillKernel};
+use specattn_engine::{AttentionRows, Crew};
 
 use super::attention_case::{AttentionCase, SpanCase};
 use super::numbers::{Numbers, relative_error};

@@ -20,12 +20,10 @@ pub enum PrefillKernel {
     Warpgroups,
 }
 
-/// Mirrors `PrefillArgs` in attention_prefill.cu.
+/// What both kernels are called with, behind queries and cache.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct PrefillArgs {
-    q: u64,
-    kv: u64,
+struct CommonArgs {
     out: u64,
     spans: u64,
     block_tables: u64,
@@ -35,20 +33,38 @@ struct PrefillArgs {
     unused: u32,
 }
 
+impl CommonArgs {
+    fn of(call: &AttentionCall<'_>) -> Self {
+        Self {
+            out: call.out,
+            spans: call.batch.spans(),
+            block_tables: call.batch.block_tables(),
+            num_heads: call.shape.num_heads as u32,
+            num_kv_heads: call.shape.num_kv_heads as u32,
+            scale_log2: call.scale_log2(),
+            unused: 0,
+        }
+    }
+}
+
+/// Mirrors `PrefillArgs` in attention_prefill.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct PrefillArgs {
+    q: u64,
+    kv: u64,
+    common: CommonArgs,
+}
+
 /// Mirrors `PrefillArgs` in attention_prefill_wgmma.cu.
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit)]
 struct PrefillWgmmaArgs {
     q: TensorMap,
     kv: TensorMap,
-    out: u64,
-    spans: u64,
-    block_tables: u64,
-    num_heads: u32,
-    num_kv_heads: u32,
-    scale_log2: f32,
+    common: CommonArgs,
     /// To the 64 bytes that tensor maps begin on.
-    padding: [u32; 7],
+    padding: [u64; 3],
 }
 
 const _: () = assert!(size_of::<PrefillWgmmaArgs>().is_multiple_of(64));
@@ -170,19 +186,13 @@ fn grid(call: &AttentionCall<'_>, rows: u32) -> (u32, u32, u32) {
 }
 
 fn by_warps(device: &Device, call: &AttentionCall<'_>) -> Result<(), CudaError> {
-    let (shape, batch) = (call.shape, call.batch);
+    let shape = call.shape;
     let options = warp_options(&shape, call.kv.half_is_f16());
     let kernel = device.kernel(Kernel::ATTENTION_PREFILL, &options)?;
     let args = PrefillArgs {
         q: call.q,
         kv: call.kv.layer(call.layer),
-        out: call.out,
-        spans: batch.spans(),
-        block_tables: batch.block_tables(),
-        num_heads: shape.num_heads as u32,
-        num_kv_heads: shape.num_kv_heads as u32,
-        scale_log2: call.scale_log2(),
-        unused: 0,
+        common: CommonArgs::of(call),
     };
     let rows = WARPS * 16 * row_tiles(&shape);
     let head_dim = shape.head_dim as u32;
@@ -205,7 +215,7 @@ fn by_warpgroups(
     call: &AttentionCall<'_>,
     tiling: WarpgroupTiling,
 ) -> Result<(), CudaError> {
-    let (shape, batch) = (call.shape, call.batch);
+    let shape = call.shape;
     let half_is_f16 = call.kv.half_is_f16();
     let kernel = device.kernel(
         Kernel::ATTENTION_PREFILL_WGMMA,
@@ -215,7 +225,7 @@ fn by_warpgroups(
     let args = PrefillWgmmaArgs {
         q: boxes(
             call.q,
-            (batch.num_rows(), shape.num_heads, shape.head_dim),
+            (call.batch.num_rows(), shape.num_heads, shape.head_dim),
             WarpgroupTiling::BOX_ROWS,
         )?,
         kv: boxes(
@@ -223,13 +233,8 @@ fn by_warpgroups(
             (call.kv.entries(), 2, shape.head_dim),
             BLOCK_TOKENS as u32,
         )?,
-        out: call.out,
-        spans: batch.spans(),
-        block_tables: batch.block_tables(),
-        num_heads: shape.num_heads as u32,
-        num_kv_heads: shape.num_kv_heads as u32,
-        scale_log2: call.scale_log2(),
-        padding: [0; 7],
+        common: CommonArgs::of(call),
+        padding: [0; 3],
     };
     let launch = LaunchShape {
         grid: grid(call, WarpgroupTiling::ROWS),

@@ -266,7 +266,6 @@ impl DeviceBatch {
                 to = rest;
             }
         });
-        drop(parts);
         self.memory.grow(size_of_val(&*staged))?;
         self.memory.write(0, staged)?;
         self.expand_lists(device)

@@ -115,7 +115,8 @@ impl HandOuts {
     ) -> Result<(), CudaError> {
         if !pass.selections.is_empty() {
             let group = (self.scores.address(), self.statistics.address());
-            self.mixer.mix((layer.index, layer.count), group)?;
+            let layer = (layer.index, layer.count);
+            self.mixer.mix(self.captured, layer, group)?;
         }
         let heads = layer.shape.num_kv_heads;
         let of_span = layer.count * heads * target.stride * 4;

@@ -63,7 +63,6 @@ pub(super) struct RowMixer {
     terms: Vec<u32>,
     words: Vec<u32>,
     jobs_of_group: Vec<Range<usize>>,
-    captured: Captured,
     first_mean: usize,
     first_term: usize,
     specs: Vec<RowSpec>,
@@ -84,7 +83,6 @@ impl RowMixer {
             terms: Vec::new(),
             words: Vec::new(),
             jobs_of_group: Vec::new(),
-            captured: Captured::default(),
             first_mean: 0,
             first_term: 0,
             specs: Vec::new(),
@@ -94,7 +92,6 @@ impl RowMixer {
 
     /// Takes the selections of `pass`, which will leave these scores.
     pub(super) fn begin(&mut self, pass: &Pass<'_>, captured: Captured) -> Result<(), CudaError> {
-        self.captured = captured;
         let layers = captured.group_layers();
         let group_of = |term: &MixedHead| term.layer as usize / layers;
         self.specs.clear();
@@ -168,14 +165,15 @@ impl RowMixer {
         self.plan.write_pinned(0, &self.words, &mut self.upload)
     }
 
-    /// Adds what scores give to the rows, once those of a whole group of layers are there: `layer`, of so many, is the one that was
-    /// captured last, and `(scores, statistics)` is where the group's begin.
+    /// Adds what the scores of [`RowMixer::begin`] give to the rows, once those of a whole group of layers are there: `layer`, of so
+    /// many, is the one that was captured last, and `(scores, statistics)` is where the group's begin.
     pub(super) fn mix(
         &self,
+        captured: Captured,
         (layer, layers): (usize, usize),
         (scores, statistics): (u64, u64),
     ) -> Result<(), CudaError> {
-        let in_group = self.captured.group_layers();
+        let in_group = captured.group_layers();
         if (layer + 1) % in_group != 0 && layer + 1 != layers {
             return Ok(());
         }
@@ -188,7 +186,7 @@ impl RowMixer {
         let job_address = plan + (jobs.start * JOB_WORDS * 4) as u64;
         let term_address = plan + (self.first_term * 4) as u64;
         let (rows, row_stride) = (self.rows.address(), self.stride as u32);
-        let score_stride = self.captured.stride as u32;
+        let score_stride = captured.stride as u32;
         let launch = LaunchShape {
             grid: (row_stride.div_ceil(1024), jobs.len() as u32, 1),
             threads: 256,

@@ -27,14 +27,8 @@ impl TensorMap {
         box_rows: u32,
         half_is_f16: bool,
     ) -> Result<Self, CudaError> {
-        let (sizes, stride) = ([columns as u64, rows as u64], [columns as u64 * 2]);
-        Self::encode(
-            address,
-            &sizes,
-            &stride,
-            &[BOX_COLUMNS, box_rows],
-            half_is_f16,
-        )
+        let sizes = [columns as u64, rows as u64];
+        Self::encode(address, sizes, [BOX_COLUMNS, box_rows], half_is_f16)
     }
 
     /// For the `[rows, middles, columns]` at `address`, in boxes of at most 256 rows of one middle; columns are a multiple of 8.
@@ -48,41 +42,38 @@ impl TensorMap {
         half_is_f16: bool,
     ) -> Result<Self, CudaError> {
         let sizes = [columns as u64, middles as u64, rows as u64];
-        let strides = [columns as u64 * 2, (middles * columns) as u64 * 2];
-        Self::encode(
-            address,
-            &sizes,
-            &strides,
-            &[BOX_COLUMNS, 1, box_rows],
-            half_is_f16,
-        )
+        Self::encode(address, sizes, [BOX_COLUMNS, 1, box_rows], half_is_f16)
     }
 
-    /// Columns first: sizes, the bytes from one to the next in each dimension after the first, and the box.
-    fn encode(
+    /// Sizes, columns first, and the box; nothing lies between what follows one another.
+    fn encode<const DIMENSIONS: usize>(
         address: u64,
-        sizes: &[u64],
-        strides: &[u64],
-        own_box: &[u32],
+        sizes: [u64; DIMENSIONS],
+        own_box: [u32; DIMENSIONS],
         half_is_f16: bool,
     ) -> Result<Self, CudaError> {
-        assert!(
-            strides.len() + 1 == sizes.len() && own_box.len() == sizes.len() && sizes.len() <= 3
-        );
         let kind = if half_is_f16 {
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16
         } else {
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
         };
-        let every = [1; 3];
+        // From one to the next, in bytes, in each dimension after the first.
+        let strides = sizes.map({
+            let mut bytes = 2;
+            move |size| {
+                bytes *= size;
+                bytes
+            }
+        });
+        let every = [1; DIMENSIONS];
         // SAFETY: zeros are a value of this plain C structure.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        // SAFETY: all arrays have as many dimensions as are named, strides one less; the call only writes down what it is given.
+        // SAFETY: all arrays have as many dimensions as are named; the call only writes down what it is given.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
                 kind,
-                sizes.len() as u32,
+                DIMENSIONS as u32,
                 address as *mut c_void,
                 sizes.as_ptr(),
                 strides.as_ptr(),
