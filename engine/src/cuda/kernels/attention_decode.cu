@@ -49,7 +49,7 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + (ROW_TILES > 1 && HEAD_DIM <= 128 ? 64 : 0), HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float part_max[PARTS][BLOCK_ROWS], part_sums[PARTS][BLOCK_ROWS];
     __shared__ u32 entries[CHUNK];
@@ -85,8 +85,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     const u32 part = threadIdx.x / 32 % PARTS, own_tile = threadIdx.x / 32 / PARTS, lane = threadIdx.x % 32;
     const u32 own_row = own_tile * 16 + lane / 4; // and the one eight further on
 
+    // Every part has as many tiles, the last ones filled up with entries that are none: the parts would wait for the longest anyway, and
+    // all warps pass as many barriers (racecheck tells accesses apart by their number).
+    const u32 tiles = (end_key - first_key + PARTS * TILE_KEYS - 1) / (PARTS * TILE_KEYS);
     // Where the chunk's entries are: resolved once, so that the loop depends on no load but its own copies.
-    for (u32 i = threadIdx.x; i < (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS; i += WARPS * 32) {
+    for (u32 i = threadIdx.x; i < tiles * PARTS * TILE_KEYS; i += WARPS * 32) {
         const u32 key = first_key + i;
         u32 entry = NONE;
         if (key < end_key) {
@@ -121,9 +124,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         else asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "n"(ROW_TILES * 32) : "memory");
     };
 
-    // Tiles of this part: every PARTS-th of the chunk.
-    const u32 chunk_tiles = (end_key - first_key + TILE_KEYS - 1) / TILE_KEYS;
-    const u32 tiles = chunk_tiles > part ? (chunk_tiles - part + PARTS - 1) / PARTS : 0;
     __syncthreads();
     // Entries cached before the pass stand still; the pass's own and the queries are what the kernel before writes.
     const bool has_own = end_key > cached;
