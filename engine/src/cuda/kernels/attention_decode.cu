@@ -49,7 +49,7 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + (ROW_TILES > 1 && HEAD_DIM <= 128 ? 64 : 0), HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float part_max[PARTS][BLOCK_ROWS], part_sums[PARTS][BLOCK_ROWS];
     __shared__ u32 entries[CHUNK];
