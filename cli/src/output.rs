@@ -33,6 +33,8 @@ pub struct Report {
 pub struct Usage {
     /// Tokens of the prompt, special tokens included.
     pub prompt_tokens: u64,
+    /// Those of them that the target's worker had processed for other sessions.
+    pub cached_prompt_tokens: u64,
     /// Tokens generated.
     pub completion_tokens: u64,
 }
@@ -174,6 +176,7 @@ impl Report {
             text,
             usage: Usage {
                 prompt_tokens: started.prompt_tokens.into(),
+                cached_prompt_tokens: finished.stats.unwrap_or_default().cached_prompt_tokens,
                 completion_tokens: token_ids.len() as u64,
             },
             token_ids,

@@ -73,6 +73,12 @@ impl Tally {
             } else {
                 a.confirm_length
             },
+            // The first worker's: later ones process again what was processed.
+            cached_prompt_tokens: if a.prompt_tokens > 0 {
+                a.cached_prompt_tokens
+            } else {
+                b.cached_prompt_tokens
+            },
         }
     }
 }
@@ -89,6 +95,8 @@ mod tests {
             kl_mean,
             kl_samples,
             mask_p,
+            prompt_tokens: 9,
+            cached_prompt_tokens: forwards,
             ..SessionStats::default()
         };
         tally.told(stats(3, 0.5, 1, 0.9));
@@ -100,5 +108,6 @@ mod tests {
         assert_eq!((total.target_forwards, total.kl_samples), (12, 3));
         assert!((total.kl_mean - 0.4).abs() < 1e-12);
         assert_eq!(total.mask_p, 0.7);
+        assert_eq!(total.cached_prompt_tokens, 5, "the first worker's");
     }
 }

@@ -38,10 +38,11 @@ impl Workers {
         ]
     }
 
-    /// Runs sessions on a prompt at the same time, each with a draft.
-    async fn run(&self, Reference { prompt, greedy }: &Reference) {
+    /// Runs sessions on a prompt at the same time, each with a draft. Gives the prompt tokens that they say they took over.
+    async fn run(&self, Reference { prompt, greedy }: &Reference) -> u64 {
         let [verify, draft] = &self.0;
         let mut sessions = Vec::new();
+        let mut told = 0;
         for _ in 0..SESSIONS {
             let request = open_request(prompt, greedy.len() as u32);
             let session = Session::open(verify.channel().await, request);
@@ -50,13 +51,15 @@ impl Workers {
             sessions.push((attachment.await.unwrap(), session));
         }
         for (attachment, mut session) in sessions {
-            let (reason, _) = session.finish().await.unwrap();
+            let (reason, stats) = session.finish().await.unwrap();
             assert_eq!(reason, FinishReason::Length);
             assert_eq!(&session.tokens, greedy);
+            told += stats.cached_prompt_tokens;
             attachment.detached().await;
         }
         verify.is_idle().await;
         draft.is_idle().await;
+        told
     }
 }
 
@@ -68,12 +71,13 @@ async fn a_prompt_of_any_length_is_processed_once() {
     println!("prompts of {:?} tokens", lengths.collect::<Vec<_>>());
     for reference in references.iter().step_by(4) {
         let before = workers.taken_over().await;
-        workers.run(reference).await;
+        let told = workers.run(reference).await;
         let after = workers.taken_over().await;
         // All but the last token, which is each session's first input.
         let shared = reference.prompt.len() as u64 - 1;
         for (before, after) in before.into_iter().zip(after) {
             assert_eq!(after - before, (SESSIONS - 1) * shared);
+            assert_eq!(after - before, told);
         }
     }
 }

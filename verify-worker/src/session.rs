@@ -275,6 +275,7 @@ impl Session {
 
     /// The KV cache holds `cached` positions of the view now, all of them a dense pass's own.
     pub(crate) fn set_cached(&mut self, cached: usize) {
+        self.stats.took_over(self.cached, cached);
         self.cached = cached;
     }
 

@@ -28,6 +28,7 @@ pub(crate) struct Stats {
     pub(crate) divergence: (f64, u64),
     pub(crate) mask_p: f32,
     pub(crate) confirm_length: usize,
+    pub(crate) cached_prompt_tokens: u64,
 }
 
 impl Stats {
@@ -44,6 +45,16 @@ impl Stats {
         self.kv_entries_checking += kv.read;
         self.provisional_tokens += provisional as u64;
         self.confirmed_tokens += accepted.min(provisional) as u64;
+    }
+
+    /// The KV cache holds `now` positions after `before`; more than before are other sessions' work. Counts while the prompt is being
+    /// processed: what a session that was preempted later takes over again is its own.
+    pub(crate) fn took_over(&mut self, before: usize, now: usize) {
+        if self.target_forwards == 0 {
+            let more = now.saturating_sub(before) as u64;
+            let most = self.prompt_tokens.min(now as u64);
+            self.cached_prompt_tokens = (self.cached_prompt_tokens + more).min(most);
+        }
     }
 
     /// The counters as they travel, when an entry of the target's KV cache has `kv_entry_bytes` bytes.
@@ -76,6 +87,7 @@ impl Stats {
             kl_samples: self.divergence.1,
             mask_p: self.mask_p,
             confirm_length: self.confirm_length as u32,
+            cached_prompt_tokens: self.cached_prompt_tokens,
         }
     }
 }

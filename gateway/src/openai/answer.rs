@@ -150,6 +150,17 @@ impl Wording {
             .sum()
     }
 
+    /// Tokens of those prompts that were not processed for this answer: of the choices of a prompt, one at least had the rest to do.
+    fn cached_tokens(&self, ends: &[(Started, Finished)]) -> u64 {
+        let cached = |(_, finished): &(_, Finished)| {
+            let stats = finished.stats.unwrap_or_default();
+            stats.cached_prompt_tokens
+        };
+        ends.chunks(self.choices_per_prompt)
+            .filter_map(|choices| choices.iter().map(cached).min())
+            .sum()
+    }
+
     /// The usage of an answer whose choices ended so.
     pub(super) fn usage(&self, ends: &[(Started, Finished)]) -> Value {
         let prompt_tokens = self.prompt_tokens(ends.iter().map(|(started, _)| started));
@@ -174,6 +185,7 @@ impl Wording {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": total.completion_tokens,
             "total_tokens": prompt_tokens + total.completion_tokens,
+            "prompt_tokens_details": { "cached_tokens": self.cached_tokens(ends) },
             "specattn": {
                 "target_forwards": total.target_forwards,
                 "proposed_tokens": total.proposed_tokens,

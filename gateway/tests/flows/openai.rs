@@ -40,7 +40,9 @@ async fn a_completion_and_its_stream() {
     assert_eq!(status, 200, "{body}");
     let answer: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(answer["choices"][0]["text"], text);
-    assert_eq!(answer["usage"]["prompt_tokens"], 3);
+    let usage = &answer["usage"];
+    assert_eq!(usage["prompt_tokens"], 3);
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 2);
     assert_eq!(answer["object"], "text_completion");
 
     request["stream"] = json!(true);

@@ -189,6 +189,9 @@ pub struct SessionStats {
     /// Exact mode: provisional tokens confirmed at a time, at the end; 0 in other modes.
     #[prost(uint32, tag = "27")]
     pub confirm_length: u32,
+    /// Prompt tokens whose KV entries the target's worker already had from other sessions when it first processed the prompt.
+    #[prost(uint64, tag = "28")]
+    pub cached_prompt_tokens: u64,
 }
 /// What a model is, as far as its partner must know.
 #[derive(Clone, PartialEq, ::prost::Message)]
