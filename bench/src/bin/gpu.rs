@@ -48,6 +48,8 @@ enum Kernels {
     TopP,
     /// Products of few rows.
     Products,
+    /// Whole models: what passes hand out, in whose company, on a shared device, as graphs; of `check` alone.
+    Models,
 }
 
 /// Checks and times the GPU kernels.
@@ -111,7 +113,7 @@ fn main() -> Result<()> {
                         fine &= check_attention::check(backend, dtype)?;
                     }
                 }
-                if args.only.is_none() {
+                if wanted(&[Kernels::Models]) {
                     fine &= check_hand_outs::check(&args.root, choice)?;
                     fine &= check_company::check(&args.root, choice)?;
                     fine &= check_sharing::check(&args.root, choice)?;

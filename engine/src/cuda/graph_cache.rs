@@ -9,10 +9,10 @@
 
 use super::recording::Recording;
 
-/// Lists that are remembered, with a graph or without.
-const CAPACITY: usize = 64;
+/// Lists that are remembered, with a graph or without: a few per shape of a pass.
+const CAPACITY: usize = 256;
 /// Graphs that may be made before any has been of use.
-const FREE_CAPTURES: u64 = 32;
+const FREE_CAPTURES: u64 = 128;
 /// Replays that pay for making a graph. Where shapes never settle, graphs are made at this rate at most.
 const PAYS_AFTER: u64 = 8;
 

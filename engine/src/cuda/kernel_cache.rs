@@ -76,9 +76,15 @@ pub(super) struct Variant {
 /// Most threads that compile at a time.
 const COMPILER_THREADS: usize = 16;
 
-/// The functions of an entry point, by options. Looking one up is part of every launch, so nothing is allocated or hashed but the
-/// entry point's name, which is unique among the files.
+/// The functions of an entry point, in the order of their options' values. Looking one up is part of every launch, so nothing is
+/// allocated or hashed but the entry point's name, which is unique among the files.
 type Functions = Vec<(Vec<(&'static str, u32)>, CudaFunction)>;
+
+/// Where the function with these options is, or would be. A kernel's options have one order, so that values tell them apart.
+fn place_of(functions: &Functions, options: &[(&'static str, u32)]) -> Result<usize, usize> {
+    let wanted = options.iter().map(|option| option.1);
+    functions.binary_search_by(|(own, _)| own.iter().map(|option| option.1).cmp(wanted.clone()))
+}
 
 /// Compiled kernels of one device.
 pub(super) struct KernelCache {
@@ -123,14 +129,9 @@ impl KernelCache {
     fn loaded(&self, kernel: Kernel, options: &[(&'static str, u32)]) -> Option<CudaFunction> {
         let functions = self.functions.read();
         let functions = functions.unwrap_or_else(PoisonError::into_inner);
-        let mut of_kernel = functions.get(kernel.name)?.iter();
-        // Values first: they tell variants apart, and names are longer to compare.
-        let same = |own: &[(&'static str, u32)]| {
-            let values = own.iter().map(|option| option.1);
-            values.eq(options.iter().map(|option| option.1)) && own == options
-        };
-        let (_, function) = of_kernel.find(|(own, _)| same(own))?;
-        Some(function.clone())
+        let of_kernel = functions.get(kernel.name)?;
+        let place = place_of(of_kernel, options).ok()?;
+        Some(of_kernel[place].1.clone())
     }
 
     /// Compiles all that is not there yet, on several threads: a host's first start takes seconds, later ones read the folder.
@@ -181,10 +182,10 @@ impl KernelCache {
             .unwrap_or_else(PoisonError::into_inner);
         let of_kernel = functions.entry(kernel.name).or_default();
         // Another thread may have been first. Its function stays, since graphs may launch it already.
-        match of_kernel.iter().find(|(own, _)| own == options) {
-            Some((_, first)) => Ok(first.clone()),
-            None => {
-                of_kernel.push((options.to_vec(), function.clone()));
+        match place_of(of_kernel, options) {
+            Ok(first) => Ok(of_kernel[first].1.clone()),
+            Err(place) => {
+                of_kernel.insert(place, (options.to_vec(), function.clone()));
                 Ok(function)
             }
         }

@@ -5,6 +5,9 @@
 //! has become one, the graph is; when it can no longer, what was held back is launched and the rest follows as it comes, so that a new
 //! list loses next to nothing. A list that came before is captured behind its launches, while the device works.
 //!
+//! To write a pass down takes a few hundred microseconds, in which the device would have nothing to do. So a pass is several lists, the
+//! first a short one: each is on its way while the next is written down.
+//!
 //! One thread records at a time, the one whose turn it is. What others launch meanwhile (a model being loaded) goes straight to the
 //! stream. Graphs are captured on a stream of their own, where nobody else's work can get between.
 
@@ -18,6 +21,9 @@ use super::recording::{Arguments, LaunchShape, Recording};
 
 /// Launches that make a graph worth its start.
 const FEWEST: usize = 8;
+/// Launches of a pass's first lists; the last one has the rest. Kernels take the device some five times as long as it takes the host to
+/// write them down and launch their graph, but between two graphs kernels do not overlap.
+const LISTS: [usize; 3] = [FEWEST, 32, 128];
 
 /// Launches on a stream, singly or as graphs.
 pub(super) struct Recorder {
@@ -33,6 +39,8 @@ pub(super) struct Recorder {
     recording: Recording,
     /// How many of its launches were launched.
     issued: usize,
+    /// The list's number in the pass.
+    list: usize,
     /// A launch that is not of a pass.
     aside: Recording,
     cache: GraphCache<CudaGraph>,
@@ -56,6 +64,7 @@ impl Recorder {
             thread: None,
             recording: Recording::default(),
             issued: 0,
+            list: 0,
             aside: Recording::default(),
             cache: GraphCache::new(),
         })
@@ -77,6 +86,7 @@ impl Recorder {
     /// Writes down what this thread launches, until [`Recorder::interrupt`] or [`Recorder::end`].
     pub(super) fn begin(&mut self) {
         if self.enabled {
+            self.list = 0;
             self.restart();
             self.thread = Some(std::thread::current().id());
         }
@@ -113,6 +123,12 @@ impl Recorder {
             self.stream.context().bind_to_thread()?;
             // SAFETY: the caller's promise.
             return unsafe { self.aside.issue(0, self.stream.cu_stream(), self.overlaps) };
+        }
+        if LISTS.get(self.list) == Some(&self.recording.len()) {
+            self.list += 1;
+            let result = self.settle();
+            self.restart();
+            result?;
         }
         self.recording.write(function, shape, push);
         if self.cache.follow(&self.recording) {
