@@ -308,15 +308,15 @@ pub trait Backend: Send {
     /// # Errors
     /// The first failure of the pass.
     fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<(), EngineError>;
-    /// Copies a range of an f32 buffer's elements to the host.
+    /// Copies parts of an f32 buffer to the host, in order: each range of elements to a place of its length. `crew` may help.
     ///
     /// # Errors
     /// The first failure of the pass.
-    fn read_range(
+    fn read_parts(
         &self,
         x: &Self::Buffer,
-        elements: Range<usize>,
-        out: &mut Vec<f32>,
+        parts: &mut [(Range<usize>, &mut [f32])],
+        crew: &mut Crew,
     ) -> Result<(), EngineError>;
 }
 

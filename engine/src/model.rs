@@ -11,6 +11,7 @@ use crate::config::ModelConfig;
 use crate::crew::Crew;
 use crate::device::{DeviceInfo, cpu_devices};
 use crate::error::EngineError;
+use crate::floats::Floats;
 use crate::kv_cache::{BlockPool, Sequence};
 use crate::loading::{self, LoadOptions};
 use crate::row_selection::{MAX_REACH, MixedHead, RowSelection, SelectedRows};
@@ -79,7 +80,7 @@ impl<'a> Step<'a> {
 #[derive(Debug, Default)]
 pub struct StepOutput {
     /// `[rows, vocab_size]`, rows as asked by [`LogitRows`]; empty where [`Step::argmax`] was asked for.
-    pub logits: Vec<f32>,
+    pub logits: Floats,
     /// `[rows]`, when asked for: the first of the most probable tokens; `None` where a logit is a NaN or an infinity.
     pub argmax: Vec<Option<u32>>,
     /// Captured attention rows, when asked for.

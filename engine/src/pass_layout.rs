@@ -6,6 +6,7 @@ use crate::attention::{HeadLists, SpanLists};
 use crate::backend::{Backend, Bias, Capture, HandOut, Masses, Pass, Span};
 use crate::crew::Crew;
 use crate::error::EngineError;
+use crate::floats::Floats;
 use crate::model::{LogitRows, Step, StepOutput};
 use crate::transformer::RankOutput;
 
@@ -30,9 +31,9 @@ fn logit_ranges<'a, 's>(
 }
 
 /// Gives every step its rows of `logits`, `[rows, vocab.len()]`, or their most probable tokens; `vocab` is the rank's part of the
-/// vocabulary.
+/// vocabulary, and `crew` may help to fetch them.
 pub(crate) fn hand_out_logits<B: Backend>(
-    backend: &B,
+    (backend, crew): (&B, &mut Crew),
     logits: &mut B::Buffer,
     vocab: Range<usize>,
     steps: &[&Step<'_>],
@@ -43,6 +44,7 @@ pub(crate) fn hand_out_logits<B: Backend>(
         let biases = biases(steps, &vocab);
         backend.argmax(logits, vocab.len(), &biases, &mut most_probable)?;
     }
+    let mut parts = Vec::new();
     for ((step, rows), output) in logit_ranges(steps).zip(outputs) {
         if rows.is_empty() {
             continue;
@@ -57,10 +59,14 @@ pub(crate) fn hand_out_logits<B: Backend>(
             output.peaks = values.collect();
         } else {
             let elements = rows.start * vocab.len()..rows.end * vocab.len();
-            backend.read_range(logits, elements, &mut output.step.logits)?;
+            output.step.logits = Floats::of_len(elements.len());
+            parts.push((elements, &mut *output.step.logits));
         }
     }
-    Ok(())
+    if parts.is_empty() {
+        return Ok(());
+    }
+    backend.read_parts(logits, &mut parts, crew)
 }
 
 /// The biases of the steps' rows of logits, of the tokens in `vocab`.

@@ -14,6 +14,7 @@ use crate::backend::Backend;
 use crate::chooser::KeyChooser;
 use crate::config::ModelConfig;
 use crate::error::{EngineError, RANK_LEFT};
+use crate::floats::Floats;
 use crate::model::{Forwards, Step, StepOutput};
 use crate::transformer::{RankOutput, Transformer};
 
@@ -137,12 +138,13 @@ fn join(config: &ModelConfig, mut parts: Vec<RankOutput>) -> StepOutput {
 }
 
 /// Rows of the whole vocabulary from rows of `vocab` logits per rank.
-fn logits(parts: &[RankOutput], vocab: usize) -> Vec<f32> {
+fn logits(parts: &[RankOutput], vocab: usize) -> Floats {
     let rows = parts[0].step.logits.len() / vocab;
-    let mut logits = Vec::with_capacity(rows * vocab * parts.len());
+    let mut logits = Floats::of_len(rows * vocab * parts.len());
+    let mut places = logits.chunks_exact_mut(vocab);
     for row in 0..rows {
-        for part in parts {
-            logits.extend_from_slice(&part.step.logits[row * vocab..(row + 1) * vocab]);
+        for (part, place) in parts.iter().zip(&mut places) {
+            place.copy_from_slice(&part.step.logits[row * vocab..(row + 1) * vocab]);
         }
     }
     logits

@@ -12,6 +12,7 @@ use crate::communicator::Communicator;
 use crate::config::ModelConfig;
 use crate::crew::Crew;
 use crate::error::EngineError;
+use crate::floats::Floats;
 use crate::model::{LogitRows, Step, StepOutput};
 use crate::pass_layout::{all_masses, hand_out, hand_out_logits, layout, span_lists};
 use crate::row_selection::SelectedRows;
@@ -75,6 +76,8 @@ struct Crews {
     listing: Crew,
     /// Taking selections from it.
     selecting: Crew,
+    /// The same of logits.
+    fetching: Crew,
 }
 
 /// What a rank yields for a step: its heads' attention, its part of the vocabulary's logits, its KV heads' masses and reads.
@@ -126,7 +129,8 @@ impl<B: Backend> Transformer<B> {
             crews: Crews {
                 counting: crew.clone(),
                 listing: crew.clone(),
-                selecting: crew,
+                selecting: crew.clone(),
+                fetching: crew,
             },
         })
     }
@@ -210,7 +214,7 @@ impl<B: Backend> Transformer<B> {
         let heads = c.num_layers * shape.num_kv_heads;
         let dense = (heads * kv_len) as u64;
         let step = StepOutput {
-            logits: Vec::new(),
+            logits: Floats::default(),
             argmax: Vec::new(),
             attention,
             selected: selects.then(|| SelectedRows {
@@ -324,7 +328,13 @@ impl<B: Backend> Transformer<B> {
         }
         if !pass.logit_rows.is_empty() {
             let vocab = place.share.range(self.config.vocab_size);
-            hand_out_logits(backend, &mut a.logits, vocab, steps, outputs)?;
+            hand_out_logits(
+                (backend, &mut crews.fetching),
+                &mut a.logits,
+                vocab,
+                steps,
+                outputs,
+            )?;
         }
         backend.finish()?;
         for output in outputs {

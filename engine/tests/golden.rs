@@ -68,7 +68,9 @@ fn step(
 
 /// Logits of all `tokens` appended to `sequence`.
 fn dense(model: &mut Model, sequence: &mut Sequence, tokens: &[u32]) -> Vec<f32> {
-    step(model, sequence, tokens, None, LogitRows::All, &[]).logits
+    step(model, sequence, tokens, None, LogitRows::All, &[])
+        .logits
+        .to_vec()
 }
 
 fn all_layers(model: &Model) -> Vec<usize> {

@@ -43,7 +43,7 @@ fn decode(model: &mut Model, prompt: &[u32], new_tokens: usize) -> Result<Vec<u3
             logits,
             ..Step::new(&mut sequence, tokens)
         };
-        Ok(model.forward(&mut [step])?.remove(0).logits)
+        Ok(model.forward(&mut [step])?[0].logits.to_vec())
     };
     let (last, body) = prompt.split_last().expect("a prompt");
     for chunk in body.chunks(512) {
@@ -115,7 +115,7 @@ fn tokens_that_are_processed_again_leave_the_bits_of_their_decoding() {
         for tokens in decoded.chunks(chunk) {
             run(tokens, LogitRows::Replay);
         }
-        run(&[7], LogitRows::Last).logits
+        run(&[7], LogitRows::Last).logits.to_vec()
     };
     let bits = |logits: Vec<f32>| -> Vec<u32> { logits.iter().map(|x| x.to_bits()).collect() };
     let one_by_one = bits(logits_after(1));

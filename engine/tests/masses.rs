@@ -131,7 +131,7 @@ fn asking_for_masses_changes_no_bit() {
         let (with, without) = (run(true), run(false));
         assert!(
             with.iter()
-                .zip(&without)
+                .zip(without.iter())
                 .all(|(a, b)| a.to_bits() == b.to_bits())
         );
     }

@@ -299,7 +299,7 @@ impl Replay {
                 memory.observe(list, masses, rule.decay);
             }
         }
-        output.logits
+        output.logits.to_vec()
     }
 }
 

@@ -222,7 +222,7 @@ impl<'a> Pair<'a> {
         let cache = &mut self.target_cache;
         let output = forward(self.target, cache, input, LogitRows::All, Some(&lists))?;
         figures.target += output.kv;
-        Ok(output.logits)
+        Ok(output.logits.to_vec())
     }
 }
 

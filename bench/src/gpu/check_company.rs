@@ -57,8 +57,8 @@ fn compare(model: &mut Model, context: usize) -> Result<(usize, usize)> {
             logits: LogitRows::Verify,
             ..Step::new(&mut sequence, tokens)
         };
-        let mut outputs = model.forward(&mut [step])?;
-        Ok(outputs.swap_remove(0).logits)
+        let outputs = model.forward(&mut [step])?;
+        Ok(outputs[0].logits.to_vec())
     };
     let mut alone = Vec::new();
     for (index, token) in next.iter().enumerate() {

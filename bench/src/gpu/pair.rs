@@ -48,7 +48,7 @@ fn run(
         logits,
         ..Step::new(sequence, tokens)
     };
-    Ok(model.forward(&mut [step])?.remove(0).logits)
+    Ok(model.forward(&mut [step])?[0].logits.to_vec())
 }
 
 /// A sequence of all tokens but the last, with room for that and `more`; and the last.

@@ -88,7 +88,7 @@ pub(crate) fn answer(step: &Step<'_>) -> StepOutput {
         probs: probabilities(kv_len).repeat(step.capture.len()),
     });
     StepOutput {
-        logits,
+        logits: logits.into(),
         attention,
         ..StepOutput::default()
     }

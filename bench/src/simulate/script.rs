@@ -59,7 +59,7 @@ impl Script for Scripted {
             }
             let reads = (past + step.tokens.len()) as u64;
             StepOutput {
-                logits,
+                logits: logits.into(),
                 kv: KvReads {
                     read: reads,
                     dense: reads,

@@ -96,7 +96,7 @@ impl Bench {
             };
             self.reads.push(output.kv);
             if self.session.logit_rows() == LogitRows::Last {
-                output.logits = vec![0.0; VOCAB];
+                output.logits = vec![0.0; VOCAB].into();
                 output.logits[next(self.cache[kv_len - 1], kv_len - 1) as usize] = 2.0;
             }
             if !layers.is_empty() {

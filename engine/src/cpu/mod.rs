@@ -391,14 +391,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn read_range(
+    fn read_parts(
         &self,
         x: &Buffer,
-        elements: Range<usize>,
-        out: &mut Vec<f32>,
+        parts: &mut [(Range<usize>, &mut [f32])],
+        crew: &mut Crew,
     ) -> Result<(), EngineError> {
-        out.clear();
-        out.extend_from_slice(&x[elements]);
+        let x = &**x;
+        crew.for_each(parts, |(elements, out)| {
+            out.copy_from_slice(&x[elements.clone()]);
+        });
         Ok(())
     }
 }

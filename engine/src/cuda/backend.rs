@@ -34,6 +34,9 @@ use crate::crew::Crew;
 use crate::error::EngineError;
 use crate::row_selection::SelectedRows;
 
+/// Logits that cross at a time, but for a session's own: 64 MiB.
+const PIECE: usize = 1 << 24;
+
 /// Head widths that the attention kernels are written for.
 const HEAD_DIMS: [usize; 8] = [16, 32, 48, 64, 80, 96, 128, 256];
 
@@ -515,20 +518,27 @@ impl Backend for CudaBackend {
         Ok(self.device.take_failure()?)
     }
 
-    fn read_range(
+    fn read_parts(
         &self,
         x: &Buffer,
-        elements: Range<usize>,
-        out: &mut Vec<f32>,
+        parts: &mut [(Range<usize>, &mut [f32])],
+        crew: &mut Crew,
     ) -> Result<(), EngineError> {
         debug_assert_eq!(x.elements(), Elements::Single);
         let mut state = self.state.borrow_mut();
-        let result =
-            x.memory()
-                .read_pinned::<f32>(elements.start * 4, elements.len(), &mut state.host);
-        out.clear();
-        if let Some(values) = self.device.note(result) {
-            out.extend_from_slice(values);
+        let together = |one: &(Range<usize>, _), other: &(Range<usize>, _)| {
+            one.0.start / PIECE == (other.0.end - 1) / PIECE
+        };
+        for piece in parts.chunk_by_mut(together) {
+            let (first, end) = (piece[0].0.start, piece[piece.len() - 1].0.end);
+            let values = x
+                .memory()
+                .read_pinned::<f32>(first * 4, end - first, &mut state.host);
+            if let Some(values) = self.device.note(values) {
+                crew.for_each(piece, |(own, out)| {
+                    out.copy_from_slice(&values[own.start - first..own.end - first]);
+                });
+            }
         }
         drop(state);
         Ok(self.device.take_failure()?)

@@ -1,7 +1,10 @@
 //! Selecting the largest weights by count or by mass, without sorting and without allocating.
 //!
 //! Non-negative floats order like their bit patterns, and weights up to 1 fit 30 bits, so three radix passes of 10 bits
-//! find the exact weight at which the goal is met. Ties at that weight go to the lowest ids.
+//! find the exact weight at which the goal is met. Ties at that weight go to the lowest ids. Passes but for the first are about few
+//! weights, and so is gathering: whole blocks without any are passed over.
+
+use super::widest::widest;
 
 /// How much to keep.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,19 +41,30 @@ pub(super) fn cutoff(weights: &[f32], goal: Goal) -> Cutoff {
     };
     let measure = |weight: f32| if by_mass { f64::from(weight) } else { 1.0 };
 
-    const DIGIT_BITS: u32 = 10;
-    const SLOTS: usize = 1 << DIGIT_BITS;
     // The digits settled so far, and the measure of the weights above every weight that begins with them.
     let mut prefix = 0_u32;
     let mut above = 0.0;
     for shift in [2 * DIGIT_BITS, DIGIT_BITS, 0] {
-        let mut slots = [0.0_f64; SLOTS];
-        for &weight in weights {
-            let bits = weight.to_bits() >> shift;
-            if bits >> DIGIT_BITS == prefix {
-                slots[bits as usize % SLOTS] += measure(weight);
+        let slots = if shift == 2 * DIGIT_BITS {
+            first_digits(weights, shift, measure)
+        } else {
+            let mut slots = [0.0_f64; SLOTS];
+            let least = prefix << (shift + DIGIT_BITS);
+            let most = least | ((1 << (shift + DIGIT_BITS)) - 1);
+            let bounds = [f32::from_bits(least), f32::from_bits(most)];
+            for block in weights.chunks(BLOCK) {
+                if !has_any_in(block, bounds) {
+                    continue;
+                }
+                for &weight in block {
+                    let bits = weight.to_bits() >> shift;
+                    if bits >> DIGIT_BITS == prefix {
+                        slots[bits as usize % SLOTS] += measure(weight);
+                    }
+                }
             }
-        }
+            slots
+        };
         let mut slot = SLOTS - 1;
         while slot > 0 && above + slots[slot] < wanted {
             above += slots[slot];
@@ -67,21 +81,71 @@ pub(super) fn cutoff(weights: &[f32], goal: Goal) -> Cutoff {
     }
 }
 
+const DIGIT_BITS: u32 = 10;
+const SLOTS: usize = 1 << DIGIT_BITS;
+/// Weights that are passed over at a time.
+const BLOCK: usize = 64;
+
+/// The measure of the weights by their first digit. Neighbours are often alike: they are added up in tables of their own, so that none
+/// waits for the one before.
+fn first_digits(weights: &[f32], shift: u32, measure: impl Fn(f32) -> f64) -> [f64; SLOTS] {
+    const TABLES: usize = 4;
+    let mut tables = [[0.0_f64; SLOTS]; TABLES];
+    let mut add = |table: usize, weight: f32| {
+        tables[table][(weight.to_bits() >> shift) as usize % SLOTS] += measure(weight);
+    };
+    let (chunks, rest) = weights.as_chunks::<TABLES>();
+    for chunk in chunks {
+        for (table, &weight) in chunk.iter().enumerate() {
+            add(table, weight);
+        }
+    }
+    for (table, &weight) in rest.iter().enumerate() {
+        add(table, weight);
+    }
+    let [mut slots, others @ ..] = tables;
+    for (index, slot) in slots.iter_mut().enumerate() {
+        for table in &others {
+            *slot += table[index];
+        }
+    }
+    slots
+}
+
+#[inline(always)]
+fn plain_has_any_in(weights: &[f32], [least, most]: [f32; 2]) -> bool {
+    let mut any = false;
+    for &weight in weights {
+        any |= (weight >= least) & (weight <= most);
+    }
+    any
+}
+
+widest! {
+    /// Whether any of these weights lies between the bounds, which belong to it.
+    fn has_any_in(weights: &[f32], bounds: [f32; 2]) -> bool = plain_has_any_in;
+}
+
 /// Appends the positive weights that `cutoff` keeps, with their indices, in order of index.
 pub(super) fn gather(weights: &[f32], cutoff: Cutoff, ids: &mut Vec<u32>, kept: &mut Vec<f32>) {
     let mut ties = cutoff.ties;
-    for (id, &weight) in weights.iter().enumerate() {
-        if weight < cutoff.weight || weight <= 0.0 {
+    for (number, block) in weights.chunks(BLOCK).enumerate() {
+        if !has_any_in(block, [cutoff.weight, f32::INFINITY]) {
             continue;
         }
-        if weight == cutoff.weight {
-            if ties == 0 {
+        for (offset, &weight) in block.iter().enumerate() {
+            if weight < cutoff.weight || weight <= 0.0 {
                 continue;
             }
-            ties -= 1;
+            if weight == cutoff.weight {
+                if ties == 0 {
+                    continue;
+                }
+                ties -= 1;
+            }
+            ids.push((number * BLOCK + offset) as u32);
+            kept.push(weight);
         }
-        ids.push(id as u32);
-        kept.push(weight);
     }
 }
 

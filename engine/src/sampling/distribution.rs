@@ -4,6 +4,7 @@ use super::cutoff::{Cutoff, gather};
 use super::softmax::{scale, sum};
 use super::sparse::SparseDistribution;
 use crate::error::EngineError;
+use crate::floats::Floats;
 
 /// Token probabilities that sum to 1 within f32 rounding. Greedy sampling gives a single token.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,7 +17,7 @@ enum Form {
     /// One token has it all.
     Single(u32),
     /// Indexed by token id.
-    Dense(Vec<f32>),
+    Dense(Floats),
     /// Strictly increasing ids and their probabilities, all positive; not empty.
     Sparse { ids: Vec<u32>, probs: Vec<f32> },
 }
@@ -48,11 +49,11 @@ impl Distribution {
         if total < f64::from(f32::MIN_POSITIVE) || total > f64::from(f32::MAX) {
             return Err(invalid(format!("weights sum to {total}")));
         }
-        Ok(Self::dense(weights, total))
+        Ok(Self::dense(weights.into(), total))
     }
 
     /// From weights and their positive sum.
-    pub(super) fn dense(mut weights: Vec<f32>, total: f64) -> Self {
+    pub(super) fn dense(mut weights: Floats, total: f64) -> Self {
         scale(&mut weights, (1.0 / total) as f32);
         Self {
             form: Form::Dense(weights),
@@ -129,7 +130,7 @@ impl Distribution {
             Form::Single(token) => shared(*token, 1.0),
             Form::Dense(probs) => match &other.form {
                 Form::Dense(others) => {
-                    let pairs = probs.iter().zip(others);
+                    let pairs = probs.iter().zip(others.iter());
                     pairs.map(|(&a, &b)| f64::from(a.min(b))).sum()
                 }
                 _ => other.overlap(self),

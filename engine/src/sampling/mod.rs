@@ -4,8 +4,9 @@
 //! the draft side, [`check_draft`] and [`verify_round`] judge on the target side. Every random number is a pure function
 //! of (seed, position, purpose), see [`CounterRng`], so that any worker can replay any decision.
 //!
-//! All arithmetic here is plain IEEE f32 and f64 without fused operations, library functions or run-time dispatch (but
-//! for the logarithms in [`token_logprobs`] and [`kl_divergence`]): equal inputs give equal bits on every machine.
+//! All arithmetic here is plain IEEE f32 and f64 without fused operations or library functions (but for the logarithms in
+//! [`token_logprobs`] and [`kl_divergence`]), and wider vectors only take more of it at a time: equal inputs give equal bits on every
+//! machine.
 
 mod cutoff;
 mod distribution;
@@ -17,6 +18,7 @@ mod sampler;
 mod softmax;
 mod sparse;
 mod speculative;
+mod widest;
 
 pub use distribution::Distribution;
 pub use divergence::kl_divergence;

@@ -5,6 +5,7 @@ use super::distribution::Distribution;
 use super::params::SamplingParams;
 use super::softmax::{finite_max, first_index_of, sum, weights_into};
 use crate::error::EngineError;
+use crate::floats::Floats;
 
 /// The tokens before the row being sampled, as the penalties see them. Ids outside the vocabulary are ignored.
 #[derive(Debug, Clone, Copy, Default)]
@@ -102,7 +103,7 @@ impl Sampler {
             weights_into(row, max, inverse_temperature, &mut self.weights);
             Ok(truncated(&self.params, &self.weights))
         } else {
-            let mut weights = vec![0.0; self.vocab_size];
+            let mut weights = Floats::of_len(self.vocab_size);
             let total = weights_into(row, max, inverse_temperature, &mut weights);
             Ok(Distribution::dense(weights, total))
         }

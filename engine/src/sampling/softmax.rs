@@ -1,6 +1,7 @@
 //! Loops over rows of logits, written to be vectorised by the compiler on any target: lanes are explicit arrays, the
 //! exponential is a polynomial, and nothing branches per element.
 
+use super::widest::widest;
 use crate::error::EngineError;
 
 /// Partial results kept side by side, since the compiler may not reorder a float reduction by itself.
@@ -13,6 +14,18 @@ const SUM_BLOCK: usize = 1024;
 /// # Errors
 /// [`EngineError::InvalidArgument`] when the row is empty or holds a NaN or an infinity.
 pub(super) fn finite_max(logits: &[f32]) -> Result<f32, EngineError> {
+    let (max, is_sound) = max_and_soundness(logits);
+    if !is_sound {
+        return Err(EngineError::InvalidArgument {
+            what: "logits",
+            reason: first_non_finite(logits),
+        });
+    }
+    Ok(max)
+}
+
+#[inline(always)]
+fn plain_max_and_soundness(logits: &[f32]) -> (f32, bool) {
     let mut max = [f32::NEG_INFINITY; LANES];
     // x · 0 is 0 for finite x and NaN otherwise, and NaN survives the sum.
     let mut poison = [0.0_f32; LANES];
@@ -29,13 +42,8 @@ pub(super) fn finite_max(logits: &[f32]) -> Result<f32, EngineError> {
         poison[lane] += x * 0.0;
     }
     let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    if poison.iter().any(|p| p.is_nan()) || !max.is_finite() {
-        return Err(EngineError::InvalidArgument {
-            what: "logits",
-            reason: first_non_finite(logits),
-        });
-    }
-    Ok(max)
+    let is_poisoned = poison.iter().any(|p| p.is_nan());
+    (max, max.is_finite() && !is_poisoned)
 }
 
 fn first_non_finite(logits: &[f32]) -> String {
@@ -53,22 +61,30 @@ pub(crate) fn most_probable(logits: &[f32]) -> Option<u32> {
 
 /// The first index holding `value`.
 pub(super) fn first_index_of(row: &[f32], value: f32) -> Option<usize> {
-    // Whole blocks are compared without early exit, so that the comparison vectorises.
-    const BLOCK: usize = 256;
-    row.chunks(BLOCK).enumerate().find_map(|(block, chunk)| {
-        let found = chunk.iter().fold(false, |found, &x| found | (x == value));
-        if !found {
-            return None;
-        }
-        let offset = chunk.iter().position(|&x| x == value)?;
-        Some(block * BLOCK + offset)
-    })
+    let block = first_block_with(row, value)?;
+    let offset = row[block * BLOCK..].iter().position(|&x| x == value)?;
+    Some(block * BLOCK + offset)
 }
 
-/// Writes exp((logit − max) · inverse_temperature) for every logit: weights in [0, 1]. Returns their sum.
-///
-/// `weights` is as long as `logits`; no logit is above `max`; one equals it, so that the sum is at least 1.
-pub(super) fn weights_into(
+/// Elements that are compared without early exit, so that the comparison vectorises.
+const BLOCK: usize = 256;
+
+#[inline(always)]
+fn plain_first_block_with(row: &[f32], value: f32) -> Option<usize> {
+    for (number, block) in row.chunks(BLOCK).enumerate() {
+        let mut found = false;
+        for &x in block {
+            found |= x == value;
+        }
+        if found {
+            return Some(number);
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn plain_weights_into(
     logits: &[f32],
     max: f32,
     inverse_temperature: f32,
@@ -79,32 +95,28 @@ pub(super) fn weights_into(
         for (weight, &logit) in weights.iter_mut().zip(logits) {
             *weight = exp_of_nonpositive((logit - max) * inverse_temperature);
         }
-        total += sum(weights);
+        total += block_sum(weights);
     }
     total
 }
 
-/// The sum of exp(logit − max).
-pub(super) fn sum_of_exp(logits: &[f32], max: f32) -> f64 {
-    let mut buffer = [0.0_f32; SUM_BLOCK];
-    logits
-        .chunks(SUM_BLOCK)
-        .map(|chunk| weights_into(chunk, max, 1.0, &mut buffer[..chunk.len()]))
-        .sum()
-}
-
-/// Multiplies every value by `factor`.
-pub(super) fn scale(values: &mut [f32], factor: f32) {
+#[inline(always)]
+fn plain_scale(values: &mut [f32], factor: f32) {
     for value in values {
         *value *= factor;
     }
 }
 
-/// The sum of non-negative values: f32 lanes over short blocks, f64 over the blocks.
-pub(super) fn sum(values: &[f32]) -> f64 {
-    values.chunks(SUM_BLOCK).map(block_sum).sum()
+#[inline(always)]
+fn plain_sum(values: &[f32]) -> f64 {
+    let mut total = 0.0;
+    for block in values.chunks(SUM_BLOCK) {
+        total += block_sum(block);
+    }
+    total
 }
 
+#[inline(always)]
 fn block_sum(values: &[f32]) -> f64 {
     let mut lanes = [0.0_f32; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
@@ -116,7 +128,35 @@ fn block_sum(values: &[f32]) -> f64 {
     for (lane, &value) in lanes.iter_mut().zip(rest) {
         *lane += value;
     }
-    lanes.iter().map(|&lane| f64::from(lane)).sum()
+    let mut total = 0.0;
+    for lane in lanes {
+        total += f64::from(lane);
+    }
+    total
+}
+
+widest! {
+    /// The largest logit, and whether there is one and all are finite.
+    fn max_and_soundness(logits: &[f32]) -> (f32, bool) = plain_max_and_soundness;
+    /// The first block of [`BLOCK`] elements that holds `value`.
+    fn first_block_with(row: &[f32], value: f32) -> Option<usize> = plain_first_block_with;
+    /// Writes exp((logit − max) · inverse_temperature) for every logit: weights in [0, 1]. Returns their sum.
+    ///
+    /// `weights` is as long as `logits`; no logit is above `max`; one equals it, so that the sum is at least 1.
+    fn weights_into(logits: &[f32], max: f32, inverse_temperature: f32, weights: &mut [f32]) -> f64 = plain_weights_into;
+    /// Multiplies every value by `factor`.
+    fn scale(values: &mut [f32], factor: f32) -> () = plain_scale;
+    /// The sum of non-negative values: f32 lanes over short blocks, f64 over the blocks.
+    fn sum(values: &[f32]) -> f64 = plain_sum;
+}
+
+/// The sum of exp(logit − max).
+pub(super) fn sum_of_exp(logits: &[f32], max: f32) -> f64 {
+    let mut buffer = [0.0_f32; SUM_BLOCK];
+    logits
+        .chunks(SUM_BLOCK)
+        .map(|chunk| weights_into(chunk, max, 1.0, &mut buffer[..chunk.len()]))
+        .sum()
 }
 
 /// eˣ for x ≤ 0 to about 1e-7 relative; exactly 1 at 0 and exactly 0 below -87, where f32 would lose precision anyway.
@@ -184,6 +224,24 @@ mod tests {
             }
         }
         assert!(finite_max(&[]).is_err());
+    }
+
+    #[test]
+    fn wider_vectors_give_the_same_bits() {
+        for len in [1, 15, 16, 33, 1000, 1024, 5003] {
+            let logits: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin() * 9.0).collect();
+            let (max, is_sound) = max_and_soundness(&logits);
+            assert_eq!((max, is_sound), plain_max_and_soundness(&logits));
+            let (mut wide, mut plain) = (vec![0.0; len], vec![0.0; len]);
+            let total = weights_into(&logits, max, 1.25, &mut wide);
+            let plain_total = plain_weights_into(&logits, max, 1.25, &mut plain);
+            assert_eq!(total.to_bits(), plain_total.to_bits());
+            assert_eq!(wide, plain);
+            assert_eq!(sum(&wide).to_bits(), plain_sum(&plain).to_bits());
+            scale(&mut wide, 0.3);
+            plain_scale(&mut plain, 0.3);
+            assert_eq!(wide, plain);
+        }
     }
 
     #[test]

@@ -119,7 +119,8 @@ impl Oracle {
             logits: LogitRows::Last,
             ..Step::new(&mut sequence, context)
         };
-        let logits = self.model.forward(&mut [step]).unwrap().remove(0).logits;
+        let output = self.model.forward(&mut [step]).unwrap().remove(0);
+        let logits = output.logits.to_vec();
         self.known.insert(context.to_vec(), logits.clone());
         logits
     }
@@ -246,9 +247,8 @@ fn draw(ask: &Ask, seed: u64, models: &mut Models) -> ([u32; DRAWN], bool) {
         };
         let mut output = StepOutput::default();
         if session.logit_rows() == LogitRows::Verify {
-            for end in past + 1..=text.len() {
-                output.logits.extend(oracle.logits(&text[..end]));
-            }
+            let rows = (past + 1..=text.len()).map(|end| oracle.logits(&text[..end]));
+            output.logits = rows.collect::<Vec<_>>().concat().into();
         }
         let ended = session.settle(&output).unwrap();
         assert!(session.link.is_some(), "no proposal was malformed");

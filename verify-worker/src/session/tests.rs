@@ -90,7 +90,7 @@ impl Bench {
         }
         self.cache.extend(&input);
         let output = StepOutput {
-            logits,
+            logits: logits.into(),
             kv: KvReads { read: 1, dense: 2 },
             ..StepOutput::default()
         };
@@ -629,7 +629,7 @@ fn settle_planned(bench: &mut Bench) {
     }
     bench.cache.extend(bench.session.input());
     let output = StepOutput {
-        logits,
+        logits: logits.into(),
         ..StepOutput::default()
     };
     bench.session.settle(&output).unwrap();
@@ -641,7 +641,7 @@ fn logits_that_mean_nothing_fail_the_session() {
     bench.step();
     assert_eq!(bench.session.plan(bench.now), Plan::Run);
     let output = StepOutput {
-        logits: vec![f32::NAN; VOCAB],
+        logits: vec![f32::NAN; VOCAB].into(),
         ..StepOutput::default()
     };
     assert!(bench.session.settle(&output).is_err());
