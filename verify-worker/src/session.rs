@@ -99,6 +99,8 @@ pub(crate) struct Session {
     run: Run,
     oversight: Oversight,
     cached: usize,
+    /// The most that has been cached when it was last [set](Session::set_cached).
+    most_cached: usize,
     epoch: u64,
     vocab_size: usize,
     sampler: Sampler,
@@ -143,6 +145,7 @@ impl Session {
             run: Run::default(),
             oversight,
             cached: 0,
+            most_cached: 0,
             epoch: 0,
             vocab_size,
             sampler: Sampler::new(spec.sampling.clone(), vocab_size)?,
@@ -275,7 +278,9 @@ impl Session {
 
     /// The KV cache holds `cached` positions of the view now, all of them a dense pass's own.
     pub(crate) fn set_cached(&mut self, cached: usize) {
-        self.stats.took_over(self.cached, cached);
+        self.most_cached = self.most_cached.max(self.cached);
+        self.stats.took_over(self.most_cached, cached);
+        self.most_cached = self.most_cached.max(cached);
         self.cached = cached;
     }
 

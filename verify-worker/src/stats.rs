@@ -47,13 +47,12 @@ impl Stats {
         self.confirmed_tokens += accepted.min(provisional) as u64;
     }
 
-    /// The KV cache holds `now` positions after `before`; more than before are other sessions' work. Counts while the prompt is being
-    /// processed: what a session that was preempted later takes over again is its own.
+    /// The KV cache holds `now` positions after `before` at most; more than these are other sessions' work. Counts while the prompt is
+    /// being processed: what a session that was preempted later takes over again is its own.
     pub(crate) fn took_over(&mut self, before: usize, now: usize) {
         if self.target_forwards == 0 {
             let more = now.saturating_sub(before) as u64;
-            let most = self.prompt_tokens.min(now as u64);
-            self.cached_prompt_tokens = (self.cached_prompt_tokens + more).min(most);
+            self.cached_prompt_tokens = (self.cached_prompt_tokens + more).min(self.prompt_tokens);
         }
     }
 

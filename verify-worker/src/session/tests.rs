@@ -619,6 +619,25 @@ fn masks_steer_rounds_and_their_loss_is_told() {
     assert_eq!(bench.session.tokens, right);
 }
 
+#[test]
+fn prompt_tokens_of_others_count_once_and_a_sessions_own_never() {
+    let (outbox, _events) = events::channel(100, Duration::ZERO, || {});
+    let spec = SessionSpec {
+        tokens: vec![1; 100],
+        prompt_tokens: 100,
+        ..spec(200)
+    };
+    let mut session = Session::new(spec, VOCAB, outbox, &Shared::default()).unwrap();
+    // Others' 20, then 30 of its own.
+    session.set_cached(20);
+    session.cached = 50;
+    // Preempted; it finds what it had, and later ten more of others.
+    session.set_cached(0);
+    session.set_cached(50);
+    session.set_cached(60);
+    assert_eq!(session.stats.cached_prompt_tokens, 30);
+}
+
 /// Runs the forward that was planned already.
 fn settle_planned(bench: &mut Bench) {
     bench.forget();
