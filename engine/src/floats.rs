@@ -35,11 +35,19 @@ impl AtRest {
         Some(vector)
     }
 
+    /// Those that nobody has asked for the longest make room.
     fn put(&mut self, vector: Vec<f32>) {
-        if self.numbers + vector.capacity() <= MOST_AT_REST {
-            self.numbers += vector.capacity();
-            self.vectors.push(vector);
+        self.numbers += vector.capacity();
+        self.vectors.push(vector);
+        let mut too_many = 0;
+        for vector in &self.vectors {
+            if self.numbers <= MOST_AT_REST {
+                break;
+            }
+            self.numbers -= vector.capacity();
+            too_many += 1;
         }
+        self.vectors.drain(..too_many);
     }
 }
 
@@ -111,10 +119,14 @@ mod tests {
         assert!(at_rest.take(FEWEST).is_none() && at_rest.take(4 * FEWEST).is_none());
         assert_eq!(at_rest.take(2 * FEWEST).unwrap().capacity(), 3 * FEWEST);
         assert_eq!((at_rest.numbers, at_rest.vectors.len()), (0, 0));
+        at_rest.put(Vec::with_capacity(FEWEST));
         for _ in 0..2 * MOST_AT_REST / (1 << 20) {
             at_rest.put(Vec::with_capacity(1 << 20));
         }
         assert_eq!(at_rest.numbers, MOST_AT_REST);
+        assert!(at_rest.take(FEWEST).is_none());
+        at_rest.put(Vec::with_capacity(MOST_AT_REST + 1));
+        assert_eq!((at_rest.numbers, at_rest.vectors.len()), (0, 0));
     }
 
     #[test]

@@ -6,6 +6,12 @@
 
 use super::widest::widest;
 
+/// Bits of a radix pass.
+const DIGIT_BITS: u32 = 10;
+const SLOTS: usize = 1 << DIGIT_BITS;
+/// Weights that are passed over at a time.
+const BLOCK: usize = 64;
+
 /// How much to keep.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Goal {
@@ -48,22 +54,7 @@ pub(super) fn cutoff(weights: &[f32], goal: Goal) -> Cutoff {
         let slots = if shift == 2 * DIGIT_BITS {
             first_digits(weights, shift, measure)
         } else {
-            let mut slots = [0.0_f64; SLOTS];
-            let least = prefix << (shift + DIGIT_BITS);
-            let most = least | ((1 << (shift + DIGIT_BITS)) - 1);
-            let bounds = [f32::from_bits(least), f32::from_bits(most)];
-            for block in weights.chunks(BLOCK) {
-                if !has_any_in(block, bounds) {
-                    continue;
-                }
-                for &weight in block {
-                    let bits = weight.to_bits() >> shift;
-                    if bits >> DIGIT_BITS == prefix {
-                        slots[bits as usize % SLOTS] += measure(weight);
-                    }
-                }
-            }
-            slots
+            next_digits(weights, shift, prefix, measure)
         };
         let mut slot = SLOTS - 1;
         while slot > 0 && above + slots[slot] < wanted {
@@ -80,11 +71,6 @@ pub(super) fn cutoff(weights: &[f32], goal: Goal) -> Cutoff {
         ties: ties as usize,
     }
 }
-
-const DIGIT_BITS: u32 = 10;
-const SLOTS: usize = 1 << DIGIT_BITS;
-/// Weights that are passed over at a time.
-const BLOCK: usize = 64;
 
 /// The measure of the weights by their first digit. Neighbours are often alike: they are added up in tables of their own, so that none
 /// waits for the one before.
@@ -107,6 +93,31 @@ fn first_digits(weights: &[f32], shift: u32, measure: impl Fn(f32) -> f64) -> [f
     for (index, slot) in slots.iter_mut().enumerate() {
         for table in &others {
             *slot += table[index];
+        }
+    }
+    slots
+}
+
+/// The measure by the digit at `shift` of the weights that begin with `prefix`.
+fn next_digits(
+    weights: &[f32],
+    shift: u32,
+    prefix: u32,
+    measure: impl Fn(f32) -> f64,
+) -> [f64; SLOTS] {
+    let mut slots = [0.0_f64; SLOTS];
+    let least = prefix << (shift + DIGIT_BITS);
+    let most = least | ((1 << (shift + DIGIT_BITS)) - 1);
+    let bounds = [least, most].map(f32::from_bits);
+    for block in weights.chunks(BLOCK) {
+        if !has_any_in(block, bounds) {
+            continue;
+        }
+        for &weight in block {
+            let bits = weight.to_bits() >> shift;
+            if bits >> DIGIT_BITS == prefix {
+                slots[bits as usize % SLOTS] += measure(weight);
+            }
         }
     }
     slots
