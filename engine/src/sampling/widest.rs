@@ -1,11 +1,9 @@
 //! [`widest!`]: plain loops, compiled once more for each instruction set whose vectors take more at a time.
 
-use std::sync::LazyLock;
-
-use crate::cpu::Isa;
-
 /// The best instruction set of this machine.
-pub(super) static BEST: LazyLock<Isa> = LazyLock::new(|| Isa::available()[0]);
+#[cfg(target_arch = "x86_64")]
+pub(super) static BEST: std::sync::LazyLock<crate::cpu::Isa> =
+    std::sync::LazyLock::new(|| crate::cpu::Isa::available()[0]);
 
 /// Declares functions that run a plain one, which is `#[inline(always)]` with all that it calls, as the compiler vectorises it for this
 /// machine. It neither fuses nor reorders operations: bits are the plain function's.
