@@ -99,7 +99,7 @@ pub(crate) struct Session {
     run: Run,
     oversight: Oversight,
     cached: usize,
-    /// The most that has been cached when it was last [set](Session::set_cached).
+    /// The most that was cached before it was last [set](Session::set_cached).
     most_cached: usize,
     epoch: u64,
     vocab_size: usize,
@@ -280,7 +280,6 @@ impl Session {
     pub(crate) fn set_cached(&mut self, cached: usize) {
         self.most_cached = self.most_cached.max(self.cached);
         self.stats.took_over(self.most_cached, cached);
-        self.most_cached = self.most_cached.max(cached);
         self.cached = cached;
     }
 

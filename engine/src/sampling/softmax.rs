@@ -6,6 +6,8 @@ use crate::error::EngineError;
 
 /// Partial results kept side by side, since the compiler may not reorder a float reduction by itself.
 const LANES: usize = 16;
+/// Elements that are compared without early exit, so that the comparison vectorises.
+const BLOCK: usize = 256;
 /// Elements summed in f32 before the sum goes to f64.
 const SUM_BLOCK: usize = 1024;
 
@@ -65,9 +67,6 @@ pub(super) fn first_index_of(row: &[f32], value: f32) -> Option<usize> {
     let offset = row[block * BLOCK..].iter().position(|&x| x == value)?;
     Some(block * BLOCK + offset)
 }
-
-/// Elements that are compared without early exit, so that the comparison vectorises.
-const BLOCK: usize = 256;
 
 #[inline(always)]
 fn plain_first_block_with(row: &[f32], value: f32) -> Option<usize> {
