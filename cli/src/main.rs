@@ -57,7 +57,7 @@ fn run(command: &Command) -> Result<u8, CliError> {
     // other cores.
     let runtime = match command {
         Command::Serve(args) => args.io.runtime()?,
-        _ => IoArgs::default().runtime()?,
+        _ => IoArgs::ONE.runtime()?,
     };
     let code = runtime.block_on(async {
         match command {
