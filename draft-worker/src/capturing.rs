@@ -7,6 +7,7 @@
 use specattn_engine::{HeadLists, Round, RowSelection, StepOutput};
 use specattn_mask::{MaskError, MaskPolicy, Source};
 
+use crate::outgoing::{OutgoingMask, is_long};
 use crate::own_reads::{OwnPolicy, OwnReads};
 use crate::rows::RowSelector;
 use crate::session::DraftShape;
@@ -15,6 +16,8 @@ use crate::session::DraftShape;
 #[derive(Debug)]
 pub(crate) struct Capturing {
     masks: Option<RowSelector>,
+    /// The verify worker lacks the masks before.
+    begins_anew: bool,
     own: OwnReads,
     /// Draft layers to capture, increasing.
     layers: Vec<usize>,
@@ -46,6 +49,7 @@ impl Capturing {
                 round: Round::default(),
             },
             masks,
+            begins_anew: false,
             own,
             layers,
         }
@@ -124,11 +128,22 @@ impl Capturing {
         }
     }
 
-    /// Ends the round: its encoded mask, empty where none are wanted.
-    pub(crate) fn finish(&mut self) -> Vec<u8> {
-        self.masks
-            .as_mut()
-            .map_or_else(Vec::new, RowSelector::finish)
+    /// Whether the round's mask stands although `left` of its steps are to come, and is worth a message of its own: what it
+    /// takes to encode and to read a long one passes while the draft steps on.
+    pub(crate) fn has_early_mask(&self, left: usize) -> bool {
+        let is_worth_it = |masks: &RowSelector| {
+            masks.has_selection() && is_long(masks.num_sources(), masks.context_len())
+        };
+        self.masks.as_ref().is_some_and(is_worth_it) && !self.own.captures_within(left)
+    }
+
+    /// Ends the round's selections: its mask, where any are wanted.
+    pub(crate) fn finish(&mut self) -> Option<OutgoingMask> {
+        let round = self.masks.as_mut()?.finish().clone();
+        Some(OutgoingMask {
+            round,
+            is_first: std::mem::take(&mut self.begins_anew),
+        })
     }
 
     /// Masks must reach this share of a row's mass from the next step on.
@@ -142,16 +157,13 @@ impl Capturing {
 
     /// The next mask is a full one.
     pub(crate) fn forget_base(&mut self) {
-        if let Some(masks) = &mut self.masks {
-            masks.forget_base();
-        }
+        self.begins_anew = true;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use specattn_engine::{AttentionRows, SelectedRows};
-    use specattn_mask::{Decoder, Limits};
 
     use super::*;
 
@@ -273,12 +285,7 @@ mod tests {
         let asked = capturing.selection().unwrap().clone();
         capturing.begin(90);
         capturing.stepped(&selections([5, 95], &asked)).unwrap();
-        let limits = Limits {
-            max_context: 100,
-            max_sources: 2,
-        };
-        let mut decoder = Decoder::new(limits);
-        let mask = decoder.decode(&capturing.finish()).unwrap();
+        let mask = capturing.finish().unwrap().round;
         // The round's own inputs are not masked.
         assert_eq!(mask.sources[0].count(), 0);
         assert!(mask.sources[1].iter().eq([5]));

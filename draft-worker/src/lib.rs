@@ -13,6 +13,7 @@ mod engine_loop;
 mod link;
 mod lookahead;
 mod metrics;
+mod outgoing;
 pub mod own_reads;
 mod round_length;
 pub mod rows;

@@ -18,11 +18,11 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    /// Counts a message that is about to be sent.
-    pub(crate) fn count(&self, proposal: &Proposal) {
+    /// Counts a message that is about to be sent, with so many bytes of mask.
+    pub(crate) fn count(&self, proposal: &Proposal, mask_bytes: usize) {
         self.rounds.inc_by(proposal.last.into());
         self.tokens.inc_by(proposal.draft.len() as u64);
-        self.mask_bytes.inc_by(proposal.mask.len() as u64);
+        self.mask_bytes.inc_by(mask_bytes as u64);
         self.kv_read.inc_by(proposal.kv.read);
         self.kv_dense.inc_by(proposal.kv.dense);
     }

@@ -77,6 +77,11 @@ impl OwnReads {
         self.age.is_none_or(|age| age + ahead > self.capture_every)
     }
 
+    /// Whether any of the `left` steps that are left of a round, whose first step went by, is to be captured.
+    pub fn captures_within(&self, left: usize) -> bool {
+        self.age.is_none_or(|age| age + left > self.capture_every)
+    }
+
     /// Takes the rows of a captured step, of all layers.
     pub fn captured(&mut self, rows: &AttentionRows) {
         if !self.renew(rows.kv_len, rows.layers.len() * self.num_kv_heads) {
@@ -221,6 +226,7 @@ mod tests {
     /// Which of `rounds` rounds' steps are captured.
     fn schedule(capture_every: usize, round_length: usize, rounds: usize) -> Vec<Vec<usize>> {
         let mut own = own(capture_every);
+        let mut foretold = Vec::new();
         let mut captured = |step: &usize| {
             let now = own.captures(*step, round_length);
             if now {
@@ -228,11 +234,17 @@ mod tests {
             } else {
                 own.passed();
             }
+            foretold.push(own.captures_within(round_length - 1 - step));
             now
         };
-        (0..rounds)
+        let rounds: Vec<Vec<usize>> = (0..rounds)
             .map(|_| (0..round_length).filter(&mut captured).collect())
-            .collect()
+            .collect();
+        let comes = rounds.iter().flat_map(|round| {
+            (0..round_length).map(|step| round.iter().any(|&captured| captured > step))
+        });
+        assert!(comes.eq(foretold));
+        rounds
     }
 
     #[test]

@@ -1,16 +1,15 @@
-//! [`RowSelector`]: from the attention rows of a round's captured steps to the round's encoded mask.
+//! [`RowSelector`]: from the attention rows of a round's captured steps to the round's mask.
 
 use specattn_engine::{AttentionRows, MixedHead, MixedRow, SelectedRows, Spread};
 use specattn_mask::source::{Term, layers_in_use};
 use specattn_mask::spread::REACH;
-use specattn_mask::{Encoder, MaskError, MaskPolicy, RoundMask, RoundSelector, Source};
+use specattn_mask::{MaskError, MaskPolicy, RoundMask, RoundSelector, Source};
 
-/// Mixes, selects, unites and encodes for one session.
+/// Mixes, selects and unites for one session.
 #[derive(Debug)]
 pub struct RowSelector {
     sources: Vec<Source>,
     selector: RoundSelector,
-    encoder: Encoder,
     context_len: usize,
     /// Whether the round has a captured step.
     has_rows: bool,
@@ -26,7 +25,6 @@ impl RowSelector {
         Self {
             selector: RoundSelector::new(policy, &sources),
             sources,
-            encoder: Encoder::new(),
             context_len: 0,
             has_rows: false,
             last: RoundMask::default(),
@@ -105,17 +103,22 @@ impl RowSelector {
         })
     }
 
+    /// Positions that the round's mask is about.
+    pub fn context_len(&self) -> usize {
+        self.context_len
+    }
+
     /// Sources.
     pub fn num_sources(&self) -> usize {
         self.sources.len()
     }
 
-    /// Ends the round: its mask, encoded against the one before.
-    pub fn finish(&mut self) -> Vec<u8> {
+    /// Ends the round: its mask.
+    pub fn finish(&mut self) -> &RoundMask {
         if !self.settle() {
             self.carry_over();
         }
-        self.encoder.encode(&self.last)
+        &self.last
     }
 
     /// Brings the mask before to this round's context: whatever was appended since is kept.
@@ -133,17 +136,10 @@ impl RowSelector {
     pub(crate) fn set_mass(&mut self, p: f32) {
         self.selector.set_mass(p);
     }
-
-    /// The next mask is a full one: the verify worker lacks the base.
-    pub fn forget_base(&mut self) {
-        self.encoder.reset();
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use specattn_mask::{Decoder, Limits};
-
     use super::*;
 
     /// A row of `kv_len` positions of the only head, all of it on `heavy`.
@@ -161,13 +157,8 @@ mod tests {
     #[test]
     fn a_round_without_rows_repeats_its_mask_and_adds_what_is_new() {
         let mut rows = RowSelector::new(MaskPolicy::default(), vec![Source::layer_mean(0, 1)]);
-        let mut decoder = Decoder::new(Limits {
-            max_context: 100,
-            max_sources: 1,
-        });
-        let mut kept = |rows: &mut RowSelector| -> (usize, Vec<usize>) {
-            let bytes = rows.finish();
-            let mask = decoder.decode(&bytes).unwrap();
+        let kept = |rows: &mut RowSelector| -> (usize, Vec<usize>) {
+            let mask = rows.finish();
             (mask.context_len, mask.sources[0].iter().collect())
         };
         rows.begin(10);
@@ -194,11 +185,7 @@ mod tests {
         // The target went on alone: the next round begins where it is now, without a captured step.
         rows.begin(11);
         assert!(rows.has_selection());
-        let mut decoder = Decoder::new(Limits {
-            max_context: 100,
-            max_sources: 1,
-        });
-        let mask = decoder.decode(&rows.finish()).unwrap();
+        let mask = rows.finish();
         assert_eq!((mask.context_len, mask.sources.len()), (11, 1));
         assert!(mask.sources[0].iter().eq([3, 10]));
     }

@@ -10,7 +10,6 @@ use specattn_proto::version::PROTOCOL_VERSION;
 use specattn_service::trace::Parent;
 use specattn_worker::{LoadGauge, ServedModel};
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -22,9 +21,10 @@ use crate::channels::Channels;
 use crate::engine_loop::{Command, NewSession, SessionKey};
 use crate::link::{EngineSession, Link};
 use crate::metrics::Totals;
+use crate::outgoing::Outgoing;
 use crate::wire::{self, Attach};
 
-/// Proposal messages that may wait to be sent: two of the round under way, and those of rounds given up meanwhile.
+/// Proposal messages that may wait to be sent: three of the round under way, and those of rounds given up meanwhile.
 pub(crate) const PROPOSALS: usize = 8;
 
 /// Events of an `Attach` stream: there are two.
@@ -68,11 +68,7 @@ impl Service {
         self.commands.send(open).await.map_err(|_| gone())?;
         opened.await.map_err(|_| gone())??;
         // The engine catches up with the tokens while the link is made.
-        let totals = self.totals.clone();
-        let outbound = ReceiverStream::new(outbound).map(move |proposal| {
-            totals.count(&proposal);
-            wire::propose(proposal)
-        });
+        let outbound = Outgoing::new(self.totals.clone()).messages(outbound);
         let joining = attach.joining;
         Link::join(channel, joining, &self.model, engine, outbound, failure).await
     }

@@ -33,6 +33,7 @@ use crate::acceptance::Acceptance;
 use crate::args::Drafting;
 use crate::capturing::Capturing;
 use crate::lookahead::{Findings, Lookahead};
+use crate::outgoing::OutgoingMask;
 use crate::round_length::RoundLength;
 
 mod conversation;
@@ -41,8 +42,8 @@ mod conversation;
 /// the verdict that lets the draft begin the one after is on its way: two, and the one that is being drafted.
 const MOST_GUESSES: usize = 2;
 
-/// Messages of a round at most: its announcement, and the rest.
-const ROUND_MESSAGES: usize = 2;
+/// Messages of a round at most: its announcement, its mask, and the rest.
+const ROUND_MESSAGES: usize = 3;
 
 /// Most tokens fed by a draft step; what is missing beyond them is caught up first.
 const STEP_TOKENS: usize = 32;
@@ -121,7 +122,7 @@ pub(crate) struct Proposal {
     /// Draft tokens of the round sent before.
     pub(crate) offset: usize,
     pub(crate) draft: Vec<DraftToken>,
-    pub(crate) mask: Vec<u8>,
+    pub(crate) mask: Option<OutgoingMask>,
     /// No more of the round follows.
     pub(crate) last: bool,
     /// What the draft read since its message before.
@@ -167,6 +168,8 @@ struct Joined {
     sequence: u64,
     /// Draft tokens of this round sent already.
     sent: usize,
+    /// The round's mask was sent already.
+    mask_sent: bool,
     /// The whole round was sent and waits for its verdict.
     waiting: bool,
     /// The verify worker goes on alone. It must hear early that a round is coming: each step it takes meanwhile voids
@@ -391,8 +394,7 @@ impl Session {
         let draft = self.draft.drain(..).map(|d| d.token);
         self.tokens.extend(draft.chain([bonus]));
         if let Some(joined) = &mut self.joined {
-            joined.sent = 0;
-            joined.waiting = false;
+            joined.begin_round();
         }
     }
 
@@ -448,16 +450,20 @@ impl Session {
         let stepped = joined.capturing.stepped(output);
         stepped.map_err(|error| Fault::Internal(error.to_string()))?;
         self.draft.push(next);
-        let last = self.draft.len() >= round_length;
-        if !last && !std::mem::take(&mut joined.unawaited) {
+        let left = round_length.saturating_sub(self.draft.len());
+        let last = left == 0;
+        let with_mask = !joined.mask_sent && (last || joined.capturing.has_early_mask(left));
+        if !last && !with_mask && !std::mem::take(&mut joined.unawaited) {
             return Ok(());
         }
+        joined.unawaited = false;
         joined.sequence += 1;
         joined.waiting = last;
-        let mask = if last {
+        let mask = if with_mask {
+            joined.mask_sent = true;
             joined.capturing.finish()
         } else {
-            Vec::new()
+            None
         };
         let offset = std::mem::replace(&mut joined.sent, self.draft.len());
         let proposal = Proposal {

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::args::{Drafting, LookaheadMode};
 use crate::engine_loop::{Command, EngineLoop, NewSession, SessionKey};
+use crate::outgoing::Outgoing;
 use crate::own_reads::OwnPolicy;
 use crate::service::PROPOSALS;
 use crate::session::Proposal;
@@ -36,6 +37,7 @@ struct Attachment {
     known: usize,
     welcomed: bool,
     proposals: mpsc::Receiver<Proposal>,
+    outgoing: Outgoing,
     failed: oneshot::Receiver<Fault>,
     abandoned: Arc<AtomicBool>,
 }
@@ -120,6 +122,7 @@ impl Stepwise {
             known: attach.joining.known,
             welcomed: false,
             proposals,
+            outgoing: Outgoing::default(),
             failed,
             abandoned,
         };
@@ -174,7 +177,7 @@ impl Stepwise {
     pub fn said(&mut self, mut take: impl FnMut(Said)) {
         self.attachments.retain(|&key, attachment| {
             while let Ok(proposal) = attachment.proposals.try_recv() {
-                take(Said::Proposal(key, wire::propose(proposal)));
+                take(Said::Proposal(key, attachment.outgoing.message(proposal)));
             }
             match attachment.failed.try_recv() {
                 Ok(fault) => {

@@ -89,8 +89,8 @@ pub(crate) fn join(joining: &Joining, model: ModelInfo) -> v1::SpeculateRequest 
     }))
 }
 
-/// A later one.
-pub(crate) fn propose(proposal: Proposal) -> v1::SpeculateRequest {
+/// A later one, with its mask in bytes.
+pub(crate) fn propose(proposal: Proposal, mask: Vec<u8>) -> v1::SpeculateRequest {
     let mut raw = v1::Propose {
         epoch: proposal.epoch,
         base: proposal.base as u64,
@@ -98,7 +98,7 @@ pub(crate) fn propose(proposal: Proposal) -> v1::SpeculateRequest {
         offset: proposal.offset as u32,
         token_ids: Vec::with_capacity(proposal.draft.len()),
         q: Vec::new(),
-        mask: proposal.mask,
+        mask,
         last: proposal.last,
         pending_token: proposal.pending_token,
         kv_entries_read: proposal.kv.read,

@@ -121,7 +121,7 @@ pub(crate) struct DraftLink {
     sequence: u64,
     partial: Option<Proposal>,
     waiting: VecDeque<Proposal>,
-    /// What the mask of the first of them came to, once it was read.
+    /// What the mask that is next in turn came to, once it was read: that of the first of them or, without any, of the partial one.
     masking: MaskRead,
     /// How long to wait for the draft.
     pub(crate) trust: Trust,
@@ -207,21 +207,19 @@ impl DraftLink {
                 "q must be there for every token, or in a greedy session for none",
             ));
         }
-        if !part.mask.is_empty() && (self.masks.is_none() || !part.last) {
-            return Err(invalid(
-                "a mask belongs to a round's last message, in a mode that takes masks",
-            ));
+        if !part.mask.is_empty() && self.masks.is_none() {
+            return Err(invalid("a mask, in a mode that takes none"));
         }
-        let mut proposal = match self.partial.take() {
-            Some(begun) if part.offset > 0 => begun,
-            _ => Proposal {
-                epoch: part.epoch,
-                base: part.base,
-                pending_token: part.pending_token,
-                draft: Vec::with_capacity(part.tokens.len()),
-                mask: Vec::new(),
-            },
-        };
+        if part.offset == 0 {
+            self.drop_partial();
+        }
+        let mut proposal = self.partial.take().unwrap_or_else(|| Proposal {
+            epoch: part.epoch,
+            base: part.base,
+            pending_token: part.pending_token,
+            draft: Vec::with_capacity(part.tokens.len()),
+            mask: Vec::new(),
+        });
         let header = (proposal.epoch, proposal.base, proposal.pending_token);
         if header != (part.epoch, part.base, part.pending_token)
             || part.offset != proposal.draft.len()
@@ -238,8 +236,21 @@ impl DraftLink {
         proposal
             .draft
             .extend(tokens.map(|token| DraftToken { token, q: q.next() }));
-        proposal.mask = part.mask;
+        if !part.mask.is_empty() {
+            if !proposal.mask.is_empty() {
+                return Err(invalid("a round has one mask"));
+            }
+            proposal.mask = part.mask;
+        }
         Ok(proposal)
+    }
+
+    /// The draft has given a round up that it had begun. A mask of it that was not read yet stays unread: a flood of such rounds
+    /// must not take the engine's time. The next one lacks its base then, and the draft will hear that.
+    fn drop_partial(&mut self) {
+        if self.partial.take().is_some() && self.waiting.is_empty() {
+            self.masking = None;
+        }
     }
 
     /// The proposal that is judged next.
@@ -254,16 +265,17 @@ impl DraftLink {
         first.is_some_and(|first| waiting.any(|later| later.base <= first.base))
     }
 
-    /// Whether the proposal that is judged next has a mask that was not read yet.
+    /// Whether the proposal that is judged next, be it whole or not, has a mask that was not read yet.
     pub(crate) fn has_unread_mask(&self) -> bool {
-        let has_mask = |first: &Proposal| !first.mask.is_empty();
-        self.masking.is_none() && self.waiting.front().is_some_and(has_mask)
+        let first = self.waiting.front().or(self.partial.as_ref());
+        self.masking.is_none() && first.is_some_and(|first| !first.mask.is_empty())
     }
 
     /// Reads that mask, if there is one.
     pub(crate) fn read_mask(&mut self) {
         if self.has_unread_mask()
-            && let (Some(first), Some(masks)) = (self.waiting.front(), &mut self.masks)
+            && let Some(first) = self.waiting.front().or(self.partial.as_ref())
+            && let Some(masks) = &mut self.masks
         {
             let base = usize::try_from(first.base).unwrap_or(usize::MAX);
             self.masking = Some(masks.read(&first.mask, base));

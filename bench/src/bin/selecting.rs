@@ -11,7 +11,7 @@ use clap::Parser;
 use specattn_bench::book;
 use specattn_draft::{OwnPolicy, OwnReads, RowSelector};
 use specattn_engine::{HeadLists, LoadOptions, LogitRows, Model, Sequence, Step, StepOutput};
-use specattn_mask::{LayerMap, MaskPolicy, alignment};
+use specattn_mask::{Encoder, LayerMap, MaskPolicy, alignment};
 
 /// Times the parts of a draft step.
 #[derive(Debug, Parser)]
@@ -63,6 +63,7 @@ fn time(model: &mut Model, map: &LayerMap, text: &[u32], context: usize) -> Resu
     let layers: Vec<usize> = (0..config.num_layers).collect();
     let policy = MaskPolicy::default();
     let mut rows = RowSelector::new(policy, map.sources.clone());
+    let mut encoder = Encoder::new();
     let mut own = OwnReads::new(OwnPolicy::default(), &policy, config.num_kv_heads);
     let mut sequence = model.new_sequence(text.len())?;
     for chunk in text[..context].chunks(512) {
@@ -99,7 +100,7 @@ fn time(model: &mut Model, map: &LayerMap, text: &[u32], context: usize) -> Resu
         own.captured(&attention);
         note(start);
         let start = Instant::now();
-        std::hint::black_box(rows.finish());
+        std::hint::black_box(encoder.encode(rows.finish()));
         note(start);
     }
     Ok(times.into_iter().map(median).collect())

@@ -11,7 +11,7 @@ use specattn_engine::sampling::{
     verify_round,
 };
 use specattn_engine::{HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
-use specattn_mask::{Decoder, LayerMap, Limits, MaskPolicy, read_list};
+use specattn_mask::{Encoder, LayerMap, MaskPolicy, read_list};
 
 use super::figures::{Figures, MaskFigures};
 
@@ -50,7 +50,7 @@ pub struct Pair<'a> {
 struct Mask {
     policy: MaskPolicy,
     selector: RowSelector,
-    decoder: Decoder,
+    encoder: Encoder,
 }
 
 impl<'a> Pair<'a> {
@@ -136,7 +136,7 @@ impl<'a> Pair<'a> {
         Mask {
             policy,
             selector: RowSelector::new(policy, self.map.sources.clone()),
-            decoder: Decoder::new(Limits::default()),
+            encoder: Encoder::new(),
         }
     }
 
@@ -207,9 +207,8 @@ impl<'a> Pair<'a> {
         n: usize,
         figures: &mut MaskFigures,
     ) -> Result<Vec<f32>> {
-        let bytes = mask.selector.finish();
-        figures.bytes += bytes.len() as u64;
-        let round = mask.decoder.decode(&bytes)?;
+        let round = mask.selector.finish();
+        figures.bytes += mask.encoder.encode(round).len() as u64;
         let lists = HeadLists {
             lists: round
                 .sources

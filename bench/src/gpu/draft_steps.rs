@@ -9,7 +9,7 @@ use specattn_engine::cuda::Device;
 use specattn_engine::{
     DeviceChoice, LoadOptions, LogitRows, Model, Round, RowSelection, Sequence, Step, StepOutput,
 };
-use specattn_mask::{LayerMap, MaskPolicy};
+use specattn_mask::{Encoder, LayerMap, MaskPolicy};
 
 use super::forwards::prefill;
 use super::graphs::{Launching, name_of};
@@ -48,6 +48,7 @@ fn time(
     }
     let policy = MaskPolicy::default();
     let mut masks = RowSelector::new(policy, map.sources);
+    let mut encoder = Encoder::new();
     let mut own = OwnReads::new(OwnPolicy::default(), &policy, config.num_kv_heads);
     let mut selection = RowSelection {
         rows: masks.mixed_rows().collect(),
@@ -74,7 +75,8 @@ fn time(
         let output = model.forward(&mut [step])?.pop().context("an output")?;
         let forward = start.elapsed();
         let start = Instant::now();
-        use_rows(&output, context, &mut masks, &mut own)?;
+        masks.begin(context);
+        use_rows(&output, &mut masks, &mut encoder, &mut own)?;
         if run >= WARM_UP {
             forwards.push(forward.as_secs_f64() * 1e3);
             hosts.push(start.elapsed().as_secs_f64() * 1e3);
@@ -90,11 +92,10 @@ fn time(
 /// Makes a mask, and the draft's own lists where they were asked for.
 fn use_rows(
     output: &StepOutput,
-    context: usize,
     masks: &mut RowSelector,
+    encoder: &mut Encoder,
     own: &mut OwnReads,
 ) -> Result<()> {
-    masks.begin(context);
     if let Some(selected) = &output.selected {
         masks.add_selected(selected);
         own.selected(selected, masks.num_sources());
@@ -104,7 +105,7 @@ fn use_rows(
     } else {
         return Ok(());
     }
-    std::hint::black_box(masks.finish());
+    std::hint::black_box(encoder.encode(masks.finish()));
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use specattn_engine::sampling::{
     verify_round,
 };
 use specattn_engine::{HeadLists, PositionSet, SelectedRows, SpanLists};
-use specattn_mask::{LayerMap, MaskPolicy};
+use specattn_mask::{Encoder, LayerMap, MaskPolicy};
 use specattn_verify::{MaskReader, Masking};
 
 use super::selections::Selections;
@@ -89,6 +89,7 @@ impl Part {
 pub struct Seat {
     shape: Shape,
     rows: RowSelector,
+    encoder: Encoder,
     own: OwnReads,
     selections: Selections,
     selected: SelectedRows,
@@ -134,6 +135,7 @@ impl Seat {
         );
         Ok(Self {
             rows: RowSelector::new(policy, map.sources.clone()),
+            encoder: Encoder::new(),
             own: OwnReads::new(OwnPolicy::default(), &policy, kv_heads),
             selections: Selections::new(shares, shape.repeat, seed),
             selected: SelectedRows::default(),
@@ -193,7 +195,7 @@ impl Seat {
                     black_box(SpanLists::from(self.own.lists()).longest());
                 }
             }
-            Part::Encode => self.bytes = self.rows.finish(),
+            Part::Encode => self.bytes = self.encoder.encode(self.rows.finish()),
             Part::Draw => self.draw(),
             Part::Decode => {
                 let read = self.reader.read(&self.bytes, n);

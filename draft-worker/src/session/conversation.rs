@@ -47,6 +47,7 @@ impl Session {
             prefill: self.tokens.len(),
             sequence: 0,
             sent: 0,
+            mask_sent: false,
             waiting: false,
             unawaited: true,
         });
@@ -103,7 +104,7 @@ impl Session {
             self.guesses.pop_front();
             return Ok(());
         }
-        joined.begin_round(verdict.epoch, false);
+        joined.settle(verdict.epoch, false);
         self.learn(base, &new)
     }
 
@@ -133,7 +134,7 @@ impl Session {
         }
         joined.lookahead.interrupted();
         joined.last_verdict = None;
-        joined.begin_round(verdict.epoch, true);
+        joined.settle(verdict.epoch, true);
         self.learn(base + same, &verdict.next_tokens[same..])
     }
 
@@ -195,11 +196,17 @@ impl Joined {
     }
 
     /// Whatever was drafted is settled. `unawaited`: the verify worker went on alone.
-    fn begin_round(&mut self, epoch: u64, unawaited: bool) {
+    fn settle(&mut self, epoch: u64, unawaited: bool) {
         self.epoch = epoch;
-        self.sent = 0;
-        self.waiting = false;
         self.unawaited = unawaited;
+        self.begin_round();
+    }
+
+    /// Nothing of the next round was sent yet.
+    pub(super) fn begin_round(&mut self) {
+        self.sent = 0;
+        self.mask_sent = false;
+        self.waiting = false;
     }
 }
 

@@ -2,13 +2,13 @@
 
 use specattn_engine::AttentionRows;
 use specattn_engine::sampling::check_draft;
-use specattn_mask::{Decoder, Limits, Term};
 
 use super::*;
 use crate::args::LookaheadMode;
 use crate::own_reads::OwnPolicy;
 
 mod ahead;
+mod masks;
 
 const VOCAB: usize = 16;
 const HEADS: usize = 2;
@@ -140,9 +140,11 @@ impl Bench {
             assert!(next.sequence > whole.sequence);
             let continues = next.offset == whole.draft.len();
             let draft = std::mem::take(&mut whole.draft);
-            let read = whole.kv;
+            let (read, mask) = (whole.kv, whole.mask);
             whole = next;
             whole.kv += read;
+            assert!(mask.is_none() || whole.mask.is_none());
+            whole.mask = whole.mask.or(mask);
             if continues {
                 whole.draft.splice(0..0, draft);
             }
@@ -384,107 +386,6 @@ fn sampled_tokens_pass_the_targets_replay() {
 }
 
 #[test]
-fn masks_cover_the_targets_cache_and_can_start_over() {
-    let term = |layer, head| Term {
-        layer,
-        head,
-        weight: 0.5,
-    };
-    let sources = vec![
-        Source {
-            p_offset: 0.0,
-            spread: None,
-            terms: vec![term(1, 0), term(1, 1)],
-        },
-        Source {
-            p_offset: 0.0,
-            spread: None,
-            terms: vec![term(0, 0), term(2, 1)],
-        },
-    ];
-    let mut bench = Bench::new(spec(60));
-    bench
-        .session
-        .join(Welcome {
-            sources,
-            ..welcome()
-        })
-        .unwrap();
-    let mut decoder = Decoder::new(Limits::default());
-    for round in 0..4 {
-        bench.run();
-        let proposal = bench.proposal();
-        let mask = decoder.decode(&proposal.mask).unwrap();
-        assert_eq!(
-            (mask.context_len, mask.sources.len()),
-            (proposal.base - 1, 2)
-        );
-        assert!(mask.sources.iter().all(|s| s.iter().eq([1])));
-        let lost = round == 2;
-        if lost {
-            decoder = Decoder::new(Limits::default());
-        }
-        bench.judge(Verdict {
-            need_full_mask: lost,
-            mask_p: None,
-            ..judged(proposal.base, 0, 5, round)
-        });
-    }
-}
-
-#[test]
-fn steps_between_captured_ones_read_the_drafts_own_selection() {
-    let spec = SessionSpec {
-        tokens: vec![1; 200],
-        drafting: Drafting {
-            own: OwnPolicy {
-                capture_every: 4,
-                p: 0.9,
-            },
-            ..spec(300).drafting
-        },
-        ..spec(300)
-    };
-    let mut bench = Bench::new(spec);
-    bench
-        .session
-        .join(Welcome {
-            prompt_tokens: 200,
-            policy: MaskPolicy {
-                sink_tokens: 1,
-                window_tokens: 8,
-                ..MaskPolicy::default()
-            },
-            sources: vec![Source::layer_mean(1, 2)],
-            ..welcome()
-        })
-        .unwrap();
-    let mut decoder = Decoder::new(Limits::default());
-    for (base, accepted) in [(200, 1), (202, 4), (207, 0), (208, 3)] {
-        bench.reads.clear();
-        bench.run();
-        // The prompt's catch-up is the first round's first forward, and no draft step.
-        let steps = bench.reads.split_off(bench.reads.len() - 4);
-        assert_eq!(steps[0].read, steps[0].dense, "the first step is dense");
-        for step in &steps[1..] {
-            // Of each layer at most: position 1, the sink, the window, four steps.
-            assert!(step.read <= (LAYERS * (1 + 1 + 8 + 4)) as u64, "{step:?}");
-        }
-        let proposal = bench.proposal();
-        assert_eq!(proposal.base, base);
-        let mask = decoder.decode(&proposal.mask).unwrap();
-        assert!(mask.sources[0].iter().eq([1]));
-        // What it says it read is what it read, the prompt left out.
-        let mut read = KvReads::default();
-        for step in steps {
-            read += step;
-        }
-        assert_eq!(proposal.kv, read);
-        bench.judge(judged(base, accepted, 5, 0));
-    }
-}
-
-#[test]
 fn withdrawn_tokens_are_replaced_and_forgotten() {
     let mut bench = Bench::new(spec(40));
     bench.session.join(welcome()).unwrap();
@@ -511,31 +412,4 @@ fn withdrawn_tokens_are_replaced_and_forgotten() {
     // The prompt cannot be withdrawn.
     assert!(bench.session.judge(told(2, &[1], 3)).is_err());
     assert!(bench.session.judge(told(8, &[1], 3)).is_err());
-}
-
-#[test]
-fn a_verdict_changes_the_mass_of_masks() {
-    let source = Source {
-        p_offset: 0.0,
-        spread: None,
-        terms: vec![Term {
-            layer: 0,
-            head: 0,
-            weight: 1.0,
-        }],
-    };
-    let mut bench = Bench::new(spec(30));
-    let welcome = Welcome {
-        sources: vec![source],
-        ..welcome()
-    };
-    bench.session.join(welcome).unwrap();
-    bench.run();
-    bench.proposal();
-    let verdict = Verdict {
-        mask_p: Some(0.5),
-        ..judged(3, 4, 11, 0)
-    };
-    bench.judge(verdict);
-    assert!(format!("{:?}", bench.session.joined).contains("p: 0.5"));
 }

@@ -1572,7 +1572,7 @@ pub struct Join {
     pub protocol_version: u32,
 }
 /// Draft tokens d1..dγ after the committed tokens c\[0..base). A round may come in several messages; `offset` counts the
-/// round's tokens already sent, and the last message has `last` set and carries the masks.
+/// round's tokens already sent, the last message has `last` set, and one of them carries the masks.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Propose {
     /// The epoch of the draft's view. An older one than the session's is stale: dropped and answered by a Verdict.

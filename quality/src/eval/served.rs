@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use specattn_draft::RowSelector;
 use specattn_engine::{KvReads, StepOutput};
-use specattn_mask::{LayerMap, MaskPolicy};
+use specattn_mask::{Encoder, LayerMap, MaskPolicy};
 use specattn_verify::{MaskReader, Masking};
 
 use crate::error::QualityError;
@@ -15,6 +15,7 @@ use crate::eval::trace::{DraftTrace, RoundRows};
 pub struct Served<'t> {
     rounds: std::slice::Iter<'t, RoundRows>,
     rows: RowSelector,
+    encoder: Encoder,
     reader: MaskReader,
     mask_bytes: usize,
     draft_bytes: KvReads,
@@ -31,6 +32,7 @@ impl<'t> Served<'t> {
         Self {
             rounds: trace.rounds().iter(),
             rows: RowSelector::new(policy, map.sources.clone()),
+            encoder: Encoder::new(),
             reader: MaskReader::new(Arc::clone(map), policy, max_context),
             mask_bytes: 0,
             draft_bytes: KvReads::default(),
@@ -48,7 +50,7 @@ impl Masker for Served<'_> {
             self.rows.add_step(rows)?;
         }
         self.draft_bytes = round.bytes;
-        let bytes = self.rows.finish();
+        let bytes = self.encoder.encode(self.rows.finish());
         self.mask_bytes = bytes.len();
         match self.reader.read(&bytes, base) {
             Ok(Masking::Ready) => Ok(Choice::Lists(self.reader.lists())),

@@ -52,17 +52,25 @@ fn split_proposals_are_put_together_and_re_sends_dropped() {
     assert_eq!(tokens(link.next_proposal()), Some(vec![8]));
 }
 
-#[test]
-fn masks_are_read_once_and_in_order_ahead_or_when_their_turn_comes() {
-    let mask = |context_len| RoundMask {
+fn masked_link() -> (DraftLink, mpsc::Receiver<LinkEvent>) {
+    let map = Arc::new(LayerMap::proportional(1, 1, 1, 1));
+    let (mut link, receiver) = link(true);
+    link.masks = Some(MaskReader::new(map, MaskPolicy::default(), 100));
+    (link, receiver)
+}
+
+fn mask(context_len: usize) -> RoundMask {
+    RoundMask {
         context_len,
         granularity: 1,
         sources: vec![PositionSet::from_positions(context_len, [1])],
-    };
+    }
+}
+
+#[test]
+fn masks_are_read_once_and_in_order_ahead_or_when_their_turn_comes() {
     for ahead in [0, 1, 3] {
-        let map = Arc::new(LayerMap::proportional(1, 1, 1, 1));
-        let (mut link, _receiver) = link(true);
-        link.masks = Some(MaskReader::new(map, MaskPolicy::default(), 100));
+        let (mut link, _receiver) = masked_link();
         // The second mask is a delta against the first, the third one none at all.
         let mut encoder = Encoder::new();
         let masks = [encoder.encode(&mask(2)), encoder.encode(&mask(6)), vec![9]];
@@ -85,8 +93,69 @@ fn masks_are_read_once_and_in_order_ahead_or_when_their_turn_comes() {
 }
 
 #[test]
+fn masks_are_read_before_their_rounds_are_whole() {
+    let mut encoder = Encoder::new();
+    let [first, second, third] = [2, 6, 10].map(|context_len| encoder.encode(&mask(context_len)));
+    let with = |sequence, base, offset, last, mask: &Vec<u8>| ProposalPart {
+        base,
+        mask: mask.clone(),
+        ..part(sequence, offset, &[1], last)
+    };
+    let none = Vec::new();
+    for early in [true, false] {
+        let (mut link, _receiver) = masked_link();
+        link.receive(with(1, 3, 0, false, &first)).unwrap();
+        assert!(link.has_unread_mask());
+        if early {
+            link.read_mask();
+            assert!(!link.has_unread_mask());
+        }
+        assert_eq!(link.next_proposal(), None);
+        // That round is given up; its mask was the base of the next.
+        link.receive(with(2, 7, 0, false, &second)).unwrap();
+        link.receive(with(3, 7, 1, true, &none)).unwrap();
+        // Another round begins before the one before was judged: its mask has to wait.
+        link.receive(with(4, 11, 0, false, &third)).unwrap();
+        if early {
+            link.read_mask();
+            link.read_mask();
+        }
+        let (proposal, masking) = link.next_proposal().unwrap();
+        assert_eq!(
+            (proposal.draft.len(), masking),
+            (2, Some(Ok(Masking::Ready)))
+        );
+        assert!(link.has_unread_mask());
+        link.receive(with(5, 11, 1, true, &none)).unwrap();
+        assert_eq!(link.next_proposal().unwrap().1, Some(Ok(Masking::Ready)));
+    }
+}
+
+#[test]
+fn a_mask_whose_base_was_given_up_unread_is_asked_for_again() {
+    // Given up behind a round that waits, and as the first of all.
+    for given_up in [3, 1] {
+        let mut encoder = Encoder::new();
+        let (mut link, _receiver) = masked_link();
+        for (sequence, context_len) in [(1, 2), (3, 6), (5, 10)] {
+            link.receive(ProposalPart {
+                base: 1 + context_len as u64,
+                mask: encoder.encode(&mask(context_len)),
+                ..part(sequence, 0, &[1], sequence != given_up)
+            })
+            .unwrap();
+        }
+        let mut read = || link.next_proposal().unwrap().1.unwrap().unwrap();
+        if given_up == 3 {
+            assert_eq!(read(), Masking::Ready);
+        }
+        assert_eq!(read(), Masking::MissingBase);
+    }
+}
+
+#[test]
 fn malformed_proposals_are_refused() {
-    let cases: [(&str, ProposalPart); 7] = [
+    let cases: [(&str, ProposalPart); 6] = [
         ("empty", part(1, 0, &[], true)),
         ("long", part(1, 0, &[1; 5], true)),
         ("offset", part(1, 1, &[1], true)),
@@ -96,13 +165,6 @@ fn malformed_proposals_are_refused() {
             ProposalPart {
                 mask: vec![1],
                 ..part(1, 0, &[1], true)
-            },
-        ),
-        (
-            "mask early",
-            ProposalPart {
-                mask: vec![1],
-                ..part(1, 0, &[1], false)
             },
         ),
         (
@@ -120,6 +182,13 @@ fn malformed_proposals_are_refused() {
     }
     let (mut sampled, _receiver) = link(false);
     assert!(sampled.receive(part(1, 0, &[1], true)).is_err());
+    let (mut twice, _receiver) = masked_link();
+    let with_mask = |sequence, offset| ProposalPart {
+        mask: Encoder::new().encode(&mask(2)),
+        ..part(sequence, offset, &[1], false)
+    };
+    twice.receive(with_mask(1, 0)).unwrap();
+    assert!(twice.receive(with_mask(2, 1)).is_err());
     let (mut split, _receiver) = link(true);
     split.receive(part(1, 0, &[1], false)).unwrap();
     let other = ProposalPart {
