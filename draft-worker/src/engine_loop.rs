@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use specattn_engine::StepOutput;
+use specattn_engine::{Sequence, Step, StepOutput};
 use specattn_proto::Fault;
-use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
+use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped};
 use specattn_worker::{Inbox, Readiness, Received};
 use tokio::sync::{mpsc, oneshot};
 
@@ -100,16 +100,16 @@ impl scheduler::Session for Attached {
         self.session.readiness()
     }
 
-    fn work(&self) -> Work<'_> {
-        Work {
-            tokens: self.session.input(),
-            lists: self.session.lists(),
-            logits: self.session.logit_rows(),
-            argmax: self.session.needs_argmax_only(),
-            bias: self.session.logit_bias(),
-            capture: self.session.capture(),
-            select: self.session.select(),
-            masses: false,
+    fn step<'a>(&'a self, sequence: &'a mut Sequence) -> Step<'a> {
+        let session = &self.session;
+        Step {
+            lists: session.lists(),
+            logits: session.logit_rows(),
+            argmax: session.needs_argmax_only(),
+            bias: session.logit_bias(),
+            capture: session.capture(),
+            select: session.select(),
+            ..Step::new(sequence, session.input())
         }
     }
 

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use specattn_engine::StepOutput;
+use specattn_engine::{Sequence, Step, StepOutput};
 use specattn_mask::LayerMap;
 use specattn_proto::{Capability, Fault, SessionId, limits};
-use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped, Work};
+use specattn_worker::scheduler::{self, Exit, Plan, Scheduler, Stepped};
 use specattn_worker::{Inbox, Readiness, Received};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
@@ -122,16 +122,14 @@ impl scheduler::Session for Session {
         self.readiness(now)
     }
 
-    fn work(&self) -> Work<'_> {
-        Work {
-            tokens: self.input(),
+    fn step<'a>(&'a self, sequence: &'a mut Sequence) -> Step<'a> {
+        Step {
             lists: self.lists(),
             logits: self.logit_rows(),
             argmax: self.needs_argmax_only(),
             bias: self.logit_bias(),
-            capture: &[],
-            select: None,
             masses: self.wants_masses(),
+            ..Step::new(sequence, self.input())
         }
     }
 

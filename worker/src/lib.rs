@@ -23,5 +23,5 @@ pub use error::WorkerError;
 pub use gathering::{Patience, Readiness};
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
-pub use scheduler::{Limits, Plan, Scheduler, Session, Work};
+pub use scheduler::{Limits, Plan, Scheduler, Session};
 pub use served_model::{ServedModel, model_info};

@@ -15,7 +15,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use specattn_engine::{BlockPool, Crew, EngineError, Model, Sequence, Step, StepOutput};
+use specattn_engine::{BlockPool, Crew, EngineError, Model, Sequence, StepOutput};
 use specattn_proto::Fault;
 
 use crate::clock;
@@ -26,7 +26,7 @@ use crate::prefill_share::PrefillShare;
 
 mod session;
 
-pub use session::{Plan, Session, Work};
+pub use session::{Plan, Session};
 
 /// What bounds a step.
 #[derive(Debug, Clone, Copy)]
@@ -311,14 +311,14 @@ impl<S: Session> Scheduler<S> {
         let (mut batch, mut tokens) = (Vec::new(), 0);
         for offset in 0..self.admitted {
             let at = (self.decode_turn + offset) % self.admitted;
-            let session = &mut self.slots[at].session;
+            let Slot { session, sequence } = &mut self.slots[at];
             if session.is_prefilling() {
                 continue;
             }
             match session.plan(now) {
                 Plan::Run => {
                     batch.push(at);
-                    tokens += session.work().tokens.len();
+                    tokens += session.step(sequence).tokens.len();
                     if tokens >= self.limits.batch_tokens {
                         self.decode_turn = at + 1;
                         break;
@@ -348,19 +348,9 @@ impl<S: Session> Scheduler<S> {
                 continue;
             }
             sequence.truncate(session.cached());
-            let work = session.work();
-            tokens += work.tokens.len();
-            steps.push(Step {
-                sequence,
-                tokens: work.tokens,
-                lists: work.lists,
-                logits: work.logits,
-                argmax: work.argmax,
-                bias: work.bias,
-                capture: work.capture,
-                select: work.select,
-                masses: work.masses,
-            });
+            let step = session.step(sequence);
+            tokens += step.tokens.len();
+            steps.push(step);
         }
         let start = clock::now();
         let outputs = self.model.forward(&mut steps);

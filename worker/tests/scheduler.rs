@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, StepOutput};
+use specattn_engine::{CHUNK_TOKENS, LoadOptions, LogitRows, Model, Sequence, Step, StepOutput};
 use specattn_proto::Fault;
-use specattn_worker::scheduler::{Exit, Limits, Plan, Scheduler, Session, Stepped, Work};
+use specattn_worker::scheduler::{Exit, Limits, Plan, Scheduler, Session, Stepped};
 use specattn_worker::{LoadGauge, Patience, Readiness};
 
 /// Decodes greedily from a prompt.
@@ -99,21 +99,16 @@ impl Session for Greedy {
         self.input = self.tokens[self.cached..end].to_vec();
         Plan::Run
     }
-    fn work(&self) -> Work<'_> {
+    fn step<'a>(&'a self, sequence: &'a mut Sequence) -> Step<'a> {
         let logits = match self.is_prefilling() {
             true if self.cached < self.prompt - 1 => LogitRows::None,
             true => LogitRows::Replay,
             false => LogitRows::Verify,
         };
-        Work {
-            tokens: &self.input,
-            lists: None,
+        Step {
             logits,
             argmax: true,
-            bias: &[],
-            capture: &[],
-            select: None,
-            masses: false,
+            ..Step::new(sequence, &self.input)
         }
     }
     fn settle(&mut self, output: &StepOutput) -> Result<Option<()>, Fault> {

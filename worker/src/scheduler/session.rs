@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use specattn_engine::{HeadLists, LogitRows, RowSelection, StepOutput};
+use specattn_engine::{Sequence, Step, StepOutput};
 use specattn_proto::Fault;
 
 use crate::gathering::Readiness;
@@ -10,31 +10,10 @@ use crate::gathering::Readiness;
 /// What a session wants to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
-    /// Run the forward that [`Session::work`] tells.
+    /// Run the forward of [`Session::step`].
     Run,
     /// Nothing until then or, without a time, until a message comes.
     Wait(Option<Instant>),
-}
-
-/// The forward that a session planned.
-#[derive(Debug)]
-pub struct Work<'a> {
-    /// Tokens behind the positions that the session says are cached.
-    pub tokens: &'a [u32],
-    /// See [`specattn_engine::Step::lists`].
-    pub lists: Option<&'a HeadLists>,
-    /// See [`specattn_engine::Step::logits`].
-    pub logits: LogitRows,
-    /// See [`specattn_engine::Step::argmax`].
-    pub argmax: bool,
-    /// See [`specattn_engine::Step::bias`].
-    pub bias: &'a [(u32, f32)],
-    /// See [`specattn_engine::Step::capture`].
-    pub capture: &'a [usize],
-    /// See [`specattn_engine::Step::select`].
-    pub select: Option<&'a RowSelection>,
-    /// See [`specattn_engine::Step::masses`].
-    pub masses: bool,
 }
 
 /// A session as the scheduler sees it.
@@ -64,8 +43,8 @@ pub trait Session: Send {
     fn prepare(&mut self) {}
     /// Says what to do now. A planned forward is run, or the session is gone.
     fn plan(&mut self, now: Instant) -> Plan;
-    /// The planned forward.
-    fn work(&self) -> Work<'_>;
+    /// The planned forward: its tokens follow the positions in `sequence`, those that the session says are cached.
+    fn step<'a>(&'a self, sequence: &'a mut Sequence) -> Step<'a>;
     /// How it stands to a batch that may wait; asked of sessions that generate.
     fn readiness(&self, _now: Instant) -> Readiness {
         Readiness::Alone
