@@ -6,8 +6,8 @@
 //! begins: costs belong to the machine and the models, so only the share of accepted tokens is left to find out anew; it
 //! starts alone and its first trial is short.
 //!
-//! A round that takes longer to arrive than steps alone would take for all its tokens cannot pay: nobody waits longer for
-//! one, and a few such waits in a row end a trial early. So a draft behind a slow network costs next to nothing.
+//! A round that takes longer to arrive than steps alone would take for what a good draft's comes to cannot pay: nobody waits longer
+//! for one, and a few such waits in a row end a trial early. So a draft behind a slow network costs next to nothing.
 //!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
 //! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
@@ -30,12 +30,18 @@ const ENOUGH: f64 = 0.95;
 /// Steps alone after the first failed trial, and the most after any.
 const REST_FIRST: u32 = 128;
 const REST_MOST: u32 = 1_024;
+/// The most after trials that end with waits in vain: what makes a way too long seldom changes, and each trial has the draft
+/// catch up with all that it has not heard.
+const REST_MOST_IN_VAIN: u32 = 4_096;
 /// Steps alone before the first trial of a session that expects it to fail: many sessions are shorter than the rest that
 /// an earlier one came to, and a finding that nobody tries again would last for ever.
 const REST_AT_START: u32 = 32;
 
 /// How much longer than steps alone would take a round may be waited for: both are timed roughly, in whatever company.
 const PATIENCE: f64 = 1.5;
+/// The share of draft tokens that is expected to be accepted, one after another, of a draft that is waited for. Few drafts are better,
+/// and a long round of them is still not as many tokens as it could be.
+const HOPED_FOR: f64 = 0.9;
 const PATIENCE_LEAST: Duration = Duration::from_millis(2);
 /// Waits in vain, one after another, that end a trial: the first of a session, and those after one that failed.
 const VAIN_WAITS: u32 = 3;
@@ -111,8 +117,8 @@ pub(crate) struct Payoff {
     unsettled: u32,
     /// When the last tokens were committed.
     last: Option<Instant>,
-    /// Tokens that a round may add.
-    round: usize,
+    /// Tokens that a round of a good draft adds.
+    round: f64,
     /// Seconds that a step alone takes, roughly; never timed by one that follows a wait.
     step: Option<f64>,
     last_step: Option<Instant>,
@@ -134,12 +140,12 @@ impl Payoff {
             phase,
             left,
             stretch: TRIAL_ROUNDS,
-            rest: (2 * rest).clamp(REST_FIRST, REST_MOST),
+            rest: (2 * rest).clamp(REST_FIRST, REST_MOST_IN_VAIN),
             alone: Pace::default(),
             drafted: Pace::default(),
             unsettled: UNSETTLED,
             last: None,
-            round: draft_length + 1,
+            round: (1.0 - HOPED_FOR.powi(draft_length as i32 + 1)) / (1.0 - HOPED_FOR),
             step: None,
             last_step: None,
             vain: 0,
@@ -148,7 +154,7 @@ impl Payoff {
 
     /// How long a round is worth waiting for, as far as steps alone have been timed.
     pub(crate) fn patience(&self) -> Option<Duration> {
-        let most = Duration::from_secs_f64(self.step? * self.round as f64 * PATIENCE);
+        let most = Duration::from_secs_f64(self.step? * self.round * PATIENCE);
         Some(most.max(PATIENCE_LEAST))
     }
 
@@ -164,6 +170,9 @@ impl Payoff {
         };
         if self.vain >= most && self.phase == Phase::Drafted {
             self.vain = 0;
+            if failed_before {
+                self.rest = (2 * self.rest).min(REST_MOST_IN_VAIN);
+            }
             self.rest();
         }
     }
@@ -237,6 +246,7 @@ impl Payoff {
             self.begin(Phase::Drafted, self.stretch);
             self.found(0);
         } else {
+            self.rest = self.rest.min(REST_MOST);
             self.rest();
         }
     }
@@ -244,7 +254,7 @@ impl Payoff {
     /// Rounds do not pay.
     fn rest(&mut self) {
         let rest = self.rest;
-        self.rest = (2 * rest).min(REST_MOST);
+        self.rest = (2 * rest).min(REST_MOST_IN_VAIN);
         self.stretch = TRIAL_ROUNDS;
         self.begin(Phase::Resting, rest);
         self.found(rest);
@@ -340,8 +350,12 @@ mod tests {
             now += Duration::from_millis(1);
             payoff.committed(1, false, now);
         }
+        // Steps alone take a millisecond, and a round of four of which nine in ten are right is 4.1 tokens.
         let patience = payoff.patience().unwrap();
-        assert_eq!(patience, Duration::from_micros(7_500));
+        assert!(
+            (6.1..6.2).contains(&(1e3 * patience.as_secs_f64())),
+            "{patience:?}"
+        );
         for wait in 0..VAIN_WAITS {
             assert!(payoff.wants_drafts(), "after {wait} waits");
             now += patience;
@@ -359,6 +373,13 @@ mod tests {
         assert!(payoff.wants_drafts());
         payoff.waited_in_vain();
         assert!(!payoff.wants_drafts());
+        // Now it rests for longer: what it was and twice more.
+        for step in 0..4 * REST_FIRST {
+            assert!(!payoff.wants_drafts(), "after {step} steps");
+            now += Duration::from_millis(1);
+            payoff.committed(1, false, now);
+        }
+        assert!(payoff.wants_drafts());
         assert!(!Payoff::new(findings, 1_000, 4).wants_drafts());
     }
 }
