@@ -53,8 +53,8 @@ fn run(command: &Command) -> Result<u8, CliError> {
     let _telemetry = recorded
         .map(|(log, traces)| telemetry::init(log, traces, "specattn"))
         .transpose()?;
-    // One thread for all messages, unless told otherwise: they never change threads on their way, and the engines have the
-    // other cores.
+    // One thread for all messages: they never change threads on their way, and the engines have the other cores. Only a server, of
+    // many sessions, may have more.
     let runtime = match command {
         Command::Serve(args) => args.io.runtime()?,
         _ => IoArgs::ONE.runtime()?,

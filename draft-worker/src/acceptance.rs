@@ -1,7 +1,4 @@
-//! [`Acceptance`]: how often a draft token is accepted, and what a round then comes to.
-//!
-//! With a probability a that a draft token is accepted, a round of k tokens settles (1 − a^(k+1)) / (1 − a) tokens on average
-//! (Leviathan et al. 2023).
+//! [`Acceptance`]: how often a draft token is accepted. What a round then comes to says [`specattn_worker::expected_tokens`].
 
 /// What is left of a round's count after the next.
 const FADE: f64 = 0.97;
@@ -25,9 +22,4 @@ impl Acceptance {
     pub(crate) fn probability(self) -> f64 {
         ((self.accepted + 0.5) / (self.judged + 1.0)).min(0.999)
     }
-}
-
-/// Tokens that a round of `length` settles on average.
-pub(crate) fn expected_tokens(probability: f64, length: usize) -> f64 {
-    (1.0 - probability.powi(length as i32 + 1)) / (1.0 - probability)
 }

@@ -11,7 +11,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::acceptance::expected_tokens;
+use specattn_worker::expected_tokens;
 
 /// Verdicts of a trial.
 const TRIAL: u32 = 12;

@@ -74,10 +74,11 @@ impl OwnReads {
     /// is its first: the rest of the round then gains by it, and every mask has a row as fresh as can be.
     pub fn captures(&self, step: usize, round_length: usize) -> bool {
         let ahead = if step == 0 { round_length } else { 1 };
-        self.age.is_none_or(|age| age + ahead > self.capture_every)
+        self.captures_within(ahead)
     }
 
-    /// Whether any of the `left` steps that are left of a round, whose first step went by, is to be captured.
+    /// Whether a captured step falls due within the next `left` steps: whether any of those that are left of a round, whose first
+    /// went by, is to be captured.
     pub fn captures_within(&self, left: usize) -> bool {
         self.age.is_none_or(|age| age + left > self.capture_every)
     }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::acceptance::expected_tokens;
+use specattn_worker::expected_tokens;
 
 /// What is left of a measurement after the next.
 const FADE: f64 = 0.97;

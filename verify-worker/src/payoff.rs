@@ -16,6 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use specattn_worker::expected_tokens;
+
 /// Steps alone that rounds are compared with.
 const SAMPLE_STEPS: u32 = 8;
 /// Forwards at the beginning of a phase that are not timed: the draft ends a round that nobody wants, or catches up.
@@ -39,10 +41,10 @@ const REST_AT_START: u32 = 32;
 
 /// How much longer than steps alone would take a round may be waited for: both are timed roughly, in whatever company.
 const PATIENCE: f64 = 1.5;
-/// The share of draft tokens that is expected to be accepted, one after another, of a draft that is waited for. Few drafts are better,
-/// and a long round of them is still not as many tokens as it could be.
-const HOPED_FOR: f64 = 0.9;
 const PATIENCE_LEAST: Duration = Duration::from_millis(2);
+/// The probability that a draft token is accepted of a draft that is waited for. Few drafts are better, and even so a long round comes
+/// to half of its tokens.
+const HOPED_FOR: f64 = 0.9;
 /// Waits in vain, one after another, that end a trial: the first of a session, and those after one that failed.
 const VAIN_WAITS: u32 = 3;
 const VAIN_WAITS_AGAIN: u32 = 1;
@@ -145,7 +147,7 @@ impl Payoff {
             drafted: Pace::default(),
             unsettled: UNSETTLED,
             last: None,
-            round: (1.0 - HOPED_FOR.powi(draft_length as i32 + 1)) / (1.0 - HOPED_FOR),
+            round: expected_tokens(HOPED_FOR, draft_length),
             step: None,
             last_step: None,
             vain: 0,

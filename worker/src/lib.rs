@@ -9,6 +9,7 @@ pub mod clock;
 pub mod convert;
 pub mod engine_thread;
 mod error;
+mod expected;
 pub mod gathering;
 pub mod host;
 pub mod inbox;
@@ -20,6 +21,7 @@ pub mod served_model;
 
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
+pub use expected::expected_tokens;
 pub use gathering::{Patience, Readiness};
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;

@@ -11,7 +11,7 @@ use specattn_engine::sampling::{
     verify_round,
 };
 use specattn_engine::{HeadLists, LogitRows, Model, Sequence, Step, StepOutput};
-use specattn_mask::{Encoder, LayerMap, MaskPolicy, read_list};
+use specattn_mask::{Decoder, Encoder, LayerMap, Limits, MaskPolicy, read_list};
 
 use super::figures::{Figures, MaskFigures};
 
@@ -51,6 +51,7 @@ struct Mask {
     policy: MaskPolicy,
     selector: RowSelector,
     encoder: Encoder,
+    decoder: Decoder,
 }
 
 impl<'a> Pair<'a> {
@@ -137,6 +138,7 @@ impl<'a> Pair<'a> {
             policy,
             selector: RowSelector::new(policy, self.map.sources.clone()),
             encoder: Encoder::new(),
+            decoder: Decoder::new(Limits::default()),
         }
     }
 
@@ -207,8 +209,9 @@ impl<'a> Pair<'a> {
         n: usize,
         figures: &mut MaskFigures,
     ) -> Result<Vec<f32>> {
-        let round = mask.selector.finish();
-        figures.bytes += mask.encoder.encode(round).len() as u64;
+        let bytes = mask.encoder.encode(mask.selector.finish());
+        figures.bytes += bytes.len() as u64;
+        let round = mask.decoder.decode(&bytes)?;
         let lists = HeadLists {
             lists: round
                 .sources
