@@ -7,7 +7,8 @@
 //! starts alone and its first trial is short.
 //!
 //! A round that takes longer to arrive than steps alone would take for what a good draft's comes to cannot pay: nobody waits longer
-//! for one, and a few such waits in a row end a trial early. So a draft behind a slow network costs next to nothing.
+//! for one, and a few such waits in a row end a trial early. So a draft behind a slow network costs little: 4 % where it
+//! reads its prompt on the same two cores (bench/serve/service.md).
 //!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
 //! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
