@@ -13,8 +13,8 @@ use specattn_draft::LookaheadMode;
 use specattn_draft::stepwise as draft;
 use specattn_gateway::Config;
 use specattn_gateway::stepwise::{Said, Stepwise, WorkerId};
-use specattn_proto::SessionId;
 use specattn_proto::v1::{SessionStats, WorkerRole};
+use specattn_proto::{Fault, SessionId};
 use specattn_verify::stepwise as verify;
 use specattn_worker::Limits;
 
@@ -80,6 +80,8 @@ enum Event {
     Die(Life),
     /// The gateway hears of a death.
     Mourn(WorkerId),
+    /// The gateway asked a worker of whose death it had heard already.
+    Unreachable(SessionId, WorkerId),
     Return(usize),
     /// The time in which figures are taken begins, or ends.
     Window,
@@ -284,6 +286,12 @@ impl Fleet<'_> {
                 self.gateway.lost(id, time);
                 self.hear_gateway();
             }
+            Event::Unreachable(session, worker) => {
+                let fault = Fault::Unavailable("nobody answers there".to_owned());
+                self.gateway.refused(session, worker, fault, time);
+                self.gateway.detached(session, worker, time);
+                self.hear_gateway();
+            }
             Event::Window => self.outcomes.mark(&self.nodes, self.now),
             Event::Return(node) => {
                 let worker = self.worker(node);
@@ -365,8 +373,16 @@ impl Fleet<'_> {
                     continue;
                 }
             };
-            if let Some(&life) = self.lives.get(&worker) {
-                self.send(Party::Gateway, (self.now, Party::Worker(life), message));
+            match (self.lives.get(&worker), &message) {
+                (Some(&life), _) => {
+                    self.send(Party::Gateway, (self.now, Party::Worker(life), message));
+                }
+                // Chosen before its loss was heard of, and asked after it.
+                (None, Message::Open(session, _) | Message::Attach(session, ..)) => {
+                    let unreachable = Event::Unreachable(*session, worker);
+                    self.agenda.note(self.now, unreachable);
+                }
+                (None, _) => {}
             }
         }
         let wake = self.gateway.next_wake();
