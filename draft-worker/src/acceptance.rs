@@ -1,4 +1,6 @@
-//! [`Acceptance`]: how often a draft token is accepted. What a round then comes to says [`specattn_worker::expected_tokens`].
+//! [`Acceptance`]: how often draft tokens are accepted. What a round then comes to says [`specattn_worker::expected_tokens`].
+
+use specattn_engine::sampling::DraftToken;
 
 /// What is left of a round's count after the next.
 const FADE: f64 = 0.97;
@@ -9,17 +11,81 @@ pub(crate) struct Acceptance {
     /// Draft tokens judged: those accepted, and the first that was not.
     judged: f64,
     accepted: f64,
+    /// What the draft did not give those of them that it drew: the sum of 1 - q.
+    doubt: f64,
 }
 
 impl Acceptance {
-    /// Of a round of `proposed` tokens `accepted` were accepted.
-    pub(crate) fn count(&mut self, proposed: usize, accepted: usize) {
-        self.judged = FADE * self.judged + (accepted + usize::from(accepted < proposed)) as f64;
+    /// Of this round so many tokens were accepted.
+    pub(crate) fn count(&mut self, round: &[DraftToken], accepted: usize) {
+        let judged = &round[..(accepted + 1).min(round.len())];
+        let doubt: f64 = judged.iter().filter_map(doubt).sum();
+        self.judged = FADE * self.judged + judged.len() as f64;
         self.accepted = FADE * self.accepted + accepted as f64;
+        self.doubt = FADE * self.doubt + doubt;
     }
 
     /// The probability that a draft token is accepted; below 1.
     pub(crate) fn probability(self) -> f64 {
         ((self.accepted + 0.5) / (self.judged + 1.0)).min(0.999)
+    }
+
+    /// The share of the draft's doubt in a token that comes to its rejection, at most 1. The rule of speculative sampling
+    /// rejects a token drawn from q with probability max(0, 1 - p / q); over many tokens that is about in proportion to 1 - q.
+    pub(crate) fn severity(self) -> f64 {
+        ((self.judged - self.accepted + 0.5) / (self.doubt + 1.0)).min(1.0)
+    }
+
+    /// The probability that this one is.
+    pub(crate) fn of(self, token: &DraftToken) -> f64 {
+        match doubt(token) {
+            Some(doubt) => (1.0 - self.severity() * doubt).min(0.999),
+            None => self.probability(),
+        }
+    }
+}
+
+/// What the draft did not give a token that it drew; `None` in greedy sessions.
+fn doubt(token: &DraftToken) -> Option<f64> {
+    let q = token.q.as_ref()?;
+    Some((1.0 - q.prob(token.token)).clamp(0.0, 1.0))
+}
+
+/// Rounds of greedy sessions, for tests.
+#[cfg(test)]
+pub(crate) fn greedy_round(length: usize) -> Vec<DraftToken> {
+    vec![DraftToken { token: 0, q: None }; length]
+}
+
+#[cfg(test)]
+mod tests {
+    use specattn_engine::sampling::SparseDistribution;
+
+    use super::*;
+
+    fn drawn(prob: f32) -> DraftToken {
+        let q = SparseDistribution {
+            ids: vec![0, 1],
+            probs: vec![prob, 1.0 - prob],
+        };
+        DraftToken {
+            token: 0,
+            q: Some(q),
+        }
+    }
+
+    #[test]
+    fn tokens_of_which_the_draft_is_sure_are_accepted_more_often() {
+        let mut acceptance = Acceptance::default();
+        // Of tokens with half the mass one in four is rejected: half of the doubt.
+        for round in 0..400 {
+            acceptance.count(&[drawn(0.5)], usize::from(round % 4 > 0));
+        }
+        assert!((0.7..0.8).contains(&acceptance.probability()));
+        assert!((0.45..0.55).contains(&acceptance.severity()));
+        assert!(acceptance.of(&drawn(0.9)) > 0.93);
+        assert!((0.5..0.6).contains(&acceptance.of(&drawn(0.1))));
+        let greedy = greedy_round(1);
+        assert_eq!(acceptance.of(&greedy[0]), acceptance.probability());
     }
 }

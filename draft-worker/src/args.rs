@@ -54,18 +54,21 @@ pub struct DraftingArgs {
     #[arg(long, value_name = "P", default_value_t = OwnPolicy::default().p)]
     pub own_p: f32,
 
-    /// Draft ahead while a verdict is out: always, never, or while it is measured to be faster
+    /// Draft ahead while a verdict is out: never, always, always and without making the target wait where guesses failed, or as
+    /// is measured to be fastest
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = LookaheadMode::Auto)]
     pub lookahead: LookaheadMode,
 }
 
-/// Whether to draft on, along a guess, while a verdict is out.
+/// Whether to draft on, along guesses, while a verdict is out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LookaheadMode {
-    /// while that is faster
+    /// as is measured to be fastest
     Auto,
     /// always
     On,
+    /// always, and the target steps alone where no guess came true; as `on` in modes with masks
+    Unawaited,
     /// never
     Off,
 }

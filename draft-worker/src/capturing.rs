@@ -62,6 +62,11 @@ impl Capturing {
         lacks_mask || self.own.captures(step, round_length)
     }
 
+    /// Whether any masks are wanted.
+    pub(crate) fn makes_masks(&self) -> bool {
+        self.masks.is_some()
+    }
+
     /// Layers whose attention rows a captured step must hand out.
     pub(crate) fn layers(&self) -> &[usize] {
         &self.layers

@@ -15,6 +15,7 @@ mod lookahead;
 mod metrics;
 mod outgoing;
 pub mod own_reads;
+mod prospects;
 mod round_length;
 pub mod rows;
 mod service;

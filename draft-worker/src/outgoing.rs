@@ -124,6 +124,7 @@ mod tests {
             draft: Vec::new(),
             mask,
             last: true,
+            ahead: None,
             kv: KvReads::default(),
         }
     }

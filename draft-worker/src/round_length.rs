@@ -84,7 +84,7 @@ impl RoundLength {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::acceptance::Acceptance;
+    use crate::acceptance::{Acceptance, greedy_round};
 
     /// The length after rounds of which each token is accepted with probability `a`, at these costs in ms.
     fn settled(a: f64, step: f64, fixed: f64, slope: f64) -> usize {
@@ -102,7 +102,7 @@ mod tests {
                 })
                 .count();
             let took = ms(fixed + (step + slope) * proposed as f64);
-            acceptance.count(proposed, accepted);
+            acceptance.count(&greedy_round(proposed), accepted);
             length.judged(proposed, Some(took), acceptance.probability());
         }
         length.chosen

@@ -24,8 +24,8 @@ use crate::metrics::Totals;
 use crate::outgoing::Outgoing;
 use crate::wire::{self, Attach};
 
-/// Proposal messages that may wait to be sent: three of the round under way, and those of rounds given up meanwhile.
-pub(crate) const PROPOSALS: usize = 8;
+/// Proposal messages that may wait to be sent: three of the round under way, and those of rounds given up or drafted ahead meanwhile.
+pub(crate) const PROPOSALS: usize = 16;
 
 /// Events of an `Attach` stream: there are two.
 const ATTACH_EVENTS: usize = 2;

@@ -9,10 +9,12 @@
 //! next draft token. The last draft token of a round is not fed before its verdict: nobody would use its logits. So after
 //! a round that was accepted whole, the next round's first step feeds two tokens.
 //!
-//! **Running ahead.** While a round waits for its verdict, the draft may guess it: all accepted, and the token that it finds
-//! most probable as the bonus. The guess is then appended to c like a verdict's tokens, and the next round is drafted and
-//! sent. What was guessed is kept in [`Session::guesses`]; a verdict that says the same costs no wait, any other cuts c back
-//! to where the guess began. Whether it pays is for [`Lookahead`] to find out.
+//! **Running ahead.** While a round waits for its verdict, the draft may guess it and go on; whether it pays is for
+//! [`Lookahead`] to find out. Without masks it drafts rounds for all that is likely: [`Prospects`], whose text takes the place
+//! of the round's (exploring.rs). A mask is a change to the one before, so where masks are made there is one guess: all
+//! accepted, and the token that the draft finds most probable as the bonus. It is then appended to c like a verdict's tokens,
+//! and the next round is drafted and sent. What was guessed is kept in [`Session::guesses`]; a verdict that says the same
+//! costs no wait, any other cuts c back to where the guess began.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -32,15 +34,20 @@ use tokio::sync::mpsc;
 use crate::acceptance::Acceptance;
 use crate::args::Drafting;
 use crate::capturing::Capturing;
-use crate::lookahead::{Findings, Lookahead};
+use crate::lookahead::{Explorer, Findings, Lookahead, Way};
 use crate::outgoing::OutgoingMask;
+use crate::prospects::Prospects;
 use crate::round_length::RoundLength;
 
 mod conversation;
+mod exploring;
 
 /// Most rounds whose verdicts are guessed at a time. While the target judges one round the next must be there already, and
 /// the verdict that lets the draft begin the one after is on its way: two, and the one that is being drafted.
 const MOST_GUESSES: usize = 2;
+
+/// Rounds that follow one another among prospects, at most.
+const MOST_AHEAD: usize = crate::prospects::MOST_DEPTH + 1;
 
 /// Messages of a round at most: its announcement, its mask, and the rest.
 const ROUND_MESSAGES: usize = 3;
@@ -125,16 +132,27 @@ pub(crate) struct Proposal {
     pub(crate) mask: Option<OutgoingMask>,
     /// No more of the round follows.
     pub(crate) last: bool,
+    /// For what the session may come to, which way, if not as it stands.
+    pub(crate) ahead: Option<Ahead>,
     /// What the draft read since its message before.
     pub(crate) kv: KvReads,
+}
+
+/// How a round stands that is for one of several things that may come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    /// The last tokens before its base, which the draft was not told.
+    pub(crate) assumed: Vec<u32>,
+    /// The target need not wait for a round.
+    pub(crate) unawaited: bool,
 }
 
 /// A round that is out, and what its verdict is guessed to be.
 #[derive(Debug)]
 struct Guess {
     base: usize,
-    /// Draft tokens, all guessed to be accepted; the bonus token follows them.
-    proposed: usize,
+    /// All guessed to be accepted; the bonus token follows them.
+    round: Vec<DraftToken>,
 }
 
 /// The forward under way.
@@ -157,6 +175,8 @@ struct Joined {
     /// Where shorter rounds may be chosen.
     length: Option<RoundLength>,
     lookahead: Lookahead,
+    /// While there are prospects.
+    explorer: Option<Explorer>,
     /// When the verdict before came, while rounds follow one another.
     last_verdict: Option<Instant>,
     sampler: Sampler,
@@ -190,6 +210,8 @@ pub(crate) struct Session {
     guesses: VecDeque<Guess>,
     /// This round's d1..dk.
     draft: Vec<DraftToken>,
+    /// While it runs ahead without masks: what may come, in place of guesses and of this round.
+    prospects: Option<Prospects>,
     cached: usize,
     /// What was read since the last proposal.
     kv: KvReads,
@@ -217,6 +239,7 @@ impl Session {
             shape,
             guesses: VecDeque::new(),
             draft: Vec::new(),
+            prospects: None,
             cached: 0,
             kv: KvReads::default(),
             joined: None,
@@ -298,7 +321,7 @@ impl Session {
     fn may_guess(&self) -> bool {
         let joined = self.joined.as_ref();
         let after = self.tokens.len() + self.draft.len() + 1;
-        joined.is_some_and(|joined| joined.lookahead.is_on())
+        joined.is_some_and(|joined| joined.lookahead.way() != Way::Waiting)
             && self.guesses.len() < MOST_GUESSES
             && after < self.spec.limit.min(self.spec.capacity)
             && self.proposals.capacity() >= ROUND_MESSAGES
@@ -309,9 +332,13 @@ impl Session {
         self.joined.is_some() && self.round_length() > 0
     }
 
-    /// Positions that must have blocks: all tokens, and those of a round.
+    /// Positions that must have blocks: all tokens, and those of a round or of what is explored.
     pub(crate) fn reach(&self) -> usize {
-        self.tokens.len() + self.spec.draft_length + 1
+        let round = self.spec.draft_length + 1;
+        match self.prospects {
+            Some(_) => (self.tokens.len() + MOST_AHEAD * round).min(self.spec.capacity),
+            None => self.tokens.len() + round,
+        }
     }
 
     /// Tokens that the draft catches up with chunk by chunk.
@@ -339,6 +366,9 @@ impl Session {
             self.input.extend_from_slice(&self.tokens[self.cached..end]);
             self.pass = Pass::CatchUp;
             return Plan::Run;
+        }
+        if self.prospects.is_some() {
+            return self.plan_ahead();
         }
         let runs = if self.is_waiting() {
             self.may_guess()
@@ -371,9 +401,14 @@ impl Session {
         Plan::Run
     }
 
-    /// Draft tokens worth proposing: a round commits one more than it verifies, and the last one proposed is not fed.
+    /// Draft tokens worth proposing next.
     fn round_length(&self) -> usize {
-        let n = self.tokens.len();
+        self.room(self.tokens.len())
+    }
+
+    /// Draft tokens worth proposing after a text of `n` tokens: a round commits one more than it verifies, and the last one
+    /// proposed is not fed.
+    fn room(&self, n: usize) -> usize {
         let wanted = self.joined.as_ref().map_or(0, |joined| {
             joined
                 .length
@@ -387,12 +422,11 @@ impl Session {
 
     /// Goes on as if the round that is out were accepted whole, and `bonus` drawn after it.
     fn guess(&mut self, bonus: u32) {
-        self.guesses.push_back(Guess {
-            base: self.tokens.len(),
-            proposed: self.draft.len(),
-        });
-        let draft = self.draft.drain(..).map(|d| d.token);
-        self.tokens.extend(draft.chain([bonus]));
+        let base = self.tokens.len();
+        let round = std::mem::take(&mut self.draft);
+        self.tokens.extend(round.iter().map(|d| d.token));
+        self.tokens.push(bonus);
+        self.guesses.push_back(Guess { base, round });
         if let Some(joined) = &mut self.joined {
             joined.begin_round();
         }
@@ -410,6 +444,9 @@ impl Session {
         self.cached += self.input.len();
         if self.pass == Pass::CatchUp {
             return Ok(());
+        }
+        if self.prospects.is_some() {
+            return self.settle_ahead(output);
         }
         let round_length = self.round_length();
         let n = self.tokens.len();
@@ -475,8 +512,13 @@ impl Session {
             draft: self.draft[offset..].to_vec(),
             mask,
             last,
+            ahead: None,
             kv: std::mem::take(&mut self.kv),
         };
+        self.send(proposal)
+    }
+
+    fn send(&self, proposal: Proposal) -> Result<(), Fault> {
         self.proposals
             .try_send(proposal)
             .map_err(|_| Fault::Unavailable("the verify worker takes no proposals".to_owned()))

@@ -91,6 +91,11 @@ pub(crate) fn join(joining: &Joining, model: ModelInfo) -> v1::SpeculateRequest 
 
 /// A later one, with its mask in bytes.
 pub(crate) fn propose(proposal: Proposal, mask: Vec<u8>) -> v1::SpeculateRequest {
+    let (pacing, assumed) = match proposal.ahead {
+        None => (v1::Pacing::Unspecified, Vec::new()),
+        Some(ahead) if ahead.unawaited => (v1::Pacing::Unawaited, ahead.assumed),
+        Some(ahead) => (v1::Pacing::Ahead, ahead.assumed),
+    };
     let mut raw = v1::Propose {
         epoch: proposal.epoch,
         base: proposal.base as u64,
@@ -103,6 +108,8 @@ pub(crate) fn propose(proposal: Proposal, mask: Vec<u8>) -> v1::SpeculateRequest
         pending_token: proposal.pending_token,
         kv_entries_read: proposal.kv.read,
         kv_entries_dense: proposal.kv.dense,
+        pacing: pacing.into(),
+        assumed_token_ids: assumed,
     };
     for DraftToken { token, q } in proposal.draft {
         raw.token_ids.push(token);

@@ -26,6 +26,9 @@ pub const MAX_DEVICES: usize = 64;
 /// Most draft tokens in a round.
 pub const MAX_DRAFT_LENGTH: u32 = 16;
 
+/// Tokens that a proposal made ahead may assume: two rounds and what follows them, and to spare.
+pub const MAX_ASSUMED_TOKENS: usize = 64;
+
 /// Most tokens between two dense passes that check masked ones: a session holds a distribution for each.
 pub const MAX_CHECK_LENGTH: u32 = 64;
 

@@ -57,8 +57,10 @@ async fn drafting_ahead_hides_the_way_and_the_wait() {
     let far = Link::late(&verify, ONE_WAY).await;
     let (near_text, near) = run(&verify, "on", verify.uri(), 4).await;
     let (ahead_text, ahead) = run(&verify, "on", far.uri(), 4).await;
+    let (unawaited_text, _) = run(&verify, "unawaited", far.uri(), 4).await;
     let (waiting_text, waiting) = run(&verify, "off", far.uri(), 4).await;
     assert_eq!(ahead_text, near_text);
+    assert_eq!(unawaited_text, near_text);
     assert_eq!(waiting_text, near_text);
     println!(
         "ahead / waiting {:.2}, far / near {:.2}",

@@ -5,7 +5,6 @@
 //! continues where the last one ended, or below, where provisional tokens were withdrawn. Proposals are a stranger's word: whether they fit the session's epoch, base and
 //! pending token is for the session to say when it comes to judge them.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,9 +16,7 @@ use crate::draft_reads::DraftReads;
 use crate::events::Ending;
 use crate::masks::{MaskReader, Masking};
 use crate::trust::Trust;
-
-/// Whole proposals that may wait for judgement: a draft that runs ahead has up to three rounds out.
-pub(crate) const MAX_WAITING: usize = 4;
+use crate::waiting::{Pacing, Standing, Waiting};
 
 /// Names a link among all of the worker's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +78,8 @@ pub(crate) struct ProposalPart {
     pub(crate) q: Vec<SparseDistribution>,
     pub(crate) mask: Vec<u8>,
     pub(crate) last: bool,
+    pub(crate) pacing: Pacing,
+    pub(crate) assumed: Vec<u32>,
     /// What the draft says it read, as far as it counts.
     pub(crate) reads: DraftReads,
 }
@@ -91,6 +90,8 @@ pub(crate) struct Proposal {
     pub(crate) epoch: u64,
     pub(crate) base: u64,
     pub(crate) pending_token: u32,
+    /// Tokens before its base that the draft assumed.
+    pub(crate) assumed: Vec<u32>,
     pub(crate) draft: Vec<DraftToken>,
     pub(crate) mask: Vec<u8>,
 }
@@ -120,7 +121,7 @@ pub(crate) struct DraftLink {
     /// The highest sequence number seen.
     sequence: u64,
     partial: Option<Proposal>,
-    waiting: VecDeque<Proposal>,
+    waiting: Waiting,
     /// What the mask that is next in turn came to, once it was read: that of the first of them or, without any, of the partial one.
     masking: MaskRead,
     /// How long to wait for the draft.
@@ -153,7 +154,7 @@ impl DraftLink {
             told,
             sequence: 0,
             partial: None,
-            waiting: VecDeque::new(),
+            waiting: Waiting::default(),
             masking: None,
             trust: Trust::new(new.timeout),
             masks,
@@ -183,6 +184,10 @@ impl DraftLink {
         }
         self.sequence = part.sequence;
         let (last, reads) = (part.last, part.reads);
+        if part.pacing != Pacing::InOrder && self.masks.is_some() {
+            return Err(invalid("a round ahead of its turn, in a mode with masks"));
+        }
+        self.waiting.heard(part.pacing);
         let proposal = self.assemble(part)?;
         self.trust.proposal_arrived();
         if !last {
@@ -192,10 +197,7 @@ impl DraftLink {
         if proposal.draft.is_empty() {
             return Err(invalid("a proposal without tokens"));
         }
-        if self.waiting.len() == MAX_WAITING {
-            return Err(Fault::exhausted("too many proposals at a time"));
-        }
-        self.waiting.push_back(proposal);
+        self.waiting.push(proposal)?;
         Ok(reads)
     }
 
@@ -217,6 +219,7 @@ impl DraftLink {
             epoch: part.epoch,
             base: part.base,
             pending_token: part.pending_token,
+            assumed: part.assumed,
             draft: Vec::with_capacity(part.tokens.len()),
             mask: Vec::new(),
         });
@@ -248,33 +251,31 @@ impl DraftLink {
     /// The draft has given a round up that it had begun. A mask of it that was not read yet stays unread: a flood of such rounds
     /// must not take the engine's time. The next one lacks its base then, and the draft will hear that.
     fn drop_partial(&mut self) {
-        if self.partial.take().is_some() && self.waiting.is_empty() {
+        if self.partial.take().is_some() && self.waiting.first().is_none() {
             self.masking = None;
         }
     }
 
-    /// The proposal that is judged next.
-    pub(crate) fn first(&self) -> Option<&Proposal> {
-        self.waiting.front()
+    /// Rounds that wait.
+    pub(crate) fn waiting(&self) -> &Waiting {
+        &self.waiting
     }
 
-    /// Whether the draft has gone back behind that one since: it had guessed another verdict.
-    pub(crate) fn first_is_superseded(&self) -> bool {
-        let mut waiting = self.waiting.iter();
-        let first = waiting.next();
-        first.is_some_and(|first| waiting.any(|later| later.base <= first.base))
+    /// Of rounds that came ahead, the one that fits.
+    pub(crate) fn take_fitting(&mut self, standing: Standing<'_>) -> Option<Proposal> {
+        self.waiting.take_fitting(standing)
     }
 
     /// Whether the proposal that is judged next, be it whole or not, has a mask that was not read yet.
     pub(crate) fn has_unread_mask(&self) -> bool {
-        let first = self.waiting.front().or(self.partial.as_ref());
+        let first = self.waiting.first().or(self.partial.as_ref());
         self.masking.is_none() && first.is_some_and(|first| !first.mask.is_empty())
     }
 
     /// Reads that mask, if there is one.
     pub(crate) fn read_mask(&mut self) {
         if self.has_unread_mask()
-            && let Some(first) = self.waiting.front().or(self.partial.as_ref())
+            && let Some(first) = self.waiting.first().or(self.partial.as_ref())
             && let Some(masks) = &mut self.masks
         {
             let base = usize::try_from(first.base).unwrap_or(usize::MAX);
@@ -286,7 +287,7 @@ impl DraftLink {
     /// well: the next one builds on them.
     pub(crate) fn next_proposal(&mut self) -> Option<(Proposal, MaskRead)> {
         self.read_mask();
-        let proposal = self.waiting.pop_front()?;
+        let proposal = self.waiting.pop()?;
         Some((proposal, self.masking.take()))
     }
 

@@ -25,6 +25,7 @@ mod stats;
 pub mod stepwise;
 mod trace;
 mod trust;
+mod waiting;
 mod wire;
 mod worker;
 

@@ -13,7 +13,7 @@
 //! are a dense pass's own.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use specattn_engine::sampling::{CounterRng, DraftToken, Sampler, SamplingParams};
 use specattn_engine::{CHUNK_TOKENS, EngineError, HeadLists, LogitRows};
@@ -35,6 +35,7 @@ use crate::run::Run;
 use crate::stats::Stats;
 use crate::trace::SessionTrace;
 use crate::trust::Patience;
+use crate::waiting::Pacing;
 
 mod conversation;
 mod settling;
@@ -116,6 +117,9 @@ pub(crate) struct Session {
     totals: Totals,
     pass: Pass,
     input: Vec<u32>,
+    /// When the forward under way began, and what one usually takes.
+    began: Option<Instant>,
+    forward: Duration,
     /// Stale proposals answered on arrival since the last plan.
     stale_answers: usize,
 }
@@ -165,6 +169,8 @@ impl Session {
             stats,
             pass: Pass::Prefill,
             input: Vec::new(),
+            began: None,
+            forward: Duration::ZERO,
             stale_answers: 0,
             tokens,
             spec,
@@ -309,12 +315,10 @@ impl Session {
         }
         if self.wants_round() {
             if let Some((draft, masked)) = self.next_round() {
-                self.begin(draft, masked);
+                self.begin(draft, masked, now);
                 return Plan::Run;
             }
-            let most = self.payoff.as_ref().and_then(Payoff::patience);
-            let trust = self.link.as_mut().map(|link| &mut link.trust);
-            match trust.map(|trust| trust.patience(now, most)) {
+            match self.patience(now) {
                 Some(Patience::Until(deadline)) => return Plan::Wait(Some(deadline)),
                 Some(Patience::Over) => {
                     if let Some(payoff) = &mut self.payoff {
@@ -324,8 +328,19 @@ impl Session {
                 Some(Patience::Unwarranted) | None => {}
             }
         }
-        self.begin(Vec::new(), false);
+        self.begin(Vec::new(), false, now);
         Plan::Run
+    }
+
+    /// How long to wait for a round.
+    fn patience(&mut self, now: Instant) -> Option<Patience> {
+        let unawaited = self.pacing() == Pacing::Unawaited;
+        let trust = &mut self.link.as_mut()?.trust;
+        if unawaited {
+            return Some(trust.brief_patience(now, self.forward));
+        }
+        let most = self.payoff.as_ref().and_then(Payoff::patience);
+        Some(trust.patience(now, most))
     }
 
     /// Whether a round is worth having now.
@@ -339,10 +354,19 @@ impl Session {
 
     /// Whether it has a round, waits for one, or goes on alone.
     pub(crate) fn readiness(&self, now: Instant) -> Readiness {
-        match &self.link {
-            Some(link) if self.wants_round() && link.first().is_some() => Readiness::Ready,
-            Some(link) if self.wants_round() && link.trust.expects(now) => Readiness::Expected,
-            _ => Readiness::Alone,
+        let Some(link) = self.link.as_ref().filter(|_| self.wants_round()) else {
+            return Readiness::Alone;
+        };
+        let is_there = match self.pacing() {
+            Pacing::InOrder => link.waiting().first().is_some(),
+            Pacing::Ahead | Pacing::Unawaited => link.waiting().has_fitting(self.standing()),
+        };
+        if is_there {
+            Readiness::Ready
+        } else if self.pacing() != Pacing::Unawaited && link.trust.expects(now) {
+            Readiness::Expected
+        } else {
+            Readiness::Alone
         }
     }
 
@@ -370,7 +394,8 @@ impl Session {
     }
 
     /// Makes a pass of a round, or of no draft tokens at all.
-    fn begin(&mut self, draft: Vec<DraftToken>, masked: bool) {
+    fn begin(&mut self, draft: Vec<DraftToken>, masked: bool, now: Instant) {
+        self.began = Some(now);
         // Masked passes write approximate entries: after the cache was given up, a run has none to go on from.
         let lost = self.cached + 1 < self.tokens.len();
         let due = lost || self.oversight.is_due(self.run.len());

@@ -5,6 +5,9 @@
 //! lets 2^k tokens (at most 64) pass first. So a slow draft, or one that only sends stale proposals, costs a bounded
 //! share of the time.
 //!
+//! A draft that runs ahead and asks for no waiting has its rounds there in time or, where its way is about as long as a forward, a little
+//! late: it is waited for briefly, and rarely once that was in vain many times in a row.
+//!
 //! Rounds of which nothing is accepted cost the target, and the sessions beside, more than steps alone. After a dozen of them in
 //! a row each further one is followed by steps alone, 2^k of them again.
 
@@ -16,6 +19,11 @@ const BACKOFF_BITS_MAX: u32 = 6;
 /// Rounds in a row without an accepted token that are borne: where a third of the first tokens is accepted, that many come one time
 /// in a hundred.
 const FRUITLESS: u32 = 12;
+
+/// Part of a forward's time that a round of a draft which asks for no waiting may be late.
+const LATE: u32 = 8;
+/// Brief waits in vain in a row after which only one in so many is made.
+const LATE_IN_VAIN: u32 = 8;
 
 /// What a session does about its draft.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +50,8 @@ pub(crate) struct Trust {
     solo_first: u32,
     /// When the current wait began.
     waiting_since: Option<Instant>,
+    /// Brief waits, made or left out, since a round was last judged.
+    late: u32,
 }
 
 impl Trust {
@@ -54,6 +64,7 @@ impl Trust {
             fruitless: 0,
             solo_first: 0,
             waiting_since: None,
+            late: 0,
         }
     }
 
@@ -65,6 +76,7 @@ impl Trust {
     /// A proposal was judged and so many of its tokens accepted: the draft keeps up.
     pub(crate) fn judged(&mut self, accepted: usize) {
         self.answered();
+        self.late = 0;
         self.fruitless = if accepted > 0 { 0 } else { self.fruitless + 1 };
         if let Some(beyond) = self.fruitless.checked_sub(FRUITLESS) {
             self.solo_first = 1 << beyond.min(BACKOFF_BITS_MAX);
@@ -93,6 +105,18 @@ impl Trust {
     pub(crate) fn expects(&self, now: Instant) -> bool {
         let in_time = |since: Instant| now < since + self.timeout;
         self.proposed && self.solo_first == 0 && self.waiting_since.is_none_or(in_time)
+    }
+
+    /// Until when to wait for a round of a draft that asks for no waiting, where a forward takes so long.
+    pub(crate) fn brief_patience(&mut self, now: Instant, forward: Duration) -> Patience {
+        let waits = self.late < LATE_IN_VAIN || self.late.is_multiple_of(LATE_IN_VAIN);
+        let deadline = *self.waiting_since.get_or_insert(now) + forward / LATE;
+        if self.solo_first == 0 && waits && now < deadline {
+            return Patience::Until(deadline);
+        }
+        self.late = self.late.wrapping_add(1);
+        self.waiting_since = None;
+        Patience::Unwarranted
     }
 
     /// Until when to wait for a proposal; no longer than `most`, where that is known.
@@ -165,6 +189,30 @@ mod tests {
         trust.patience(now, None);
         assert_eq!(trust.patience(now + TIMEOUT, None), Patience::Over);
         assert_eq!(trust.solo_first, 2);
+    }
+
+    #[test]
+    fn a_draft_that_asks_for_no_waiting_is_waited_for_briefly_and_rarely_in_vain() {
+        let (mut trust, forward) = (Trust::new(TIMEOUT), Duration::from_millis(40));
+        let mut now = Instant::now();
+        let mut waits = |trust: &mut Trust, steps: u32| {
+            let mut waits = 0;
+            for _ in 0..steps {
+                if let Patience::Until(deadline) = trust.brief_patience(now, forward) {
+                    assert_eq!(deadline, now + forward / LATE);
+                    now = deadline;
+                    let after = trust.brief_patience(now, forward);
+                    assert_eq!(after, Patience::Unwarranted);
+                    waits += 1;
+                }
+                trust.stepped_alone();
+                now += forward;
+            }
+            waits
+        };
+        assert_eq!(waits(&mut trust, 80), 8 + 9);
+        trust.judged(1);
+        assert_eq!(waits(&mut trust, 5), 5);
     }
 
     #[test]

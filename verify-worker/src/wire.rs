@@ -15,6 +15,7 @@ use crate::kept_map::KeptMap;
 use crate::oversight::Mode;
 use crate::session::SessionSpec;
 use crate::stats::Stats;
+use crate::waiting::Pacing;
 
 /// Most columns of an inspection.
 const MOST_COLUMNS: u32 = 256;
@@ -159,6 +160,11 @@ pub(crate) fn proposal_part(
         ("token_ids", propose.token_ids.len(), most),
         ("q", propose.q.len(), most),
         ("mask", propose.mask.len(), limits::MAX_MASK_BYTES),
+        (
+            "assumed_token_ids",
+            propose.assumed_token_ids.len(),
+            limits::MAX_ASSUMED_TOKENS,
+        ),
     ];
     for (field, size, most) in sizes {
         if size > most {
@@ -180,6 +186,15 @@ pub(crate) fn proposal_part(
         )
         .into());
     }
+    let pacing = match v1::Pacing::try_from(propose.pacing) {
+        Ok(v1::Pacing::Unspecified) => Pacing::InOrder,
+        Ok(v1::Pacing::Ahead) => Pacing::Ahead,
+        Ok(v1::Pacing::Unawaited) => Pacing::Unawaited,
+        Err(_) => {
+            let reason = format!("{} is none", propose.pacing);
+            return Err(Invalid::new("pacing", reason).into());
+        }
+    };
     Ok(ProposalPart {
         epoch: propose.epoch,
         base: propose.base,
@@ -197,6 +212,8 @@ pub(crate) fn proposal_part(
             .collect(),
         mask: propose.mask,
         last: propose.last,
+        pacing,
+        assumed: propose.assumed_token_ids,
         reads: bound.credit(KvReads {
             read: propose.kv_entries_read,
             dense: propose.kv_entries_dense,

@@ -77,6 +77,9 @@ struct Far {
     /// Tokens of a session behind the slow target
     #[arg(long, default_value_t = 256)]
     slow_tokens: u32,
+    /// Sessions per figure of the slow target, each with another text
+    #[arg(long, default_value_t = 4)]
+    slow_passes: usize,
     /// Tokens of a session of the plain pair
     #[arg(long, default_value_t = 1500)]
     fast_tokens: u32,
@@ -110,11 +113,15 @@ fn main() -> Result<()> {
 
 /// Prints what a distance costs, with a slow target and with the plain pair.
 async fn far_table(far: Far) -> Result<()> {
-    ensure!(far.passes > 0, "--passes must be at least 1");
+    ensure!(
+        far.passes > 0 && far.slow_passes > 0,
+        "--passes and --slow-passes must be at least 1"
+    );
     let distance = Distance {
         one_way: Duration::from_millis(far.one_way_ms),
         forward: Duration::from_millis(far.forward_ms),
         slow_tokens: far.slow_tokens,
+        slow_passes: far.slow_passes,
         fast_tokens: far.fast_tokens,
         passes: far.passes,
     };

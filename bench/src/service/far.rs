@@ -9,13 +9,16 @@ use anyhow::Result;
 use specattn_proto::v1::{OpenRequest, Sampling};
 use specattn_tests::network::Link;
 use specattn_tests::session::open_request;
-use specattn_tests::texts::{book, references};
+use specattn_tests::texts::{book, book_files, middle_of, references};
 use specattn_tests::{DRAFT, Process, VERIFY};
 
 use super::timed::{Draft, Timed, median};
 
 /// Tokens before the clock starts: the draft has caught up with the prompt and found its pace.
 const SKIPPED: usize = 32;
+
+/// Tokens of a book before the text that is sampled.
+const PROMPT: usize = 500;
 
 /// How far, how slow, how long.
 #[derive(Debug, Clone, Copy)]
@@ -28,24 +31,60 @@ pub struct Distance {
     pub slow_tokens: u32,
     /// See above.
     pub fast_tokens: u32,
+    /// Sessions per figure of the slow target, each with another text.
+    pub slow_passes: usize,
     /// Sessions per figure of the fast pair.
     pub passes: usize,
 }
 
-/// The slow target's texts: one that repeats itself, which the draft guesses well, and sampled prose.
-fn texts(tokens: u32) -> [(&'static str, OpenRequest); 2] {
-    let greedy = open_request(&references()[2].prompt, tokens);
-    [("greedy", greedy), ("sampled", sampled(tokens))]
+/// The slow target's texts: some that repeat themselves, which the draft guesses well, and sampled prose.
+fn texts(tokens: u32, count: usize) -> [(&'static str, Vec<OpenRequest>); 2] {
+    let references = references();
+    // From the third on: the first ones end early.
+    let greedy = references.iter().cycle().skip(2).take(count);
+    let greedy = greedy.map(|reference| open_request(&reference.prompt, tokens));
+    let books = book_files();
+    let prose = (0..count).map(|index| match books.get(index) {
+        Some(book) => sampled(&middle_of(book, PROMPT), 7 + index as u64, tokens),
+        None => sampled(&book(PROMPT), 7 + index as u64, tokens),
+    });
+    [("greedy", greedy.collect()), ("sampled", prose.collect())]
 }
 
-fn sampled(tokens: u32) -> OpenRequest {
+fn sampled(prompt: &[u32], seed: u64, tokens: u32) -> OpenRequest {
     OpenRequest {
         sampling: Some(Sampling {
             temperature: 0.8,
-            seed: Some(7),
+            seed: Some(seed),
             ..Sampling::default()
         }),
-        ..open_request(&book(500), tokens)
+        ..open_request(prompt, tokens)
+    }
+}
+
+/// Sessions one after another.
+#[derive(Debug, Default)]
+struct Together {
+    tokens: f64,
+    seconds: f64,
+    accepted: u64,
+    proposed: u64,
+    forwards: u64,
+    alone: u64,
+}
+
+impl Together {
+    fn add(&mut self, session: &Timed) {
+        self.tokens += session.tokens as f64;
+        self.seconds += session.tokens as f64 / session.rate;
+        self.accepted += session.stats.accepted_tokens;
+        self.proposed += session.stats.proposed_tokens;
+        self.forwards += session.stats.target_forwards;
+        self.alone += session.stats.solo_forwards;
+    }
+
+    fn rate(&self) -> f64 {
+        self.tokens / self.seconds
     }
 }
 
@@ -69,34 +108,40 @@ impl Distance {
             self.one_way.as_millis()
         );
         println!(
-            "| text | draft length | lookahead | loopback | away | away / loopback | accepted |"
+            "| text | draft length | lookahead | loopback | away | away / loopback | away / waiting | accepted | forwards alone |"
         );
-        println!("| --- | --- | --- | --- | --- | --- | --- |");
-        for (text, request) in texts(self.slow_tokens) {
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+        for (text, requests) in texts(self.slow_tokens, self.slow_passes) {
             for length in ["4", "chosen"] {
-                for lookahead in ["off", "on", "auto"] {
+                let mut waiting = None;
+                for lookahead in ["off", "on", "unawaited", "auto"] {
                     let draft = Process::worker(DRAFT, &["--lookahead", lookahead]).await;
-                    let mut sessions = Vec::new();
-                    for endpoint in [verify.uri(), far.uri()] {
-                        let worker = &draft;
-                        let draft = Some(Draft { worker, endpoint });
-                        let request = OpenRequest {
-                            session_id: open_request(&[], 0).session_id,
-                            draft_while_it_pays: length == "chosen",
-                            draft_length: if length == "chosen" { 16 } else { 4 },
-                            ..request.clone()
-                        };
-                        sessions.push(Timed::run(&verify, draft, request, SKIPPED).await?);
+                    let mut figures = [Together::default(), Together::default()];
+                    // The way stays the same from session to session, as it would.
+                    for (endpoint, figures) in
+                        [verify.uri(), far.uri()].into_iter().zip(&mut figures)
+                    {
+                        for request in &requests {
+                            let worker = &draft;
+                            let draft = Some(Draft { worker, endpoint });
+                            let request = OpenRequest {
+                                session_id: open_request(&[], 0).session_id,
+                                draft_while_it_pays: length == "chosen",
+                                draft_length: if length == "chosen" { 16 } else { 4 },
+                                ..request.clone()
+                            };
+                            figures.add(&Timed::run(&verify, draft, request, SKIPPED).await?);
+                        }
                     }
-                    let [near, away] = &sessions[..] else {
-                        continue;
-                    };
+                    let [near, away] = figures;
                     println!(
-                        "| {text} | {length} | {lookahead} | {:.1} | {:.1} | {:.2} | {:.2} |",
-                        near.rate,
-                        away.rate,
-                        away.rate / near.rate,
-                        away.acceptance()
+                        "| {text} | {length} | {lookahead} | {:.1} | {:.1} | {:.2} | {:.2} | {:.2} | {:.2} |",
+                        near.rate(),
+                        away.rate(),
+                        away.rate() / near.rate(),
+                        away.rate() / *waiting.get_or_insert(away.rate()),
+                        away.accepted as f64 / away.proposed.max(1) as f64,
+                        away.alone as f64 / away.forwards.max(1) as f64,
                     );
                 }
             }
@@ -116,13 +161,14 @@ impl Distance {
             worker: &draft,
             endpoint: far.uri(),
         };
+        let prompt = book(PROMPT);
         let (mut alone, mut with_draft) = (Vec::new(), Vec::new());
         let mut rounds = 0.0;
         for _ in 0..self.passes {
             let request = |draft_length| OpenRequest {
                 draft_length,
                 draft_while_it_pays: true,
-                ..sampled(self.fast_tokens)
+                ..sampled(&prompt, 7, self.fast_tokens)
             };
             let without = Timed::run(&verify, None, request(0), SKIPPED).await?;
             alone.push(without.rate);

@@ -18,6 +18,8 @@ pub(crate) struct Draft<'a> {
 pub(crate) struct Timed {
     /// Committed tokens per second, the first ones left out.
     pub(crate) rate: f64,
+    /// Those.
+    pub(crate) tokens: usize,
     pub(crate) stats: SessionStats,
 }
 
@@ -45,13 +47,9 @@ impl Timed {
         drop(attachment);
         Ok(Self {
             rate: tokens as f64 / start.elapsed().as_secs_f64(),
+            tokens,
             stats,
         })
-    }
-
-    /// The share of judged draft tokens that was accepted.
-    pub(crate) fn acceptance(&self) -> f64 {
-        self.stats.accepted_tokens as f64 / self.stats.proposed_tokens.max(1) as f64
     }
 }
 

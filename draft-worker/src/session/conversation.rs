@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use specattn_engine::sampling::{CounterRng, Sampler};
+use specattn_engine::sampling::{CounterRng, DraftToken, Sampler};
 use specattn_proto::Fault;
 use specattn_worker::{Readiness, clock};
 
@@ -10,7 +10,8 @@ use super::{Joined, Session, Verdict, Welcome};
 use crate::acceptance::Acceptance;
 use crate::args::LookaheadMode;
 use crate::capturing::Capturing;
-use crate::lookahead::Lookahead;
+use crate::lookahead::{Lookahead, Way};
+use crate::prospects::Prospects;
 use crate::round_length::RoundLength;
 
 impl Session {
@@ -28,6 +29,11 @@ impl Session {
         let draft_length = welcome.draft_length.min(self.spec.draft_length);
         let own = self.spec.drafting.own;
         let capturing = Capturing::new(own, welcome.policy, welcome.sources, self.shape);
+        let ways: &[Way] = if capturing.makes_masks() {
+            &[Way::Waiting, Way::Ahead]
+        } else {
+            &[Way::Waiting, Way::Ahead, Way::Unawaited]
+        };
         self.joined = Some(Joined {
             epoch: welcome.epoch,
             prompt_tokens: welcome.prompt_tokens,
@@ -35,10 +41,12 @@ impl Session {
             acceptance: Acceptance::default(),
             length: welcome.may_shorten.then(|| RoundLength::new(draft_length)),
             lookahead: match self.spec.drafting.lookahead {
-                LookaheadMode::Auto => Lookahead::measured(Arc::clone(&self.findings)),
-                LookaheadMode::On => Lookahead::fixed(true),
-                LookaheadMode::Off => Lookahead::fixed(false),
+                LookaheadMode::Auto => Lookahead::measured(Arc::clone(&self.findings), ways),
+                LookaheadMode::On => Lookahead::fixed(Way::Ahead),
+                LookaheadMode::Unawaited => Lookahead::fixed(Way::Unawaited),
+                LookaheadMode::Off => Lookahead::fixed(Way::Waiting),
             },
+            explorer: None,
             last_verdict: None,
             sampler: Sampler::new(welcome.sampling, self.shape.vocab_size)
                 .map_err(|error| Fault::FailedPrecondition(error.to_string()))?,
@@ -51,6 +59,7 @@ impl Session {
             waiting: false,
             unawaited: true,
         });
+        self.take_way();
         Ok(())
     }
 
@@ -77,25 +86,31 @@ impl Session {
     fn judged(&mut self, verdict: Verdict) -> Result<(), Fault> {
         let n = self.tokens.len();
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
-        let (base, proposed) = match self.guesses.front() {
-            Some(guess) => (guess.base, guess.proposed),
-            None if joined.waiting => (n, self.draft.len()),
-            None => return Err(broken("verdict")),
+        let (base, round): (usize, &[DraftToken]) = match (&self.prospects, self.guesses.front()) {
+            (Some(prospects), _) => (n, prospects.judged()),
+            (None, Some(guess)) => (guess.base, &guess.round),
+            (None, None) if joined.waiting => (n, &self.draft),
+            (None, None) => return Err(broken("verdict")),
         };
-        if verdict.base != base as u64 || verdict.accepted > proposed {
+        let proposed = round.len();
+        if verdict.base != base as u64 || verdict.accepted > proposed || proposed == 0 {
             return Err(broken("verdict"));
         }
-        let mut new: Vec<u32> = self.text_from(base).take(verdict.accepted).collect();
-        new.extend(verdict.next_tokens);
-        let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
+        let accepted = round[..verdict.accepted].iter().map(|d| d.token);
+        let new: Vec<u32> = accepted.chain(verdict.next_tokens).collect();
         let now = clock::now();
-        joined.acceptance.count(proposed, verdict.accepted);
+        joined.acceptance.count(round, verdict.accepted);
         let acceptance = joined.acceptance.probability();
         joined.lookahead.judged(proposed, acceptance, now);
         if let Some(length) = &mut joined.length {
             let last = joined.last_verdict.replace(now);
             let took = last.map(|last| now.saturating_duration_since(last));
             length.judged(proposed, took, acceptance);
+        }
+        if self.prospects.is_some() {
+            self.advance(n, &new, verdict.epoch)?;
+            self.take_way();
+            return Ok(());
         }
         let as_guessed = !self.guesses.is_empty()
             && verdict.epoch == joined.epoch
@@ -105,7 +120,9 @@ impl Session {
             return Ok(());
         }
         joined.settle(verdict.epoch, false);
-        self.learn(base, &new)
+        self.learn(base, &new)?;
+        self.take_way();
+        Ok(())
     }
 
     /// Progress that the target made alone, tokens that it withdrew, or the answer to a round that was stale.
@@ -132,17 +149,36 @@ impl Session {
             // An answer to a proposal that was given up already.
             return Ok(());
         }
-        joined.lookahead.interrupted();
         joined.last_verdict = None;
         joined.settle(verdict.epoch, true);
-        self.learn(base + same, &verdict.next_tokens[same..])
+        let (from, new) = (base + same, &verdict.next_tokens[same..]);
+        if self.prospects.is_none() {
+            joined.lookahead.interrupted();
+            return self.learn(from, new);
+        }
+        if joined.is_unawaited() && from == known && new.len() == 1 {
+            // A step alone, as was expected.
+            let acceptance = joined.acceptance.probability();
+            joined.lookahead.judged(0, acceptance, clock::now());
+        } else {
+            joined.lookahead.interrupted();
+        }
+        self.advance(from, new, verdict.epoch)?;
+        self.take_way();
+        Ok(())
     }
 
     /// How it stands to a batch that may wait: a round that begins may begin together with those of others, unless the verify worker
     /// goes on alone meanwhile.
     pub(crate) fn readiness(&self) -> Readiness {
         let unawaited = self.joined.as_ref().is_some_and(|joined| joined.unawaited);
-        if self.is_waiting() {
+        if self.prospects.is_some() {
+            if self.has_work_ahead() {
+                Readiness::Alone
+            } else {
+                Readiness::Expected
+            }
+        } else if self.is_waiting() {
             if self.may_guess() {
                 Readiness::Alone
             } else {
@@ -157,15 +193,20 @@ impl Session {
         }
     }
 
-    /// The text from index `from` on: tokens, then this round's draft.
-    fn text_from(&self, from: usize) -> impl Iterator<Item = u32> {
+    /// The text from index `from` on: tokens, then this round's draft or that of what is explored.
+    pub(super) fn text_from(&self, from: usize) -> impl Iterator<Item = u32> {
         let draft = self.draft.iter().map(|d| d.token);
-        self.tokens[from..].iter().copied().chain(draft)
+        let ahead = self.prospects.iter().flat_map(Prospects::text);
+        self.tokens[from..]
+            .iter()
+            .copied()
+            .chain(draft)
+            .chain(ahead)
     }
 
     /// Puts what is known in place of the text from index `from` on, and ends the round. KV entries stay for what turned out
     /// right.
-    fn learn(&mut self, from: usize, new: &[u32]) -> Result<(), Fault> {
+    pub(super) fn learn(&mut self, from: usize, new: &[u32]) -> Result<(), Fault> {
         if new
             .iter()
             .any(|&token| token as usize >= self.shape.vocab_size)

@@ -8,6 +8,7 @@ use crate::args::LookaheadMode;
 use crate::own_reads::OwnPolicy;
 
 mod ahead;
+mod exploring;
 mod masks;
 
 const VOCAB: usize = 16;
@@ -82,11 +83,11 @@ impl Bench {
     fn run(&mut self) -> Vec<Vec<u32>> {
         let mut fed = Vec::new();
         while self.session.plan() == Plan::Run {
-            assert_eq!(
-                self.cache.len(),
-                self.session.cached(),
+            assert!(
+                self.session.cached() <= self.cache.len(),
                 "positions are appended in order"
             );
+            self.cache.truncate(self.session.cached());
             let input = self.session.input().to_vec();
             self.cache.extend(&input);
             let (kv_len, layers) = (self.cache.len(), self.session.capture().to_vec());
@@ -155,8 +156,7 @@ impl Bench {
     fn judge(&mut self, verdict: Verdict) {
         self.session.judge(verdict).unwrap();
         self.cache.truncate(self.session.cached());
-        let draft = self.session.draft.iter().map(|d| d.token);
-        let text: Vec<u32> = self.session.tokens.iter().copied().chain(draft).collect();
+        let text: Vec<u32> = self.session.text_from(0).collect();
         assert!(
             text.starts_with(&self.cache),
             "{:?} does not begin {text:?}",

@@ -1607,6 +1607,12 @@ pub struct Propose {
     pub kv_entries_read: u64,
     #[prost(uint64, tag = "11")]
     pub kv_entries_dense: u64,
+    /// The same in all messages of a round.
+    #[prost(enumeration = "Pacing", tag = "12")]
+    pub pacing: i32,
+    /// With a pacing: the last tokens before `base` that the draft assumes and was not told of, at most 64.
+    #[prost(uint32, repeated, tag = "13")]
+    pub assumed_token_ids: ::prost::alloc::vec::Vec<u32>,
 }
 /// The truncated, renormalised distribution a draft token was drawn from.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1801,6 +1807,40 @@ impl TokenOrigin {
             "TOKEN_ORIGIN_RECOVERED" => Some(Self::Recovered),
             "TOKEN_ORIGIN_BONUS" => Some(Self::Bonus),
             "TOKEN_ORIGIN_SOLO" => Some(Self::Solo),
+            _ => None,
+        }
+    }
+}
+/// Whom a round is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Pacing {
+    /// The session as it stands: rounds are judged in the order of arrival, a stale one is answered by a Verdict.
+    Unspecified = 0,
+    /// What the session may come to: the round that fits is judged whatever came before it, the others are dropped without an
+    /// answer. Only in sessions without masks.
+    Ahead = 1,
+    /// The same, and where no round fits the target need not wait for one: the draft expects it to take a step alone.
+    Unawaited = 2,
+}
+impl Pacing {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PACING_UNSPECIFIED",
+            Self::Ahead => "PACING_AHEAD",
+            Self::Unawaited => "PACING_UNAWAITED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PACING_UNSPECIFIED" => Some(Self::Unspecified),
+            "PACING_AHEAD" => Some(Self::Ahead),
+            "PACING_UNAWAITED" => Some(Self::Unawaited),
             _ => None,
         }
     }

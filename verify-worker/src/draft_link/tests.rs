@@ -1,6 +1,7 @@
 use specattn_mask::{Encoder, LayerMap, MaskPolicy, PositionSet, RoundMask};
 
 use super::*;
+use crate::waiting::MOST_IN_ORDER;
 
 fn link(greedy: bool) -> (DraftLink, mpsc::Receiver<LinkEvent>) {
     let (sender, receiver) = mpsc::channel(2);
@@ -28,6 +29,8 @@ fn part(sequence: u64, offset: usize, tokens: &[u32], last: bool) -> ProposalPar
         q: Vec::new(),
         mask: Vec::new(),
         last,
+        pacing: Pacing::InOrder,
+        assumed: Vec::new(),
         reads: DraftReads::default(),
     }
 }
@@ -201,7 +204,7 @@ fn malformed_proposals_are_refused() {
 #[test]
 fn few_proposals_may_wait() {
     let (mut link, _receiver) = link(true);
-    for sequence in 1..=MAX_WAITING as u64 {
+    for sequence in 1..=MOST_IN_ORDER as u64 {
         link.receive(part(sequence, 0, &[1], true)).unwrap();
     }
     let fault = link.receive(part(99, 0, &[1], true)).unwrap_err();

@@ -8,13 +8,13 @@ use specattn_proto::{Capability, Fault};
 
 use super::Session;
 use crate::draft_link::{
-    DraftLink, LinkEvent, LinkId, MAX_WAITING, MaskRead, NewLink, Proposal, ProposalPart, Terms,
-    Welcome,
+    DraftLink, LinkEvent, LinkId, MaskRead, NewLink, Proposal, ProposalPart, Terms, Welcome,
 };
 use crate::events::Ending;
 use crate::masks::{MaskReader, Masking};
 use crate::oversight::Mode;
 use crate::payoff::Payoff;
+use crate::waiting::{MOST_IN_ORDER, Pacing, Standing};
 
 impl Session {
     /// Lets a draft in that shows what the gateway gave to this session's drafts.
@@ -100,8 +100,33 @@ impl Session {
         }
     }
 
-    /// The first waiting proposal that is not stale, and whether its masks can be used.
+    /// What a round must fit.
+    pub(super) fn standing(&self) -> Standing<'_> {
+        Standing {
+            epoch: self.epoch,
+            tokens: &self.tokens,
+        }
+    }
+
+    /// How the draft paces its rounds.
+    pub(super) fn pacing(&self) -> Pacing {
+        let link = self.link.as_ref();
+        link.map_or(Pacing::InOrder, |link| link.waiting().pacing())
+    }
+
+    /// The waiting proposal that is to be judged now, and whether its masks can be used.
     pub(super) fn next_round(&mut self) -> Option<(Vec<DraftToken>, bool)> {
+        if self.pacing() != Pacing::InOrder {
+            let standing = Standing {
+                epoch: self.epoch,
+                tokens: &self.tokens,
+            };
+            let proposal = self.link.as_mut()?.take_fitting(standing)?;
+            return self.round(proposal, None).unwrap_or_else(|fault| {
+                self.drop_link(fault);
+                None
+            });
+        }
         loop {
             if let Some(round) = self.take_proposal()? {
                 return Some(round);
@@ -111,18 +136,22 @@ impl Session {
 
     /// Answers what can no longer be judged, or never could (a later epoch, another last token, farther ahead than rounds may
     /// wait), so that only what can takes up room. What was sent ahead is no such thing: its turn may come, unless its draft
-    /// has begun again before it. No more a step than may wait: a flood ends the link.
+    /// has begun again before it. No more a step than may wait: a flood ends the link. Rounds ahead need no answer.
     fn drop_stale(&mut self) {
+        if self.pacing() != Pacing::InOrder {
+            return;
+        }
         let next = self.tokens.len() as u64;
-        let reach = next..=next + (MAX_WAITING * (self.spec.draft_length + 1)) as u64;
-        while self.stale_answers < MAX_WAITING {
+        let reach = next..=next + (MOST_IN_ORDER * (self.spec.draft_length + 1)) as u64;
+        while self.stale_answers < MOST_IN_ORDER {
             let pending = self.tokens.last();
             let hopeless = |first: &Proposal| {
                 let follows_another = first.base == next && Some(&first.pending_token) != pending;
                 first.epoch != self.epoch || !reach.contains(&first.base) || follows_another
             };
             let stale = self.link.as_ref().is_some_and(|link| {
-                link.first().is_some_and(hopeless) || link.first_is_superseded()
+                let waiting = link.waiting();
+                waiting.first().is_some_and(hopeless) || waiting.first_is_superseded()
             });
             if !stale || self.take_proposal().is_none() {
                 return;
@@ -166,11 +195,11 @@ impl Session {
         let masking = masking.transpose()?;
         link.need_full_mask |= masking == Some(Masking::MissingBase);
         let masked = masking == Some(Masking::Ready);
-        let fresh = proposal.epoch == self.epoch
-            && proposal.base == m as u64
-            && proposal.pending_token == self.tokens[m - 1]
-            && link.knows_all(m);
-        if !fresh {
+        let standing = Standing {
+            epoch: self.epoch,
+            tokens: &self.tokens,
+        };
+        if !standing.fits(&proposal) || !link.knows_all(m) {
             return Ok(None);
         }
         let mut draft = proposal.draft;

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use specattn_engine::{KvReads, LoadOptions, Model, Step, StepOutput};
 use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
@@ -64,6 +63,8 @@ fn propose(session: &Session, text: &[u32], turn: usize, map: &LayerMap) -> Prop
             Encoder::new().encode(&mask)
         },
         last: true,
+        pacing: Pacing::InOrder,
+        assumed: Vec::new(),
         reads: DraftReads::default(),
     }
 }

@@ -8,7 +8,6 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use safetensors::tensor::{Dtype, TensorView};
 use specattn_engine::sampling::{History, draft_token};
@@ -186,6 +185,8 @@ fn propose(
         q,
         mask,
         last: true,
+        pacing: Pacing::InOrder,
+        assumed: Vec::new(),
         reads: DraftReads::default(),
     }
 }

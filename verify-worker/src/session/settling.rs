@@ -10,6 +10,7 @@ use super::{Pass, Session};
 use crate::events::Ending;
 use crate::masks::MaskReader;
 use crate::origin::Origin;
+use crate::waiting::Pacing;
 
 impl Session {
     /// Takes the output of the planned forward. Says how the session ended, if it did.
@@ -17,6 +18,14 @@ impl Session {
     /// # Errors
     /// [`EngineError`] when the output cannot be sampled from: the model failed, and so does the session.
     pub(crate) fn settle(&mut self, output: &StepOutput) -> Result<Option<Ending>, EngineError> {
+        if let Some(began) = self.began.take() {
+            let took = clock::now().saturating_duration_since(began);
+            self.forward = if self.forward.is_zero() {
+                took
+            } else {
+                (3 * self.forward + took) / 4
+            };
+        }
         let pass = std::mem::replace(&mut self.pass, Pass::Prefill);
         match pass {
             Pass::Prefill => {
@@ -126,7 +135,9 @@ impl Session {
             self.tell_withdrawn(n + accepted, !draft.is_empty(), ending);
         } else if draft.is_empty() {
             self.stats.solo_forwards += u64::from(run.is_empty());
-            self.weigh_drafts(self.tokens.len() - n, false);
+            // Where the draft does not ask to be waited for, steps alone are part of decoding with it.
+            let drafted = self.pacing() == Pacing::Unawaited && self.wants_round();
+            self.weigh_drafts(self.tokens.len() - n, drafted);
             self.tell_of_step(ending);
         } else {
             let accepted = accepted - provisional;

@@ -3,7 +3,6 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
 use specattn_engine::{KvReads, StepOutput};
 use specattn_mask::{Encoder, LayerMap, PositionSet, RoundMask};
@@ -15,6 +14,8 @@ use crate::draft_link::{LinkId, NewLink, ProposalPart, Verdict, Welcome};
 use crate::draft_reads::DraftReads;
 use crate::events::{self, Event, Events};
 use crate::origin::Origin;
+
+mod ahead;
 
 const VOCAB: usize = 16;
 const TIMEOUT: Duration = Duration::from_millis(10);
@@ -180,6 +181,8 @@ impl Draft {
             q: Vec::new(),
             mask: Vec::new(),
             last: true,
+            pacing: Pacing::InOrder,
+            assumed: Vec::new(),
             reads: DraftReads::default(),
         }
     }

@@ -1,4 +1,4 @@
-//! Rounds drafted along a guess of the verdict before.
+//! Rounds with masks, drafted along a guess of the verdict before.
 
 use super::*;
 
@@ -11,7 +11,13 @@ fn ahead() -> Bench {
         drafting,
         ..spec(100)
     });
-    bench.session.join(welcome()).unwrap();
+    bench
+        .session
+        .join(Welcome {
+            sources: vec![Source::layer_mean(1, HEADS as u32)],
+            ..welcome()
+        })
+        .unwrap();
     bench
 }
 

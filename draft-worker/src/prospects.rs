@@ -1,0 +1,502 @@
+//! [`Prospects`]: what a session may come to while its target is at work, and the rounds drafted for it.
+//!
+//! A verdict says how many draft tokens were accepted and which token follows them. Before it comes the draft can tell what
+//! it may say: any number accepted, then one of the few tokens that it finds probable there itself. Each such outcome is a
+//! *prospect*: a text, with a round of its own. What may come after that round are prospects again, so they are a tree. Its
+//! root is the session as told. The target is judging the root's round; where none was there in time, and it does not wait
+//! for drafts, it is taking a step alone, whose token is guessed likewise.
+//!
+//! The most probable prospect without a round is drafted next, and its round ends where its next token would hardly be used. Once it is told what happened, that prospect is the root and
+//! what did not happen is forgotten. A chain of guesses that all is accepted is the special case of a draft that is always
+//! right. Trees of guesses are common where they are verified in one forward (Miao et al., "SpecInfer", ASPLOS 2024); these
+//! are not verified, they have the round of whichever comes true ready at the target.
+
+use specattn_engine::sampling::DraftToken;
+
+use crate::acceptance::Acceptance;
+
+/// Forwards of the target whose outcomes are guessed, one behind the other. While it is at one the next round must be
+/// there, and the verdict that lets the draft begin the one after is on its way.
+pub(crate) const MOST_DEPTH: usize = 2;
+
+/// Most prospects held, the root among them: as many rounds may wait at the target.
+const MOST: usize = 24;
+
+/// Tokens that are guessed to follow a text, at most.
+pub(crate) const GUESSES: usize = 8;
+
+/// A token that is less likely to be used is not drafted: for each session of the worker that looks ahead, since their steps are
+/// batched and each makes those of all others longer; and the most that it comes to.
+const LEAST_CHANCE: f64 = 0.005;
+const LEAST_CHANCE_MOST: f64 = 0.2;
+
+/// What guesses are judged by.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Odds {
+    /// How often draft tokens are accepted.
+    pub(crate) acceptance: Acceptance,
+    /// Sessions that look ahead, this one among them.
+    pub(crate) explorers: usize,
+}
+
+impl Odds {
+    /// The least probability of being used for which a token is drafted.
+    fn least(self) -> f64 {
+        (LEAST_CHANCE * self.explorers as f64).min(LEAST_CHANCE_MOST)
+    }
+}
+
+/// How often a recovered token is what the draft, knowing which of its tokens was rejected, finds it to be: where the target
+/// disagrees its mind is not the draft's. A third to a half on held-out prose.
+const RECOVERED: f64 = 0.5;
+
+/// What the best guess of a token is taken to be worth before the draft has looked.
+const UNSEEN: f64 = 0.5;
+
+/// A token that may follow a text.
+#[derive(Debug, Clone, Copy)]
+struct Guess {
+    token: u32,
+    chance: f64,
+    /// There is a prospect of it.
+    taken: bool,
+}
+
+/// How far a prospect is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Its round is being drafted.
+    Drafting,
+    /// Its round is at the target, or on the way.
+    Sent,
+    /// The target takes a step alone from here.
+    Alone,
+}
+
+/// A text that the session may come to.
+#[derive(Debug)]
+struct Prospect {
+    /// Of the prospect that it follows from; of the root, itself.
+    parent: usize,
+    depth: usize,
+    /// Tokens after the text as told.
+    tail: Vec<u32>,
+    /// The session's epoch then.
+    epoch: u64,
+    chance: f64,
+    stage: Stage,
+    round: Vec<DraftToken>,
+    /// Draft tokens that the round may have.
+    room: usize,
+    /// What may follow after each number of the round's tokens, as far as the draft has looked; most probable first.
+    outlooks: Vec<Vec<Guess>>,
+}
+
+impl Prospect {
+    /// Its tokens after the text as told, the round's among them.
+    fn text(&self) -> impl Iterator<Item = u32> {
+        let round = self.round.iter().map(|d| d.token);
+        self.tail.iter().copied().chain(round)
+    }
+
+    /// Tokens of the round that the target judges.
+    fn judged(&self) -> &[DraftToken] {
+        match self.stage {
+            Stage::Alone => &[],
+            Stage::Drafting | Stage::Sent => &self.round,
+        }
+    }
+
+    /// The probability that the text comes to be, and so many of its round's tokens are accepted.
+    fn reached(&self, accepted: usize, acceptance: Acceptance) -> f64 {
+        let tokens = self.judged()[..accepted].iter();
+        self.chance * tokens.map(|token| acceptance.of(token)).product::<f64>()
+    }
+
+    /// The probability that `guess` follows then.
+    fn outcome(&self, accepted: usize, guess: &Guess, acceptance: Acceptance) -> f64 {
+        let reached = self.reached(accepted, acceptance);
+        match self.judged().get(accepted) {
+            None => reached * guess.chance,
+            Some(rejected) if rejected.token == guess.token => 0.0,
+            // A rejection takes its share of the doubt, which the other tokens have between them.
+            Some(DraftToken { q: Some(_), .. }) => {
+                reached * acceptance.severity() * RECOVERED * guess.chance
+            }
+            // A greedy draft knows of no other token.
+            Some(DraftToken { q: None, .. }) => 0.0,
+        }
+    }
+}
+
+/// What is worth doing next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Next {
+    /// Draft on this prospect's round.
+    Draft(usize),
+    /// See what may follow all of this prospect's round.
+    Look(usize),
+    /// Begin the prospect in which so many tokens are accepted, and this guess follows.
+    Begin {
+        of: usize,
+        accepted: usize,
+        guess: usize,
+    },
+}
+
+/// The tree of one session.
+#[derive(Debug)]
+pub(crate) struct Prospects {
+    /// The root, then others, each behind the one that it follows from.
+    all: Vec<Prospect>,
+    /// The one that forwards are for.
+    current: usize,
+}
+
+impl Prospects {
+    /// Of a session at `epoch` whose target has no round: it waits for one of up to `room` tokens or, `unawaited`, goes on alone.
+    pub(crate) fn new(epoch: u64, room: usize, unawaited: bool) -> Self {
+        let root = Prospect {
+            parent: 0,
+            depth: 0,
+            tail: Vec::new(),
+            epoch,
+            chance: 1.0,
+            stage: if unawaited {
+                Stage::Alone
+            } else {
+                Stage::Drafting
+            },
+            round: Vec::new(),
+            room,
+            outlooks: Vec::new(),
+        };
+        Self {
+            all: vec![root],
+            current: 0,
+        }
+    }
+
+    /// Whether the round under way is the one that the target waits for.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.current == 0 && self.all[0].stage == Stage::Drafting
+    }
+
+    /// The round that the target judges, if it judges any.
+    pub(crate) fn judged(&self) -> &[DraftToken] {
+        match self.all[0].stage {
+            Stage::Sent => &self.all[0].round,
+            Stage::Drafting | Stage::Alone => &[],
+        }
+    }
+
+    /// The same, when there is nothing to look ahead to any more.
+    pub(crate) fn into_judged(mut self) -> Vec<DraftToken> {
+        match self.all[0].stage {
+            Stage::Sent => self.all.swap_remove(0).round,
+            Stage::Drafting | Stage::Alone => Vec::new(),
+        }
+    }
+
+    /// The tokens after those told that forwards are for: a prospect's, and its round's.
+    pub(crate) fn text(&self) -> impl Iterator<Item = u32> {
+        self.all[self.current].text()
+    }
+
+    /// What is worth most. `room` says how many draft tokens a round after
+    /// so many tokens beyond those told may have.
+    fn next(&self, odds: Odds, room: &impl Fn(usize) -> usize) -> Option<Next> {
+        if self.all[self.current].stage == Stage::Drafting {
+            return (self.all[self.current].room > 0).then_some(Next::Draft(self.current));
+        }
+        let acceptance = odds.acceptance;
+        let mut best = (odds.least(), None);
+        let mut consider = |chance: f64, next: Next| {
+            if chance > best.0 {
+                best = (chance, Some(next));
+            }
+        };
+        let usual = acceptance.probability();
+        let full = self.all.len() >= MOST;
+        for (of, prospect) in self.all.iter().enumerate() {
+            if prospect.depth == MOST_DEPTH || full {
+                continue;
+            }
+            let judged = prospect.judged().len();
+            let seen = &prospect.outlooks[..prospect.outlooks.len().min(judged + 1)];
+            for (accepted, outlook) in seen.iter().enumerate() {
+                if room(prospect.tail.len() + accepted + 1) == 0 {
+                    break;
+                }
+                for (guess, candidate) in outlook.iter().enumerate().filter(|(_, g)| !g.taken) {
+                    let chance = prospect.outcome(accepted, candidate, acceptance);
+                    consider(
+                        chance,
+                        Next::Begin {
+                            of,
+                            accepted,
+                            guess,
+                        },
+                    );
+                }
+            }
+            if prospect.outlooks.len() <= judged && room(prospect.tail.len() + judged + 1) > 0 {
+                let chance = prospect.reached(judged, acceptance) * UNSEEN;
+                consider(chance * usual, Next::Look(of));
+            }
+        }
+        best.1
+    }
+
+    /// Whether a forward is worth running.
+    pub(crate) fn has_work(&self, odds: Odds, room: &impl Fn(usize) -> usize) -> bool {
+        self.next(odds, room).is_some()
+    }
+
+    /// Turns to what is worth most; whether there is anything. The next forward is to show what follows
+    /// [`text`](Prospects::text).
+    pub(crate) fn choose(&mut self, odds: Odds, room: &impl Fn(usize) -> usize) -> bool {
+        match self.next(odds, room) {
+            None => false,
+            Some(Next::Draft(at) | Next::Look(at)) => {
+                self.current = at;
+                true
+            }
+            Some(Next::Begin {
+                of,
+                accepted,
+                guess,
+            }) => {
+                self.begin(of, accepted, guess, odds.acceptance, room);
+                true
+            }
+        }
+    }
+
+    fn begin(
+        &mut self,
+        of: usize,
+        accepted: usize,
+        guess: usize,
+        acceptance: Acceptance,
+        room: &impl Fn(usize) -> usize,
+    ) {
+        let parent = &mut self.all[of];
+        let chance = parent.outcome(accepted, &parent.outlooks[accepted][guess], acceptance);
+        let guess = &mut parent.outlooks[accepted][guess];
+        guess.taken = true;
+        let token = guess.token;
+        let judged = parent.judged();
+        // All accepted, and the epoch stays; a rejection or a step alone raises it.
+        let raised = judged.is_empty() || accepted < judged.len();
+        let tokens = judged[..accepted].iter().map(|d| d.token);
+        let tail: Vec<u32> = parent
+            .tail
+            .iter()
+            .copied()
+            .chain(tokens)
+            .chain([token])
+            .collect();
+        let prospect = Prospect {
+            parent: of,
+            depth: parent.depth + 1,
+            room: room(tail.len()),
+            tail,
+            epoch: parent.epoch + u64::from(raised),
+            chance,
+            stage: Stage::Drafting,
+            round: Vec::new(),
+            outlooks: Vec::new(),
+        };
+        self.current = self.all.len();
+        self.all.push(prospect);
+    }
+
+    /// The epoch at which the present text stands.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.all[self.current].epoch
+    }
+
+    /// Whether what follows the present text is to be drawn for a round, not only looked at.
+    pub(crate) fn drafts(&self) -> bool {
+        self.all[self.current].stage == Stage::Drafting
+    }
+
+    /// Draft tokens that the present round has, and may have.
+    pub(crate) fn progress(&self) -> (usize, usize) {
+        let current = &self.all[self.current];
+        (current.round.len(), current.room)
+    }
+
+    /// A forward showed what may follow the present text: tokens and their probabilities, the most probable first.
+    pub(crate) fn look(&mut self, guesses: impl Iterator<Item = (u32, f64)>) {
+        let guesses = guesses.take(GUESSES).map(|(token, chance)| Guess {
+            token,
+            chance,
+            taken: false,
+        });
+        self.all[self.current].outlooks.push(guesses.collect());
+    }
+
+    /// Adds a token to the present round. Once that is whole, gives what to send: the tail that it follows, and the round.
+    pub(crate) fn draw(
+        &mut self,
+        token: DraftToken,
+        odds: Odds,
+    ) -> Option<(&[u32], &[DraftToken])> {
+        let current = &mut self.all[self.current];
+        current.round.push(token);
+        let drafted = current.round.len();
+        let acceptance = odds.acceptance;
+        let next = current.reached(drafted, acceptance) * acceptance.probability();
+        if drafted < current.room && next >= odds.least() {
+            return None;
+        }
+        current.stage = Stage::Sent;
+        Some((&current.tail, &current.round))
+    }
+
+    /// It was told that the session, now at `epoch`, goes on with `new`. What builds on that is kept; whether anything does, and whether
+    /// the present text is part of it.
+    pub(crate) fn advance(&mut self, new: &[u32], epoch: u64, unawaited: bool) -> Option<bool> {
+        let is_so = |p: &Prospect| p.tail == new && p.epoch == epoch;
+        let root = self.all.iter().position(is_so)?;
+        let mut renamed: Vec<Option<usize>> = vec![None; self.all.len()];
+        let (up, share) = (self.all[root].depth, self.all[root].chance);
+        let mut kept = Vec::new();
+        for (index, mut prospect) in std::mem::take(&mut self.all).into_iter().enumerate() {
+            let parent = if index == root {
+                Some(0)
+            } else {
+                renamed[prospect.parent].filter(|_| index > root)
+            };
+            let Some(parent) = parent else { continue };
+            renamed[index] = Some(kept.len());
+            prospect.parent = parent;
+            prospect.depth -= up;
+            prospect.tail.drain(..new.len());
+            prospect.chance /= share;
+            kept.push(prospect);
+        }
+        self.all = kept;
+        let current = renamed[self.current];
+        self.current = current.unwrap_or(0);
+        let root = &mut self.all[0];
+        if root.stage == Stage::Drafting && unawaited {
+            // Too late: the target is taking a step alone. What may follow is known if the draft has begun.
+            root.stage = Stage::Alone;
+            root.round.clear();
+            root.outlooks.truncate(1);
+            return Some(false);
+        }
+        Some(current.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use specattn_engine::sampling::SparseDistribution;
+
+    use super::*;
+
+    const ROOM: usize = 16;
+
+    fn room(_: usize) -> usize {
+        ROOM
+    }
+
+    fn odds(explorers: usize) -> Odds {
+        Odds {
+            acceptance: Acceptance::default(),
+            explorers,
+        }
+    }
+
+    /// A token that was drawn with probability one half.
+    fn drawn(token: u32) -> DraftToken {
+        let q = SparseDistribution {
+            ids: vec![token, token + 1],
+            probs: vec![0.5, 0.5],
+        };
+        DraftToken { token, q: Some(q) }
+    }
+
+    /// Drafts on until nothing is worth it: the tails and the lengths of the rounds that were sent.
+    fn explore(prospects: &mut Prospects, odds: Odds) -> Vec<(Vec<u32>, usize)> {
+        let mut sent = Vec::new();
+        while prospects.choose(odds, &room) {
+            prospects.look([(10, 0.5), (20, 0.2), (30, 0.001)].into_iter());
+            if prospects.drafts()
+                && let Some((tail, round)) = prospects.draw(drawn(10), odds)
+            {
+                sent.push((tail.to_vec(), round.len()));
+            }
+        }
+        sent
+    }
+
+    #[test]
+    fn what_is_more_likely_to_come_is_drafted_earlier_and_longer() {
+        let mut prospects = Prospects::new(0, ROOM, true);
+        let sent = explore(&mut prospects, odds(1));
+        assert_eq!((&sent[0].0, &sent[1].0), (&vec![10], &vec![20]));
+        assert!(sent[0].1 > sent[1].1, "{sent:?}");
+        assert!(sent.iter().all(|(tail, _)| tail != &[30]), "{sent:?}");
+        // Behind the first round, what is accepted of it and then another token: never the rejected one.
+        assert!(sent.iter().any(|(tail, _)| tail == &[10, 20]), "{sent:?}");
+        assert!(sent.iter().all(|(tail, _)| tail != &[10, 10]), "{sent:?}");
+        let mut tails: Vec<_> = sent.iter().map(|(tail, _)| tail).collect();
+        tails.sort();
+        tails.dedup();
+        assert_eq!(tails.len(), sent.len());
+        assert!(sent.len() < MOST);
+        // In company there is less of it, but never nothing.
+        let steps = |explorers| {
+            let sent = explore(&mut Prospects::new(0, ROOM, true), odds(explorers));
+            sent.iter().map(|(_, length)| length).sum::<usize>()
+        };
+        assert!(steps(8) < steps(1) / 2, "{} and {}", steps(8), steps(1));
+        assert!(steps(1_000) > 0);
+    }
+
+    #[test]
+    fn what_comes_true_keeps_what_was_drafted_behind_it() {
+        let mut prospects = Prospects::new(0, ROOM, true);
+        let sent = explore(&mut prospects, odds(1));
+        let behind = |tail: &[u32]| sent.iter().filter(|(t, _)| t.starts_with(tail)).count();
+        assert_eq!(prospects.advance(&[40], 1, true), None);
+        assert!(prospects.advance(&[10], 1, true).is_some());
+        assert_eq!(prospects.all.len(), behind(&[10]));
+        assert_eq!(prospects.judged().len(), sent[0].1);
+        assert!((prospects.all[0].chance - 1.0).abs() < 1e-9);
+        // Another epoch is another text: that one was withdrawn.
+        assert_eq!(prospects.advance(&[10, 20], 1, true), None);
+        assert!(prospects.advance(&[10, 20], 2, true).is_some());
+        assert_eq!(prospects.all.len(), behind(&[10, 10, 20]));
+        assert!(
+            prospects
+                .all
+                .iter()
+                .all(|p| p.depth <= MOST_DEPTH && p.parent < prospects.all.len())
+        );
+    }
+
+    #[test]
+    fn a_round_that_is_not_whole_when_its_turn_comes_is_finished_for_who_waits() {
+        for unawaited in [false, true] {
+            let mut prospects = Prospects::new(0, ROOM, true);
+            assert!(prospects.choose(odds(1), &room));
+            prospects.look([(10, 0.9)].into_iter());
+            assert!(prospects.choose(odds(1), &room));
+            prospects.look([(11, 0.9)].into_iter());
+            assert!(prospects.draw(drawn(11), odds(1)).is_none());
+            assert_eq!(prospects.advance(&[10], 1, unawaited), Some(!unawaited));
+            assert!(prospects.judged().is_empty());
+            assert!(prospects.choose(odds(1), &room));
+            let text: Vec<u32> = prospects.text().collect();
+            // A step alone is guessed by what is known of it already.
+            assert_eq!(text, [11]);
+            assert_eq!(prospects.progress().0, usize::from(!unawaited));
+        }
+    }
+}

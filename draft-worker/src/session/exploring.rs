@@ -1,0 +1,209 @@
+//! Running ahead without masks: forwards for the session's [`Prospects`], and what the verify worker's word makes of them.
+
+use std::sync::Arc;
+
+use specattn_engine::StepOutput;
+use specattn_engine::sampling::{DraftToken, History, SparseDistribution, draft_token};
+use specattn_proto::Fault;
+use specattn_worker::Plan;
+
+use super::{Ahead, Joined, Pass, Proposal, ROUND_MESSAGES, Session, model_failed};
+use crate::acceptance::Acceptance;
+use crate::lookahead::{Explorer, Way};
+use crate::prospects::{GUESSES, Odds, Prospects};
+
+impl Session {
+    /// Plans a forward for what is worth most.
+    pub(super) fn plan_ahead(&mut self) -> Plan {
+        let Some(mut prospects) = self.prospects.take() else {
+            return Plan::Wait(None);
+        };
+        let before: Vec<u32> = prospects.text().collect();
+        let n = self.tokens.len();
+        let room = |beyond: usize| self.room(n + beyond);
+        // What is explored leaves room for the round that the target may be waiting for.
+        let free = self.proposals.capacity();
+        let runs = free > ROUND_MESSAGES || (free > 0 && prospects.is_awaited());
+        let runs = runs && prospects.choose(self.odds(), &room);
+        let text: Vec<u32> = prospects.text().collect();
+        let drafts = prospects.drafts();
+        let (step, length) = prospects.progress();
+        self.prospects = Some(prospects);
+        if !runs {
+            return Plan::Wait(None);
+        }
+        // KV entries stay for what the text before has in common with this one.
+        let common = before.iter().zip(&text).take_while(|(a, b)| a == b).count();
+        self.cached = self.cached.min(n + common).min(n + text.len() - 1);
+        if self.cached < n {
+            self.input.extend_from_slice(&self.tokens[self.cached..]);
+        }
+        let fed = self.cached.saturating_sub(n);
+        self.input.extend_from_slice(&text[fed..]);
+        let Some(joined) = &mut self.joined else {
+            return Plan::Wait(None);
+        };
+        if drafts && step == 0 {
+            joined.capturing.begin(n + text.len() - 1);
+        }
+        let only_looks = !drafts && joined.capturing.has_selection();
+        self.pass = if only_looks || !joined.capturing.captures(step, length) {
+            joined.capturing.fit(self.cached);
+            Pass::Sparse
+        } else {
+            Pass::Dense
+        };
+        Plan::Run
+    }
+
+    /// Takes the output of that forward.
+    pub(super) fn settle_ahead(&mut self, output: &StepOutput) -> Result<(), Fault> {
+        let odds = self.odds();
+        let (Some(joined), Some(prospects)) = (&mut self.joined, &mut self.prospects) else {
+            return Err(Fault::Internal("a draft step ahead of nothing".to_owned()));
+        };
+        let (prompt, committed) = self.tokens.split_at(joined.prompt_tokens);
+        let pending: Vec<u32> = prospects.text().collect();
+        let history = History {
+            prompt,
+            output: committed,
+            pending: &pending,
+        };
+        let distribution = match output.argmax.first() {
+            Some(&token) => joined.sampler.greedy(token),
+            None => joined.sampler.distribution(&output.logits, history),
+        }
+        .map_err(model_failed)?;
+        let stepped = joined.capturing.stepped(output);
+        stepped.map_err(|error| Fault::Internal(error.to_string()))?;
+        let next = if joined.sampler.params().is_greedy() {
+            let token = distribution.argmax();
+            // The target finds the same token most probable as often as it accepts one.
+            prospects.look(std::iter::once((token, odds.acceptance.probability())));
+            DraftToken { token, q: None }
+        } else {
+            let position = (self.tokens.len() + pending.len()) as u64;
+            let rng = joined.rng.attempt(prospects.epoch());
+            let entries = self.spec.drafting.max_q_entries;
+            let (token, q) = draft_token(&distribution, entries, &rng, position);
+            prospects.look(most_probable(&q));
+            DraftToken { token, q: Some(q) }
+        };
+        if !prospects.drafts() {
+            return Ok(());
+        }
+        let epoch = prospects.epoch();
+        let announced = next.clone();
+        let (tail, round, last) = match prospects.draw(next, odds) {
+            Some((tail, round)) => (tail.to_vec(), round.to_vec(), true),
+            // The target is to hear early that a round is coming for which it should wait; it is sent anew when it is whole.
+            None if joined.lookahead.way() == Way::Ahead && joined.unawaited => {
+                (Vec::new(), vec![announced], false)
+            }
+            None => return Ok(()),
+        };
+        joined.unawaited = false;
+        joined.sequence += 1;
+        let known = self.tokens.last().copied().unwrap_or_default();
+        let proposal = Proposal {
+            epoch,
+            base: self.tokens.len() + tail.len(),
+            sequence: joined.sequence,
+            pending_token: tail.last().copied().unwrap_or(known),
+            offset: 0,
+            draft: round,
+            mask: None,
+            last,
+            ahead: Some(Ahead {
+                assumed: tail,
+                unawaited: joined.lookahead.way() == Way::Unawaited,
+            }),
+            kv: std::mem::take(&mut self.kv),
+        };
+        self.send(proposal)
+    }
+
+    /// Whether there is something to do ahead of the verify worker's next word.
+    pub(super) fn has_work_ahead(&self) -> bool {
+        let n = self.tokens.len();
+        let prospects = self.prospects.as_ref();
+        prospects.is_some_and(|p| p.has_work(self.odds(), &|beyond| self.room(n + beyond)))
+    }
+
+    /// The text from index `from` on is `new`, and the session at `epoch`: what was drafted for that stays.
+    pub(super) fn advance(&mut self, from: usize, new: &[u32], epoch: u64) -> Result<(), Fault> {
+        let (held, cached) = (self.tokens.len(), self.cached);
+        self.learn(from, new)?;
+        let unawaited = self.joined.as_ref().is_some_and(Joined::is_unawaited);
+        if let Some(joined) = &mut self.joined {
+            joined.epoch = epoch;
+        }
+        let prospects = self.prospects.as_mut().filter(|_| from == held);
+        match prospects.and_then(|prospects| prospects.advance(new, epoch, unawaited)) {
+            Some(true) => self.cached = cached,
+            Some(false) => {}
+            None => {
+                let length = self.round_length();
+                self.prospects = Some(Prospects::new(epoch, length, unawaited));
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins or ends running ahead without masks, where that was decided. No round is begun or out that is not among prospects.
+    pub(super) fn take_way(&mut self) {
+        let length = self.round_length();
+        let Some(joined) = self.joined.as_mut().filter(|j| !j.capturing.makes_masks()) else {
+            return;
+        };
+        match (self.prospects.take(), joined.lookahead.way()) {
+            (None, Way::Waiting) => {}
+            (Some(prospects), Way::Waiting) => {
+                // What was fed may be another prospect's.
+                self.cached = self.cached.min(self.tokens.len() - 1);
+                joined.explorer = None;
+                self.draft = prospects.into_judged();
+                joined.begin_round();
+                joined.sent = self.draft.len();
+                joined.waiting = !self.draft.is_empty();
+            }
+            (None, Way::Ahead | Way::Unawaited) => {
+                joined.explorer = Some(Explorer::new(Arc::clone(&self.findings)));
+                let unawaited = joined.is_unawaited();
+                self.prospects = Some(Prospects::new(joined.epoch, length, unawaited));
+            }
+            (held, Way::Ahead | Way::Unawaited) => self.prospects = held,
+        }
+    }
+
+    /// What guesses are judged by.
+    fn odds(&self) -> Odds {
+        let joined = self.joined.as_ref();
+        let explorer = joined.and_then(|joined| joined.explorer.as_ref());
+        Odds {
+            acceptance: joined.map_or(Acceptance::default(), |joined| joined.acceptance),
+            explorers: explorer.map_or(1, Explorer::all),
+        }
+    }
+}
+
+impl Joined {
+    /// Whether the target is not to wait for rounds.
+    pub(super) fn is_unawaited(&self) -> bool {
+        self.lookahead.way() == Way::Unawaited
+    }
+}
+
+/// The tokens that the draft finds most probable, with what it gives them.
+fn most_probable(q: &SparseDistribution) -> impl Iterator<Item = (u32, f64)> {
+    let mut entries: Vec<(u32, f32)> = q.ids.iter().copied().zip(q.probs.iter().copied()).collect();
+    let by_prob = |x: &(u32, f32), y: &(u32, f32)| y.1.total_cmp(&x.1);
+    if entries.len() > GUESSES {
+        entries.select_nth_unstable_by(GUESSES, by_prob);
+        entries.truncate(GUESSES);
+    }
+    entries.sort_unstable_by(by_prob);
+    entries
+        .into_iter()
+        .map(|(token, prob)| (token, f64::from(prob)))
+}
