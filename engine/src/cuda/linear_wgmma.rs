@@ -252,14 +252,7 @@ mod tests {
                     continue;
                 }
                 assert!(tiling.stages() >= 4, "{tiling:?}");
-                // Its own sums, of a cluster's those of a part of the rows, too.
-                let rows = match cut.cluster {
-                    1 => tiling.block_rows(),
-                    cluster => {
-                        tiling.block_rows() * tiling.together() + tiling.block_rows() / cluster
-                    }
-                };
-                let results = rows * (tiling.outputs() + 4) * 4;
+                let results = tiling.block_rows() * (tiling.outputs() + 4) * 4;
                 assert!(results <= tiling.shared_bytes(), "{tiling:?}");
             }
         }

@@ -4,8 +4,8 @@
 // Tensor cores read both operands from shared memory, 64 outputs and all rows of a block at once, and one thread keeps a ring of tiles
 // filled by tensor copies (TMA), so that no operand passes through registers. A block walks through as many splits of the inputs together
 // as the registers hold sums of: tiles of different splits are neighbours, and memory gives long runs faster. Sums are added in the splits'
-// order. Products of few outputs would leave multiprocessors idle that way: the blocks of a cluster have a part of the splits each, and of
-// all of them each adds up the sums of a part of the rows.
+// order. Products of few outputs would leave multiprocessors idle that way: the blocks of a cluster have a part of the splits each, and
+// each goes on from what the one before came to; the last one stores.
 //
 // An instruction adds 16 inputs at a time to its sum, as mma.sync does, with the same bits: `gpu check` compares them.
 // Blocks of the same outputs are neighbours: their weights come from memory once.
@@ -47,12 +47,14 @@
 #define STAGE_BYTES ((BLOCK_OUTPUTS + ROWS) * 128)
 // Outputs of a block per matrix.
 #define OWN_OUTPUTS (BLOCK_OUTPUTS / (EPILOGUE == 2 ? 2 : 1))
-// Rows whose sums meet in one block of a cluster.
-#define RANK_ROWS (ROWS / CLUSTER)
 #define PITCH (BLOCK_OUTPUTS + 4)
-// Results per thread, and those that are worked on together.
-#define RESULTS ((RANK_ROWS * OWN_OUTPUTS + THREADS - 1) / THREADS)
-#define TURNS (RESULTS <= 16 ? RESULTS : 8)
+// Most results of a product of which the L2 cache keeps enough for the next kernel.
+#define RESULTS_KEPT (1 << 21)
+// Rows from one of a thread's results to the next, and how many there are.
+#define ROW_STEP (THREADS / OWN_OUTPUTS)
+#define RESULTS (ROWS / ROW_STEP)
+// Whether registers hold all sums of a cluster's block and what they are added to.
+#define OTHERS_EARLY (CLUSTER > 1 && (TOGETHER + 1) * (ROWS / 2) <= 200)
 
 // d[64 outputs][COLUMNS] += 16 inputs.
 __device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], u64 weights, u64 x) {
@@ -147,11 +149,20 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
 
     // The first thread copies. Weights stand still; x is what the kernel before writes.
     const u32 own_tiles = tiles_of(first_split, OWN_SPLITS, input_tiles);
+    // Weights leave the L2 cache first, so that what kernels hand each other stays, unless the results are too many for it anyway.
+    const bool once = u64(a.rows) * a.out_stride < RESULTS_KEPT;
+    const u64 policy = read_once();
+    auto copy_weights = [&](u32 to, const TensorMap& map, u32 input, u32 barrier) {
+        if (once)
+            copy_tensor(to, map, input, first_out, barrier, policy);
+        else
+            copy_tensor(to, map, input, first_out, barrier);
+    };
     auto fetch_weights = [&](const Step& step) {
         const u32 stage = step.number % STAGES, to = ring + stage * STAGE_BYTES, input = step.tile * TILE_INPUTS;
         barrier_expect(filled + stage * 8, STAGE_BYTES);
-        copy_tensor(to, args.weights[number], input, first_out, filled + stage * 8);
-        if (EPILOGUE == 2) copy_tensor(to + OWN_OUTPUTS * 128, args.weights[1], input, first_out, filled + stage * 8);
+        copy_weights(to, args.weights[number], input, filled + stage * 8);
+        if (EPILOGUE == 2) copy_weights(to + OWN_OUTPUTS * 128, args.weights[1], input, filled + stage * 8);
     };
     auto fetch_x = [&](const Step& step) {
         const u32 stage = step.number % STAGES;
@@ -226,71 +237,80 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
                     }
         }
     }
-    // What sums are added to is far away: it is on its way while they come together.
-    auto result = [&](u32 turn, int i) {
-        const u32 n = turn + i * THREADS, own = n / OWN_OUTPUTS, row = rank * RANK_ROWS + own, out = first_out + n % OWN_OUTPUTS;
-        return own < RANK_ROWS && row < rows && out < p.outputs ? product_at(a, number, first_row + row, out) : ~0ull;
-    };
-    float other[TURNS];
-    auto load_others = [&](u32 turn) {
+    // A thread's results: of one output, in every ROW_STEP-th row.
+    const u32 own_out = threadIdx.x % OWN_OUTPUTS, own_row = threadIdx.x / OWN_OUTPUTS, out = first_out + own_out;
+    u64 first_result = product_at(a, number, first_row + own_row, out);
+    auto is_result = [&](int i) { return own_row + i * ROW_STEP < rows && out < p.outputs; };
+    auto result = [&](int i) { return first_result + u64(i * ROW_STEP) * a.out_stride; };
+    static_assert(ROWS % ROW_STEP == 0, "threads have as many results each");
+    float other[RESULTS];
+    auto load_others = [&] {
 #pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-            const u64 at = result(turn, i);
-            other[i] = at == ~0ull ? 0.0f : ((const float*)a.out)[at];
-        }
+        for (int i = 0; i < RESULTS; ++i) other[i] = is_result(i) ? ((const float*)a.out)[result(i)] : 0.0f;
     };
-    if (EPILOGUE == 1) load_others(threadIdx.x);
-    static_assert(RANK_ROWS % 2 == 0, "whole warps meet the cluster");
-    // Nobody reads the ring any more: sums take its place, [splits that are apart][rows][outputs], padded against bank conflicts.
+    // What they are added to is far away: it is on its way while sums come together.
+    if (EPILOGUE == 1 && OTHERS_EARLY && rank == CLUSTER - 1) load_others();
+    // Nobody reads the ring any more: sums take its place.
     __syncthreads();
-    float* const parts = (float*)shared;
-    auto hand_in = [&](float (&sum)[COLUMN_BLOCKS][COLUMNS / 2], u32 part) {
+#if CLUSTER > 1
+    // Splits are in the blocks' order, and a thread of the next block has sums of the same rows and outputs.
+    float4* const handed_on = (float4*)shared + threadIdx.x;
+    auto add_own = [&](int c) {
 #pragma unroll
-        for (int c = 0; c < COLUMN_BLOCKS; ++c)
+        for (int k = 0; k < TOGETHER; ++k)
 #pragma unroll
-            for (int i = 0; i < COLUMNS / 2; ++i) {
-                const u32 row = c * COLUMNS + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                const u32 out = group * 64 + warp * 16 + lane / 4 + i % 4 / 2 * 8;
-                parts[(part * ROWS + row) * PITCH + out] = sum[c][i];
+            for (int i = 0; i < COLUMNS / 2; ++i) total[c][i] += sums[k][c][i];
+    };
+    if (rank == 0)
+#pragma unroll
+        for (int c = 0; c < COLUMN_BLOCKS; ++c) add_own(c);
+#pragma unroll
+    for (int r = 0; r < CLUSTER - 1; ++r) {
+        if (rank == r)
+#pragma unroll
+            for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 2; i += 4)
+                    handed_on[(c * COLUMNS / 8 + i / 4) * THREADS] = make_float4(total[c][i], total[c][i + 1], total[c][i + 2], total[c][i + 3]);
+        cluster_arrive();
+        cluster_wait();
+        if (rank == r + 1)
+#pragma unroll
+            for (int c = 0; c < COLUMN_BLOCKS; ++c) {
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 2; i += 4) {
+                    const float4 v = load_from(r, handed_on + (c * COLUMNS / 8 + i / 4) * THREADS);
+                    total[c][i] = v.x, total[c][i + 1] = v.y, total[c][i + 2] = v.z, total[c][i + 3] = v.w;
+                }
+                add_own(c);
             }
-    };
-    // Rows of this block's share, and where their sums are.
-    float* sums_at = parts;
-#if CLUSTER == 1
-    hand_in(total, 0);
-#else
-#pragma unroll
-    for (int k = 0; k < TOGETHER; ++k) hand_in(sums[k], k);
-    cluster_arrive();
-    cluster_wait();
-    sums_at = parts + TOGETHER * ROWS * PITCH;
-    for (u32 i = threadIdx.x; i < RANK_ROWS * (BLOCK_OUTPUTS / 4); i += THREADS) {
-        const u32 own = i / (BLOCK_OUTPUTS / 4), o = i % (BLOCK_OUTPUTS / 4) * 4;
-        float4 part[SPLITS], sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int k = 0; k < SPLITS; ++k)
-            part[k] = load_from(k / TOGETHER, (const float4*)(parts + (k % TOGETHER * ROWS + rank * RANK_ROWS + own) * PITCH + o));
-#pragma unroll
-        for (int k = 0; k < SPLITS; ++k) sum = make_float4(sum.x + part[k].x, sum.y + part[k].y, sum.z + part[k].z, sum.w + part[k].w);
-        *(float4*)(sums_at + own * PITCH + o) = sum;
     }
+    // Nobody reads the memory of a block that has ended.
     cluster_arrive();
+    if (rank < CLUSTER - 1) return cluster_wait();
 #endif
-    __syncthreads();
-    for (u32 turn = threadIdx.x; turn < RANK_ROWS * OWN_OUTPUTS; turn += THREADS * TURNS) {
-        if (EPILOGUE == 1 && turn != threadIdx.x) load_others(turn);
+    // [rows][outputs], padded against bank conflicts: whole lines leave from there, and gate and up outputs meet.
+    float* const parts = (float*)shared;
 #pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-            const u32 n = turn + i * THREADS, o = n % OWN_OUTPUTS;
-            const u64 at = result(turn, i);
-            if (at == ~0ull) continue;
-            // Gate and up outputs meet here, too.
-            const float* const sum = sums_at + n / OWN_OUTPUTS * PITCH + o;
-            store_product<EPILOGUE>(a, p, at, first_out + o, sum[0], EPILOGUE == 2 ? sum[OWN_OUTPUTS] : EPILOGUE == 1 ? other[i] : 0.0f);
+    for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            const u32 row = c * COLUMNS + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            parts[row * PITCH + group * 64 + warp * 16 + lane / 4 + i % 4 / 2 * 8] = total[c][i];
         }
+    const Biases biases = biases_of<EPILOGUE>(a, p, min(out, p.outputs - 1));
+    __syncthreads();
+    if (EPILOGUE == 1 && !OTHERS_EARLY) load_others();
+    // Where results go is worked out again: to keep it would take more registers than there are.
+    asm volatile("" : "+l"(first_result));
+#pragma unroll
+    for (int i = 0; i < RESULTS; ++i) {
+        if (!is_result(i)) continue;
+        const float* const sum = parts + (own_row + i * ROW_STEP) * PITCH + own_out;
+        store_biased<EPILOGUE>(a, biases, result(i), sum[0], EPILOGUE == 2 ? sum[OWN_OUTPUTS] : EPILOGUE == 1 ? other[i] : 0.0f);
     }
 #if CLUSTER > 1
-    // Nobody reads this block's memory any more.
+    // The others have arrived long since.
     __syncwarp();
     cluster_wait();
 #endif

@@ -195,16 +195,33 @@ __device__ __forceinline__ u64 product_at(const LinearArgs& a, u32 number, u32 r
     return at;
 }
 
+// What is added to an output's sums: where there is none they keep their bits, zeros their signs.
+struct Biases {
+    bool is, is_up;
+    float own, up; // `up`: of the second matrix, for EPILOGUE 2
+};
+
+template <int EPILOGUE_> __device__ __forceinline__ Biases biases_of(const LinearArgs& a, const Projection& p, u32 out) {
+    const float* const up = EPILOGUE_ == 2 ? a.projections[1].bias : nullptr;
+    return {p.bias != nullptr, up != nullptr, p.bias ? p.bias[out] : 0.0f, up ? up[out] : 0.0f};
+}
+
 // What becomes of a sum. EPILOGUE 0: store f32; 1: add to `other`, which was there; 2: silu(sum) * other, of gate and up, 16-bit.
 template <int EPILOGUE_>
-__device__ __forceinline__ void store_product(const LinearArgs& a, const Projection& p, u64 at, u32 out, float sum, float other) {
-    if (p.bias) sum += p.bias[out];
+__device__ __forceinline__ void store_biased(const LinearArgs& a, const Biases& biases, u64 at, float sum, float other) {
+    if (biases.is) sum += biases.own;
     if (EPILOGUE_ == 2) {
-        if (a.projections[1].bias) other += a.projections[1].bias[out];
+        if (biases.is_up) other += biases.up;
         ((half_bits*)a.out)[at] = to_half(sum / (1.0f + __expf(-sum)) * other);
     } else {
         ((float*)a.out)[at] = EPILOGUE_ == 1 ? other + sum : sum;
     }
+}
+
+// The same for one sum of an output.
+template <int EPILOGUE_>
+__device__ __forceinline__ void store_product(const LinearArgs& a, const Projection& p, u64 at, u32 out, float sum, float other) {
+    store_biased<EPILOGUE_>(a, biases_of<EPILOGUE_>(a, p, out), at, sum, other);
 }
 
 // Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), CHUNK (keys of the largest chunk) and

@@ -18,6 +18,14 @@ __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 co
                  : "memory");
 }
 
+// The same with a say in how long the L2 cache keeps it.
+__device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 column, u32 row, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map),
+        "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap& map, u32 column, u32 middle, u32 row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
                  "l"(&map), "r"(column), "r"(middle), "r"(row), "r"(barrier)
