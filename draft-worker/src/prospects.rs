@@ -6,20 +6,20 @@
 //! root is the session as told. The target is judging the root's round; where none was there in time, and it does not wait
 //! for drafts, it is taking a step alone, whose token is guessed likewise.
 //!
-//! The most probable prospect without a round is drafted next, and its round ends where its next token would hardly be used. Once it is told what happened, that prospect is the root and
+//! The most probable prospect without a round is drafted next. Once it is told what happened, that prospect is the root and
 //! what did not happen is forgotten. A chain of guesses that all is accepted is the special case of a draft that is always
 //! right. Trees of guesses are common where they are verified in one forward (Miao et al., "SpecInfer", ASPLOS 2024); these
 //! are not verified, they have the round of whichever comes true ready at the target.
 
 use specattn_engine::sampling::DraftToken;
 
-use crate::acceptance::Acceptance;
+use crate::acceptance::{Acceptance, doubt};
 
 /// Forwards of the target whose outcomes are guessed, one behind the other. While it is at one the next round must be
 /// there, and the verdict that lets the draft begin the one after is on its way.
 pub(crate) const MOST_DEPTH: usize = 2;
 
-/// Most prospects held, the root among them: as many rounds may wait at the target.
+/// Most prospects held, the root among them.
 const MOST: usize = 24;
 
 /// Tokens that are guessed to follow a text, at most.
@@ -37,12 +37,30 @@ pub(crate) struct Odds {
     pub(crate) acceptance: Acceptance,
     /// Sessions that look ahead, this one among them.
     pub(crate) explorers: usize,
+    /// Draft tokens that rounds may have together: what the target holds of them.
+    pub(crate) most_tokens: usize,
 }
 
 impl Odds {
     /// The least probability of being used for which a token is drafted.
     fn least(self) -> f64 {
         (LEAST_CHANCE * self.explorers as f64).min(LEAST_CHANCE_MOST)
+    }
+
+    /// Draft tokens, `room` at most, that are likely enough to be used in a round for a text of this chance.
+    ///
+    /// Known before any of them is drawn: were a round to end at a token that the draft doubts, it would be there earlier than
+    /// others, and be judged more often. Tokens drawn from q keep the target's distribution only if what they are has no
+    /// part in whether they are judged.
+    fn length(self, chance: f64, room: usize) -> usize {
+        let usual = self.acceptance.probability();
+        let mut used = chance * usual;
+        let mut length = room.min(1);
+        while length < room && used * usual >= self.least() {
+            used *= usual;
+            length += 1;
+        }
+        length
     }
 }
 
@@ -55,7 +73,7 @@ const UNSEEN: f64 = 0.5;
 
 /// A token that may follow a text.
 #[derive(Debug, Clone, Copy)]
-struct Guess {
+struct Candidate {
     token: u32,
     chance: f64,
     /// There is a prospect of it.
@@ -86,10 +104,12 @@ struct Prospect {
     chance: f64,
     stage: Stage,
     round: Vec<DraftToken>,
-    /// Draft tokens that the round may have.
-    room: usize,
+    /// The draft's doubt in each; `None` in greedy sessions.
+    doubts: Vec<Option<f64>>,
+    /// Draft tokens that the round is to have.
+    length: usize,
     /// What may follow after each number of the round's tokens, as far as the draft has looked; most probable first.
-    outlooks: Vec<Vec<Guess>>,
+    outlooks: Vec<Vec<Candidate>>,
 }
 
 impl Prospect {
@@ -107,15 +127,14 @@ impl Prospect {
         }
     }
 
-    /// The probability that the text comes to be, and so many of its round's tokens are accepted.
-    fn reached(&self, accepted: usize, acceptance: Acceptance) -> f64 {
-        let tokens = self.judged()[..accepted].iter();
-        self.chance * tokens.map(|token| acceptance.of(token)).product::<f64>()
-    }
-
-    /// The probability that `guess` follows then.
-    fn outcome(&self, accepted: usize, guess: &Guess, acceptance: Acceptance) -> f64 {
-        let reached = self.reached(accepted, acceptance);
+    /// The probability that `guess` follows `accepted` of the round's tokens, which are accepted with probability `reached`.
+    fn outcome(
+        &self,
+        accepted: usize,
+        reached: f64,
+        guess: &Candidate,
+        acceptance: Acceptance,
+    ) -> f64 {
         match self.judged().get(accepted) {
             None => reached * guess.chance,
             Some(rejected) if rejected.token == guess.token => 0.0,
@@ -141,7 +160,19 @@ enum Next {
         of: usize,
         accepted: usize,
         guess: usize,
+        chance: f64,
     },
+}
+
+/// What is left once it is told what happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Advanced {
+    /// Nothing: it was not foreseen.
+    Lost,
+    /// It was foreseen, but not what forwards are for.
+    Moved,
+    /// What forwards are for is part of it.
+    Kept,
 }
 
 /// The tree of one session.
@@ -154,8 +185,8 @@ pub(crate) struct Prospects {
 }
 
 impl Prospects {
-    /// Of a session at `epoch` whose target has no round: it waits for one of up to `room` tokens or, `unawaited`, goes on alone.
-    pub(crate) fn new(epoch: u64, room: usize, unawaited: bool) -> Self {
+    /// Of a session at `epoch` whose target has no round: it waits for one of `length` tokens or, `unawaited`, goes on alone.
+    pub(crate) fn new(epoch: u64, length: usize, unawaited: bool) -> Self {
         let root = Prospect {
             parent: 0,
             depth: 0,
@@ -168,7 +199,8 @@ impl Prospects {
                 Stage::Drafting
             },
             round: Vec::new(),
-            room,
+            doubts: Vec::new(),
+            length: if unawaited { 0 } else { length },
             outlooks: Vec::new(),
         };
         Self {
@@ -207,42 +239,52 @@ impl Prospects {
     /// so many tokens beyond those told may have.
     fn next(&self, odds: Odds, room: &impl Fn(usize) -> usize) -> Option<Next> {
         if self.all[self.current].stage == Stage::Drafting {
-            return (self.all[self.current].room > 0).then_some(Next::Draft(self.current));
+            return (self.all[self.current].length > 0).then_some(Next::Draft(self.current));
         }
         let acceptance = odds.acceptance;
-        let mut best = (odds.least(), None);
+        let usual = acceptance.probability();
+        // A target that steps alone is to get some round, or nobody would ever learn what they come to.
+        let has_none = self.all.len() == 1 && self.all[0].stage == Stage::Alone;
+        let mut best = (if has_none { 0.0 } else { odds.least() }, None);
         let mut consider = |chance: f64, next: Next| {
-            if chance > best.0 {
-                best = (chance, Some(next));
+            if chance * usual > best.0 {
+                best = (chance * usual, Some(next));
             }
         };
-        let usual = acceptance.probability();
-        let full = self.all.len() >= MOST;
+        let tokens: usize = self.all.iter().map(|prospect| prospect.length).sum();
+        if self.all.len() >= MOST || tokens >= odds.most_tokens {
+            return None;
+        }
         for (of, prospect) in self.all.iter().enumerate() {
-            if prospect.depth == MOST_DEPTH || full {
+            if prospect.depth == MOST_DEPTH {
                 continue;
             }
             let judged = prospect.judged().len();
-            let seen = &prospect.outlooks[..prospect.outlooks.len().min(judged + 1)];
-            for (accepted, outlook) in seen.iter().enumerate() {
+            let mut reached = prospect.chance;
+            for accepted in 0..=judged {
                 if room(prospect.tail.len() + accepted + 1) == 0 {
                     break;
                 }
-                for (guess, candidate) in outlook.iter().enumerate().filter(|(_, g)| !g.taken) {
-                    let chance = prospect.outcome(accepted, candidate, acceptance);
-                    consider(
-                        chance,
-                        Next::Begin {
-                            of,
-                            accepted,
-                            guess,
-                        },
-                    );
+                if let Some(outlook) = prospect.outlooks.get(accepted) {
+                    for (guess, candidate) in outlook.iter().enumerate().filter(|(_, g)| !g.taken) {
+                        let chance = prospect.outcome(accepted, reached, candidate, acceptance);
+                        consider(
+                            chance,
+                            Next::Begin {
+                                of,
+                                accepted,
+                                guess,
+                                chance,
+                            },
+                        );
+                    }
+                } else if accepted == judged {
+                    consider(reached * UNSEEN, Next::Look(of));
                 }
-            }
-            if prospect.outlooks.len() <= judged && room(prospect.tail.len() + judged + 1) > 0 {
-                let chance = prospect.reached(judged, acceptance) * UNSEEN;
-                consider(chance * usual, Next::Look(of));
+                reached *= prospect
+                    .doubts
+                    .get(accepted)
+                    .map_or(1.0, |&doubt| acceptance.of(doubt));
             }
         }
         best.1
@@ -266,46 +308,37 @@ impl Prospects {
                 of,
                 accepted,
                 guess,
+                chance,
             }) => {
-                self.begin(of, accepted, guess, odds.acceptance, room);
+                let guess = &mut self.all[of].outlooks[accepted][guess];
+                guess.taken = true;
+                let token = guess.token;
+                self.begin(of, accepted, token, chance);
+                let begun = &mut self.all[self.current];
+                begun.length = odds.length(chance, room(begun.tail.len()));
                 true
             }
         }
     }
 
-    fn begin(
-        &mut self,
-        of: usize,
-        accepted: usize,
-        guess: usize,
-        acceptance: Acceptance,
-        room: &impl Fn(usize) -> usize,
-    ) {
-        let parent = &mut self.all[of];
-        let chance = parent.outcome(accepted, &parent.outlooks[accepted][guess], acceptance);
-        let guess = &mut parent.outlooks[accepted][guess];
-        guess.taken = true;
-        let token = guess.token;
+    /// Begins the prospect in which so many tokens are accepted and `token` follows.
+    fn begin(&mut self, of: usize, accepted: usize, token: u32, chance: f64) {
+        let parent = &self.all[of];
         let judged = parent.judged();
         // All accepted, and the epoch stays; a rejection or a step alone raises it.
         let raised = judged.is_empty() || accepted < judged.len();
         let tokens = judged[..accepted].iter().map(|d| d.token);
-        let tail: Vec<u32> = parent
-            .tail
-            .iter()
-            .copied()
-            .chain(tokens)
-            .chain([token])
-            .collect();
+        let tail = parent.tail.iter().copied().chain(tokens).chain([token]);
         let prospect = Prospect {
             parent: of,
             depth: parent.depth + 1,
-            room: room(tail.len()),
-            tail,
-            epoch: parent.epoch + u64::from(raised),
+            tail: tail.collect(),
+            epoch: parent.epoch.wrapping_add(u64::from(raised)),
             chance,
             stage: Stage::Drafting,
             round: Vec::new(),
+            doubts: Vec::new(),
+            length: 0,
             outlooks: Vec::new(),
         };
         self.current = self.all.len();
@@ -322,15 +355,15 @@ impl Prospects {
         self.all[self.current].stage == Stage::Drafting
     }
 
-    /// Draft tokens that the present round has, and may have.
+    /// Draft tokens that the present round has, and is to have.
     pub(crate) fn progress(&self) -> (usize, usize) {
         let current = &self.all[self.current];
-        (current.round.len(), current.room)
+        (current.round.len(), current.length)
     }
 
     /// A forward showed what may follow the present text: tokens and their probabilities, the most probable first.
     pub(crate) fn look(&mut self, guesses: impl Iterator<Item = (u32, f64)>) {
-        let guesses = guesses.take(GUESSES).map(|(token, chance)| Guess {
+        let guesses = guesses.take(GUESSES).map(|(token, chance)| Candidate {
             token,
             chance,
             taken: false,
@@ -339,28 +372,23 @@ impl Prospects {
     }
 
     /// Adds a token to the present round. Once that is whole, gives what to send: the tail that it follows, and the round.
-    pub(crate) fn draw(
-        &mut self,
-        token: DraftToken,
-        odds: Odds,
-    ) -> Option<(&[u32], &[DraftToken])> {
+    pub(crate) fn draw(&mut self, token: DraftToken) -> Option<(&[u32], &[DraftToken])> {
         let current = &mut self.all[self.current];
+        current.doubts.push(doubt(&token));
         current.round.push(token);
-        let drafted = current.round.len();
-        let acceptance = odds.acceptance;
-        let next = current.reached(drafted, acceptance) * acceptance.probability();
-        if drafted < current.room && next >= odds.least() {
+        if current.round.len() < current.length {
             return None;
         }
         current.stage = Stage::Sent;
         Some((&current.tail, &current.round))
     }
 
-    /// It was told that the session, now at `epoch`, goes on with `new`. What builds on that is kept; whether anything does, and whether
-    /// the present text is part of it.
-    pub(crate) fn advance(&mut self, new: &[u32], epoch: u64, unawaited: bool) -> Option<bool> {
+    /// It was told that the session, now at `epoch`, goes on with `new`: what builds on that is kept.
+    pub(crate) fn advance(&mut self, new: &[u32], epoch: u64, unawaited: bool) -> Advanced {
         let is_so = |p: &Prospect| p.tail == new && p.epoch == epoch;
-        let root = self.all.iter().position(is_so)?;
+        let Some(root) = self.all.iter().position(is_so) else {
+            return Advanced::Lost;
+        };
         let mut renamed: Vec<Option<usize>> = vec![None; self.all.len()];
         let (up, share) = (self.all[root].depth, self.all[root].chance);
         let mut kept = Vec::new();
@@ -386,10 +414,15 @@ impl Prospects {
             // Too late: the target is taking a step alone. What may follow is known if the draft has begun.
             root.stage = Stage::Alone;
             root.round.clear();
+            root.doubts.clear();
+            root.length = 0;
             root.outlooks.truncate(1);
-            return Some(false);
+            return Advanced::Moved;
         }
-        Some(current.is_some())
+        match current {
+            Some(_) => Advanced::Kept,
+            None => Advanced::Moved,
+        }
     }
 }
 
@@ -409,6 +442,7 @@ mod tests {
         Odds {
             acceptance: Acceptance::default(),
             explorers,
+            most_tokens: 1_000,
         }
     }
 
@@ -427,7 +461,7 @@ mod tests {
         while prospects.choose(odds, &room) {
             prospects.look([(10, 0.5), (20, 0.2), (30, 0.001)].into_iter());
             if prospects.drafts()
-                && let Some((tail, round)) = prospects.draw(drawn(10), odds)
+                && let Some((tail, round)) = prospects.draw(drawn(10))
             {
                 sent.push((tail.to_vec(), round.len()));
             }
@@ -460,18 +494,51 @@ mod tests {
     }
 
     #[test]
+    fn how_long_a_round_is_does_not_depend_on_what_is_drawn() {
+        let lengths = [[0.999, 0.001], [0.001, 0.999]].map(|probs| {
+            let mut prospects = Prospects::new(0, ROOM, true);
+            prospects.choose(odds(1), &room);
+            prospects.look([(10, 0.5)].into_iter());
+            prospects.choose(odds(1), &room);
+            let q = SparseDistribution {
+                ids: vec![1, 2],
+                probs: probs.to_vec(),
+            };
+            let token = DraftToken {
+                token: 1,
+                q: Some(q),
+            };
+            let draws = (1..).find(|_| prospects.draw(token.clone()).is_some());
+            draws.unwrap()
+        });
+        assert_eq!(lengths[0], lengths[1]);
+        assert!(lengths[0] < ROOM);
+    }
+
+    #[test]
+    fn no_more_is_drafted_than_the_target_holds() {
+        let odds = Odds {
+            most_tokens: 20,
+            ..odds(1)
+        };
+        let sent = explore(&mut Prospects::new(0, ROOM, true), odds);
+        let tokens: usize = sent.iter().map(|(_, length)| length).sum();
+        assert!((20..20 + ROOM).contains(&tokens), "{sent:?}");
+    }
+
+    #[test]
     fn what_comes_true_keeps_what_was_drafted_behind_it() {
         let mut prospects = Prospects::new(0, ROOM, true);
         let sent = explore(&mut prospects, odds(1));
         let behind = |tail: &[u32]| sent.iter().filter(|(t, _)| t.starts_with(tail)).count();
-        assert_eq!(prospects.advance(&[40], 1, true), None);
-        assert!(prospects.advance(&[10], 1, true).is_some());
+        assert_eq!(prospects.advance(&[40], 1, true), Advanced::Lost);
+        assert_ne!(prospects.advance(&[10], 1, true), Advanced::Lost);
         assert_eq!(prospects.all.len(), behind(&[10]));
         assert_eq!(prospects.judged().len(), sent[0].1);
         assert!((prospects.all[0].chance - 1.0).abs() < 1e-9);
         // Another epoch is another text: that one was withdrawn.
-        assert_eq!(prospects.advance(&[10, 20], 1, true), None);
-        assert!(prospects.advance(&[10, 20], 2, true).is_some());
+        assert_eq!(prospects.advance(&[10, 20], 1, true), Advanced::Lost);
+        assert_ne!(prospects.advance(&[10, 20], 2, true), Advanced::Lost);
         assert_eq!(prospects.all.len(), behind(&[10, 10, 20]));
         assert!(
             prospects
@@ -489,8 +556,14 @@ mod tests {
             prospects.look([(10, 0.9)].into_iter());
             assert!(prospects.choose(odds(1), &room));
             prospects.look([(11, 0.9)].into_iter());
-            assert!(prospects.draw(drawn(11), odds(1)).is_none());
-            assert_eq!(prospects.advance(&[10], 1, unawaited), Some(!unawaited));
+            assert!(prospects.draw(drawn(11)).is_none());
+            let advanced = prospects.advance(&[10], 1, unawaited);
+            let expected = if unawaited {
+                Advanced::Moved
+            } else {
+                Advanced::Kept
+            };
+            assert_eq!(advanced, expected);
             assert!(prospects.judged().is_empty());
             assert!(prospects.choose(odds(1), &room));
             let text: Vec<u32> = prospects.text().collect();

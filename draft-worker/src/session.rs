@@ -194,7 +194,7 @@ struct Joined {
     waiting: bool,
     /// The verify worker goes on alone. It must hear early that a round is coming: each step it takes meanwhile voids
     /// what was drafted, so a round that takes longer than a step would never be finished.
-    unawaited: bool,
+    announces: bool,
 }
 
 /// The state of one session.
@@ -481,6 +481,7 @@ impl Session {
             let position = (n + self.draft.len()) as u64;
             let entries = self.spec.drafting.max_q_entries;
             let rng = joined.rng.attempt(joined.epoch);
+            let rng = rng.behind(self.tokens.iter().copied());
             let (token, q) = draft_token(&distribution, entries, &rng, position);
             DraftToken { token, q: Some(q) }
         };
@@ -490,10 +491,10 @@ impl Session {
         let left = round_length.saturating_sub(self.draft.len());
         let last = left == 0;
         let with_mask = !joined.mask_sent && (last || joined.capturing.has_early_mask(left));
-        if !last && !with_mask && !std::mem::take(&mut joined.unawaited) {
+        if !last && !with_mask && !std::mem::take(&mut joined.announces) {
             return Ok(());
         }
-        joined.unawaited = false;
+        joined.announces = false;
         joined.sequence += 1;
         joined.waiting = last;
         let mask = if with_mask {

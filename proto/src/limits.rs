@@ -29,6 +29,9 @@ pub const MAX_DRAFT_LENGTH: u32 = 16;
 /// Tokens that a proposal made ahead may assume: two rounds and what follows them, and to spare.
 pub const MAX_ASSUMED_TOKENS: usize = 64;
 
+/// Entries of draft tokens' distributions that a session's proposals made ahead may hold together.
+pub const MAX_ENTRIES_AHEAD: usize = 1 << 17;
+
 /// Most tokens between two dense passes that check masked ones: a session holds a distribution for each.
 pub const MAX_CHECK_LENGTH: u32 = 64;
 

@@ -1,6 +1,6 @@
 //! [`DraftLink`]: one draft worker's link to one session, as the engine thread sees it.
 //!
-//! The link puts split proposals together, drops re-sends, keeps what is judged next in order, and knows how far the
+//! The link puts split proposals together, drops re-sends, keeps what waits for judgement, and knows how far the
 //! draft has been told. Invariant: `told` never exceeds the session's tokens, and every message to the draft
 //! continues where the last one ended, or below, where provisional tokens were withdrawn. Proposals are a stranger's word: whether they fit the session's epoch, base and
 //! pending token is for the session to say when it comes to judge them.
@@ -261,6 +261,11 @@ impl DraftLink {
         &self.waiting
     }
 
+    /// Drops rounds that came ahead and can fit no more.
+    pub(crate) fn forget_passed(&mut self, standing: Standing<'_>) {
+        self.waiting.forget_passed(standing);
+    }
+
     /// Of rounds that came ahead, the one that fits.
     pub(crate) fn take_fitting(&mut self, standing: Standing<'_>) -> Option<Proposal> {
         self.waiting.take_fitting(standing)
@@ -296,7 +301,7 @@ impl DraftLink {
         self.told = self.told.min(to);
     }
 
-    /// Answers a proposal that was judged, when `accepted` of its tokens and `next_token` were added.
+    /// Answers a proposal that was judged, when `accepted` of its tokens and another were added; `next_tokens` are those to tell.
     ///
     /// # Errors
     /// Gives the link up when the draft does not take the message.
@@ -304,13 +309,13 @@ impl DraftLink {
         &mut self,
         epoch: u64,
         accepted: usize,
-        next_token: u32,
+        next_tokens: &[u32],
     ) -> Result<(), Fault> {
         let verdict = Verdict {
             epoch,
             base: self.told,
             accepted,
-            next_tokens: vec![next_token],
+            next_tokens: next_tokens.to_vec(),
             judged: true,
             need_full_mask: std::mem::take(&mut self.need_full_mask),
             mask_p: self.mask_p.take(),

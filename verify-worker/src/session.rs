@@ -35,7 +35,7 @@ use crate::run::Run;
 use crate::stats::Stats;
 use crate::trace::SessionTrace;
 use crate::trust::Patience;
-use crate::waiting::Pacing;
+use crate::waiting::{Pacing, Standing};
 
 mod conversation;
 mod settling;
@@ -359,7 +359,10 @@ impl Session {
         };
         let is_there = match self.pacing() {
             Pacing::InOrder => link.waiting().first().is_some(),
-            Pacing::Ahead | Pacing::Unawaited => link.waiting().has_fitting(self.standing()),
+            Pacing::Ahead | Pacing::Unawaited => {
+                let standing = Standing::of(self.epoch, &self.tokens);
+                link.waiting().has_fitting(standing)
+            }
         };
         if is_there {
             Readiness::Ready

@@ -107,9 +107,14 @@ impl Trust {
         self.proposed && self.solo_first == 0 && self.waiting_since.is_none_or(in_time)
     }
 
+    /// Whether a round was judged lately.
+    pub(crate) fn keeps_up(&self) -> bool {
+        self.late < LATE_IN_VAIN
+    }
+
     /// Until when to wait for a round of a draft that asks for no waiting, where a forward takes so long.
     pub(crate) fn brief_patience(&mut self, now: Instant, forward: Duration) -> Patience {
-        let waits = self.late < LATE_IN_VAIN || self.late.is_multiple_of(LATE_IN_VAIN);
+        let waits = self.keeps_up() || self.late.is_multiple_of(LATE_IN_VAIN);
         let deadline = *self.waiting_since.get_or_insert(now) + forward / LATE;
         if self.solo_first == 0 && waits && now < deadline {
             return Patience::Until(deadline);

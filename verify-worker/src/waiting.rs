@@ -2,7 +2,7 @@
 //!
 //! Rounds come in one of two kinds. In order, each is for the session as the draft knew it, and the first one is judged or
 //! answered before the next. Ahead, each is for something that the session may come to: the one that fits is taken, and what
-//! the session has passed is dropped. A draft changes from one kind to the other; what it sent before is worth nothing then.
+//! can fit no more is dropped. A draft changes from one kind to the other; what it sent before is worth nothing then.
 
 use std::collections::VecDeque;
 
@@ -13,14 +13,11 @@ use crate::draft_link::Proposal;
 /// Rounds in order that may wait: a draft that runs ahead has up to three out.
 pub(crate) const MOST_IN_ORDER: usize = 4;
 
-/// Rounds ahead that may wait: beyond them the oldest is dropped. A draft holds 24, and has just given some up.
+/// Rounds ahead that may wait: beyond them the farthest ahead is dropped. A draft holds 24, and may have given some up of
+/// which that is not known here yet.
 const MOST_AHEAD: usize = 32;
 
-/// Entries of their tokens' distributions: what rounds in order may come to.
-const MOST_ENTRIES: usize =
-    MOST_IN_ORDER * limits::MAX_DRAFT_LENGTH as usize * limits::MAX_Q_ENTRIES;
-
-/// Whom a round is for: see the .proto file's `Pacing`.
+/// What a round is for: see the .proto file's `Pacing`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Pacing {
     /// The session as it stands.
@@ -39,7 +36,12 @@ pub(crate) struct Standing<'a> {
     pub(crate) tokens: &'a [u32],
 }
 
-impl Standing<'_> {
+impl<'a> Standing<'a> {
+    /// That of a session at `epoch` with these tokens.
+    pub(crate) fn of(epoch: u64, tokens: &'a [u32]) -> Self {
+        Self { epoch, tokens }
+    }
+
     /// Whether a round builds on exactly this.
     pub(crate) fn fits(&self, round: &Proposal) -> bool {
         round.epoch == self.epoch
@@ -50,7 +52,16 @@ impl Standing<'_> {
 
     /// Whether it may come to what a round builds on.
     fn may_fit(&self, round: &Proposal) -> bool {
-        round.base > self.tokens.len() as u64 || self.fits(round)
+        let ahead = round.base.checked_sub(self.tokens.len() as u64);
+        match ahead.and_then(|ahead| usize::try_from(ahead).ok()) {
+            None => false,
+            Some(0) => self.fits(round),
+            // What it assumes of tokens that stand by now must be so.
+            Some(ahead) => {
+                let held = round.assumed.len().saturating_sub(ahead);
+                round.epoch >= self.epoch && self.tokens.ends_with(&round.assumed[..held])
+            }
+        }
     }
 }
 
@@ -87,14 +98,18 @@ impl Waiting {
                 return Err(Fault::exhausted("too many proposals at a time"));
             }
         } else {
+            self.rounds.push_back(round);
             let mut entries: usize = self.rounds.iter().map(entries).sum();
-            entries += self::entries(&round);
-            while self.rounds.len() >= MOST_AHEAD || entries > MOST_ENTRIES {
-                let Some(oldest) = self.rounds.pop_front() else {
+            while self.rounds.len() > MOST_AHEAD || entries > limits::MAX_ENTRIES_AHEAD {
+                let rounds = self.rounds.iter().enumerate();
+                let Some((farthest, _)) = rounds.max_by_key(|(_, round)| round.base) else {
                     break;
                 };
-                entries -= self::entries(&oldest);
+                if let Some(dropped) = self.rounds.remove(farthest) {
+                    entries -= self::entries(&dropped);
+                }
             }
+            return Ok(());
         }
         self.rounds.push_back(round);
         Ok(())
@@ -122,9 +137,14 @@ impl Waiting {
         self.rounds.iter().any(|round| standing.fits(round))
     }
 
-    /// Takes the one that fits, and drops what the session has passed.
-    pub(crate) fn take_fitting(&mut self, standing: Standing<'_>) -> Option<Proposal> {
+    /// Drops those ahead that can fit no more.
+    pub(crate) fn forget_passed(&mut self, standing: Standing<'_>) {
         self.rounds.retain(|round| standing.may_fit(round));
+    }
+
+    /// Takes the one that fits, and drops those that can fit no more.
+    pub(crate) fn take_fitting(&mut self, standing: Standing<'_>) -> Option<Proposal> {
+        self.forget_passed(standing);
         let at = self.rounds.iter().position(|round| standing.fits(round))?;
         self.rounds.remove(at)
     }
@@ -183,11 +203,14 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_rounds_takes_the_place_of_the_oldest() {
-        let waiting = ahead((0..100).map(|last| round(0, &[1, last], 1)));
+    fn of_a_flood_of_rounds_those_that_may_fit_next_stay() {
+        let far = (0..50).map(|last| round(0, &[1, 2, last], 1));
+        let near = (0..20).map(|last| round(0, &[1, last], 1));
+        let waiting = ahead(far.chain(near));
         assert_eq!(waiting.rounds.len(), MOST_AHEAD);
-        assert_eq!(waiting.rounds[0].pending_token, 100 - MOST_AHEAD as u32);
-        // Nor do large ones hold more than rounds in order may.
+        let stay = waiting.rounds.iter().filter(|round| round.base == 2);
+        assert_eq!(stay.count(), 20);
+        // Nor is there room for many large ones.
         let large = |last| {
             let q = SparseDistribution {
                 ids: vec![0; limits::MAX_Q_ENTRIES],
@@ -202,7 +225,22 @@ mod tests {
                 ..round(0, &[1, last], 1)
             }
         };
-        assert_eq!(ahead((0..10).map(large)).rounds.len(), MOST_IN_ORDER);
+        let large_round = limits::MAX_DRAFT_LENGTH as usize * limits::MAX_Q_ENTRIES;
+        let stay = ahead((0..20).map(large)).rounds.len();
+        assert_eq!(stay, limits::MAX_ENTRIES_AHEAD / large_round);
+    }
+
+    #[test]
+    fn what_builds_on_something_else_than_what_stands_is_dropped() {
+        let mut waiting = ahead([
+            round(3, &[1, 2, 3, 4], 3),
+            round(3, &[1, 2, 9, 4], 3),
+            round(1, &[1, 2, 3, 5], 2),
+            round(3, &[1, 7, 3, 4, 5], 1),
+        ]);
+        waiting.forget_passed(Standing::of(2, &[1, 2, 3]));
+        let left: Vec<u64> = waiting.rounds.iter().map(|round| round.base).collect();
+        assert_eq!(left, [4, 5]);
     }
 
     #[test]

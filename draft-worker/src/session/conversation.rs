@@ -57,7 +57,7 @@ impl Session {
             sent: 0,
             mask_sent: false,
             waiting: false,
-            unawaited: true,
+            announces: true,
         });
         self.take_way();
         Ok(())
@@ -82,7 +82,7 @@ impl Session {
         }
     }
 
-    /// The answer to the oldest round that is out.
+    /// The answer to the oldest round that is out or, where rounds for several outcomes are, to the one that came true.
     fn judged(&mut self, verdict: Verdict) -> Result<(), Fault> {
         let n = self.tokens.len();
         let joined = self.joined.as_mut().ok_or_else(|| broken("verdict"))?;
@@ -90,22 +90,37 @@ impl Session {
             (Some(prospects), _) => (n, prospects.judged()),
             (None, Some(guess)) => (guess.base, &guess.round),
             (None, None) if joined.waiting => (n, &self.draft),
-            (None, None) => return Err(broken("verdict")),
+            (None, None) => (n, &[]),
         };
-        let proposed = round.len();
-        if verdict.base != base as u64 || verdict.accepted > proposed || proposed == 0 {
+        let (proposed, accepted) = (round.len(), verdict.accepted);
+        let tells_all = verdict.next_tokens.len() == accepted + 1
+            && (accepted > 0 || proposed == 0 || self.prospects.is_some());
+        let held = round.get(..accepted).filter(|_| proposed > 0);
+        let mut own = held.map(|held| held.iter().map(|d| d.token).collect::<Vec<u32>>());
+        let new = if tells_all {
+            // A round that was given up here may have come true all the same.
+            own.take_if(|own| !verdict.next_tokens.starts_with(own));
+            verdict.next_tokens
+        } else {
+            let own = own.clone().ok_or_else(|| broken("verdict"))?;
+            [own, verdict.next_tokens].concat()
+        };
+        if verdict.base != base as u64 {
             return Err(broken("verdict"));
         }
-        let accepted = round[..verdict.accepted].iter().map(|d| d.token);
-        let new: Vec<u32> = accepted.chain(verdict.next_tokens).collect();
-        let now = clock::now();
-        joined.acceptance.count(round, verdict.accepted);
-        let acceptance = joined.acceptance.probability();
-        joined.lookahead.judged(proposed, acceptance, now);
-        if let Some(length) = &mut joined.length {
-            let last = joined.last_verdict.replace(now);
-            let took = last.map(|last| now.saturating_duration_since(last));
-            length.judged(proposed, took, acceptance);
+        if own.is_some() {
+            let now = clock::now();
+            joined.acceptance.count(round, accepted);
+            let acceptance = joined.acceptance.probability();
+            joined.lookahead.judged(proposed, acceptance, now);
+            if let Some(length) = &mut joined.length {
+                let last = joined.last_verdict.replace(now);
+                let took = last.map(|last| now.saturating_duration_since(last));
+                length.judged(proposed, took, acceptance);
+            }
+        } else {
+            joined.lookahead.interrupted();
+            joined.last_verdict = None;
         }
         if self.prospects.is_some() {
             self.advance(n, &new, verdict.epoch)?;
@@ -171,10 +186,12 @@ impl Session {
     /// How it stands to a batch that may wait: a round that begins may begin together with those of others, unless the verify worker
     /// goes on alone meanwhile.
     pub(crate) fn readiness(&self) -> Readiness {
-        let unawaited = self.joined.as_ref().is_some_and(|joined| joined.unawaited);
+        let announces = self.joined.as_ref().is_some_and(|joined| joined.announces);
         if self.prospects.is_some() {
             if self.has_work_ahead() {
                 Readiness::Alone
+            } else if !self.drafts() {
+                Readiness::Idle
             } else {
                 Readiness::Expected
             }
@@ -186,7 +203,7 @@ impl Session {
             }
         } else if !self.drafts() {
             Readiness::Idle
-        } else if self.draft.is_empty() && !unawaited {
+        } else if self.draft.is_empty() && !announces {
             Readiness::Ready
         } else {
             Readiness::Alone
@@ -236,10 +253,10 @@ impl Joined {
         self.waiting && self.capturing.has_selection()
     }
 
-    /// Whatever was drafted is settled. `unawaited`: the verify worker went on alone.
-    fn settle(&mut self, epoch: u64, unawaited: bool) {
+    /// Whatever was drafted is settled. `alone`: the verify worker went on alone.
+    fn settle(&mut self, epoch: u64, alone: bool) {
         self.epoch = epoch;
-        self.unawaited = unawaited;
+        self.announces = alone;
         self.begin_round();
     }
 

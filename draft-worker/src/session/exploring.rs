@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use specattn_engine::StepOutput;
 use specattn_engine::sampling::{DraftToken, History, SparseDistribution, draft_token};
-use specattn_proto::Fault;
+use specattn_proto::{Fault, limits};
 use specattn_worker::Plan;
 
-use super::{Ahead, Joined, Pass, Proposal, ROUND_MESSAGES, Session, model_failed};
+use super::{Ahead, Joined, Pass, Proposal, Session, model_failed};
 use crate::acceptance::Acceptance;
 use crate::lookahead::{Explorer, Way};
-use crate::prospects::{GUESSES, Odds, Prospects};
+use crate::prospects::{Advanced, GUESSES, Odds, Prospects};
+use crate::service::PROPOSALS;
 
 impl Session {
     /// Plans a forward for what is worth most.
@@ -21,10 +22,7 @@ impl Session {
         let before: Vec<u32> = prospects.text().collect();
         let n = self.tokens.len();
         let room = |beyond: usize| self.room(n + beyond);
-        // What is explored leaves room for the round that the target may be waiting for.
-        let free = self.proposals.capacity();
-        let runs = free > ROUND_MESSAGES || (free > 0 && prospects.is_awaited());
-        let runs = runs && prospects.choose(self.odds(), &room);
+        let runs = self.may_run(&prospects) && prospects.choose(self.odds(), &room);
         let text: Vec<u32> = prospects.text().collect();
         let drafts = prospects.drafts();
         let (step, length) = prospects.progress();
@@ -83,7 +81,9 @@ impl Session {
             DraftToken { token, q: None }
         } else {
             let position = (self.tokens.len() + pending.len()) as u64;
-            let rng = joined.rng.attempt(prospects.epoch());
+            let (tail, _) = pending.split_at(pending.len() - prospects.progress().0);
+            let before = self.tokens.iter().chain(tail).copied();
+            let rng = joined.rng.attempt(prospects.epoch()).behind(before);
             let entries = self.spec.drafting.max_q_entries;
             let (token, q) = draft_token(&distribution, entries, &rng, position);
             prospects.look(most_probable(&q));
@@ -93,16 +93,15 @@ impl Session {
             return Ok(());
         }
         let epoch = prospects.epoch();
+        // The target is to hear early that a round is coming for which it should wait; it is sent anew when it is whole.
+        let announces = joined.announces && prospects.is_awaited() && prospects.progress().0 == 0;
         let announced = next.clone();
-        let (tail, round, last) = match prospects.draw(next, odds) {
+        let (tail, round, last) = match prospects.draw(next) {
             Some((tail, round)) => (tail.to_vec(), round.to_vec(), true),
-            // The target is to hear early that a round is coming for which it should wait; it is sent anew when it is whole.
-            None if joined.lookahead.way() == Way::Ahead && joined.unawaited => {
-                (Vec::new(), vec![announced], false)
-            }
+            None if announces => (Vec::new(), vec![announced], false),
             None => return Ok(()),
         };
-        joined.unawaited = false;
+        joined.announces = false;
         joined.sequence += 1;
         let known = self.tokens.last().copied().unwrap_or_default();
         let proposal = Proposal {
@@ -127,7 +126,17 @@ impl Session {
     pub(super) fn has_work_ahead(&self) -> bool {
         let n = self.tokens.len();
         let prospects = self.prospects.as_ref();
-        prospects.is_some_and(|p| p.has_work(self.odds(), &|beyond| self.room(n + beyond)))
+        prospects.is_some_and(|prospects| {
+            self.may_run(prospects)
+                && prospects.has_work(self.odds(), &|beyond| self.room(n + beyond))
+        })
+    }
+
+    /// Whether what comes of a forward could be sent. What is explored leaves room for the round that the target may be
+    /// waiting for.
+    fn may_run(&self, prospects: &Prospects) -> bool {
+        let free = self.proposals.capacity();
+        free > PROPOSALS / 2 || (free > 0 && prospects.is_awaited())
     }
 
     /// The text from index `from` on is `new`, and the session at `epoch`: what was drafted for that stays.
@@ -139,10 +148,10 @@ impl Session {
             joined.epoch = epoch;
         }
         let prospects = self.prospects.as_mut().filter(|_| from == held);
-        match prospects.and_then(|prospects| prospects.advance(new, epoch, unawaited)) {
-            Some(true) => self.cached = cached,
-            Some(false) => {}
-            None => {
+        match prospects.map(|prospects| prospects.advance(new, epoch, unawaited)) {
+            Some(Advanced::Kept) => self.cached = cached,
+            Some(Advanced::Moved) => {}
+            Some(Advanced::Lost) | None => {
                 let length = self.round_length();
                 self.prospects = Some(Prospects::new(epoch, length, unawaited));
             }
@@ -183,6 +192,7 @@ impl Session {
         Odds {
             acceptance: joined.map_or(Acceptance::default(), |joined| joined.acceptance),
             explorers: explorer.map_or(1, Explorer::all),
+            most_tokens: limits::MAX_ENTRIES_AHEAD / self.spec.drafting.max_q_entries.max(1),
         }
     }
 }

@@ -347,7 +347,7 @@ fn verdicts_that_make_no_sense_are_faults() {
     let mut early = Bench::new(spec(30));
     assert!(early.session.judge(told(3, &[1], 1)).is_err());
     early.session.join(welcome()).unwrap();
-    assert!(early.session.judge(judged(3, 0, 1, 0)).is_err());
+    assert!(early.session.judge(judged(3, 1, 1, 0)).is_err());
     assert!(early.session.join(welcome()).is_err());
     let prompt_tokens = |prompt_tokens| Welcome {
         prompt_tokens,
@@ -375,6 +375,7 @@ fn sampled_tokens_pass_the_targets_replay() {
     for _ in 0..8 {
         bench.run();
         let proposal = bench.proposal();
+        let rng = rng.behind(bench.session.tokens.iter().copied());
         check_draft(&proposal.draft, false, VOCAB, &rng, proposal.base as u64).unwrap();
         let entries = proposal
             .draft

@@ -12,6 +12,8 @@
 //! Decisions that commit a token are taken once per position. Draft tokens and provisional ones can be withdrawn and
 //! drawn again at the same position, perhaps from a distribution that what was withdrawn has shaped: they take the
 //! numbers of another *attempt* then, so that a draw never depends on an earlier one. Attempts are counted by the epoch.
+//! A draft may also draw rounds for several texts that the session may come to, only one of which will be: each *branch* has
+//! numbers of its own, so that what was drawn for one text, and how long that took, says nothing of another's draws.
 
 use sha2::{Digest, Sha256};
 
@@ -47,7 +49,11 @@ pub struct CounterRng {
     draft_key: u64,
     level: Level,
     attempt: u32,
+    branch: u32,
 }
+
+/// Tokens by which texts are told apart as branches: more than a draft runs ahead of what it was told.
+const BRANCH_TOKENS: usize = 64;
 
 /// Who decides by a number: part of the replayable format, never to be renumbered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +70,7 @@ impl CounterRng {
             draft_key: derive_draft_key(seed),
             level: Level::Committing,
             attempt: 0,
+            branch: 0,
         }
     }
 
@@ -75,6 +82,7 @@ impl CounterRng {
             draft_key: draft_seed,
             level: Level::Committing,
             attempt: 0,
+            branch: 0,
         }
     }
 
@@ -84,6 +92,19 @@ impl CounterRng {
             attempt: epoch as u32,
             ..self
         }
+    }
+
+    /// A draft's numbers for a round behind this text, of which the last 64 tokens count. Other purposes keep theirs: what
+    /// commits a token is decided once.
+    pub fn behind(self, text: impl DoubleEndedIterator<Item = u32>) -> Self {
+        // FNV-1a over whole tokens: a text has one hash, whoever calculates it.
+        let branch = text
+            .rev()
+            .take(BRANCH_TOKENS)
+            .fold(0x811c_9dc5_u32, |hash, token| {
+                (hash ^ token).wrapping_mul(0x0100_0193)
+            });
+        Self { branch, ..self }
     }
 
     /// The numbers that accept, recover and add tokens provisionally, in an attempt named by the `epoch`: none of them
@@ -102,13 +123,13 @@ impl CounterRng {
 
     /// The number for `purpose` at token index `position` (prompt included): uniform over multiples of 2⁻⁵³ in [0, 1).
     pub fn uniform(&self, position: u64, purpose: Purpose) -> f64 {
-        let (key, level) = match purpose {
-            Purpose::Draft => (self.draft_key, Level::Committing),
-            Purpose::Accept | Purpose::Recover | Purpose::Bonus => (self.target_key, self.level),
+        let (key, level, branch) = match purpose {
+            Purpose::Draft => (self.draft_key, Level::Committing, self.branch),
+            Purpose::Accept | Purpose::Recover | Purpose::Bonus => (self.target_key, self.level, 0),
         };
         let counter = [
             position as u32,
-            (position >> 32) as u32,
+            (position >> 32) as u32 ^ branch,
             purpose.word() + level as u32,
             self.attempt,
         ];
@@ -219,6 +240,22 @@ mod tests {
         assert_ne!(
             draft.attempt(5).uniform(9, Purpose::Draft),
             draft.uniform(9, Purpose::Draft)
+        );
+        // A draft's numbers are others behind another text, the same on both sides, and only a draft's.
+        let behind = |rng: CounterRng, text: &[u32]| rng.behind(text.iter().copied());
+        assert_eq!(
+            behind(draft, &[1, 2]).uniform(9, Purpose::Draft),
+            behind(target, &[1, 2]).uniform(9, Purpose::Draft)
+        );
+        for other in [&[2, 1][..], &[2], &[1, 3], &[0, 1, 2]] {
+            assert_ne!(
+                behind(draft, &[1, 2]).uniform(9, Purpose::Draft),
+                behind(draft, other).uniform(9, Purpose::Draft)
+            );
+        }
+        assert_eq!(
+            behind(target, &[1, 2]).uniform(9, Purpose::Accept),
+            target.uniform(9, Purpose::Accept)
         );
         // Positions beyond 32 bits are counted apart.
         assert_ne!(

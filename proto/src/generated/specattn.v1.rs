@@ -148,7 +148,7 @@ pub struct SessionStats {
     /// Target forwards taken without a draft proposal (part of target_forwards).
     #[prost(uint64, tag = "11")]
     pub solo_forwards: u64,
-    /// Proposals dropped because their epoch or base was stale.
+    /// Proposals dropped because their epoch or base was stale; those made ahead that did not come true are not counted.
     #[prost(uint64, tag = "12")]
     pub stale_proposals: u64,
     /// Bytes of kv_entries_read and of kv_entries_dense.
@@ -1575,10 +1575,11 @@ pub struct Join {
 /// round's tokens already sent, the last message has `last` set, and one of them carries the masks.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Propose {
-    /// The epoch of the draft's view. An older one than the session's is stale: dropped and answered by a Verdict.
+    /// The epoch of the draft's view. An older one than the session's is stale: dropped and answered by a Verdict. With a pacing: the
+    /// epoch that the session will have then.
     #[prost(uint64, tag = "1")]
     pub epoch: u64,
-    /// Number of committed tokens that the proposal builds on; the draft's view of n.
+    /// Number of committed tokens that the proposal builds on; the draft's view of n, or with a pacing what it will be.
     #[prost(uint64, tag = "2")]
     pub base: u64,
     /// Counts this stream's proposal messages from 1; a number not above the last one seen is a re-send and is dropped.
@@ -1607,10 +1608,10 @@ pub struct Propose {
     pub kv_entries_read: u64,
     #[prost(uint64, tag = "11")]
     pub kv_entries_dense: u64,
-    /// The same in all messages of a round.
     #[prost(enumeration = "Pacing", tag = "12")]
     pub pacing: i32,
-    /// With a pacing: the last tokens before `base` that the draft assumes and was not told of, at most 64.
+    /// With a pacing: the last tokens before `base` that the draft assumes and was not told of, at most 64. Those of a round's
+    /// first message count.
     #[prost(uint32, repeated, tag = "13")]
     pub assumed_token_ids: ::prost::alloc::vec::Vec<u32>,
 }
@@ -1708,8 +1709,8 @@ pub struct Verdict {
     /// Draft tokens accepted, 0 to γ; 0 when there was no proposal to judge.
     #[prost(uint32, tag = "3")]
     pub accepted: u32,
-    /// Tokens after the accepted ones: the recovered or bonus token of a round; when judged is false every token of the
-    /// session from `base` on.
+    /// Tokens after the accepted ones: the recovered or bonus token of a round. When judged is false, or the round had a pacing,
+    /// every token of the session from `base` on.
     #[prost(uint32, repeated, tag = "4")]
     pub next_tokens: ::prost::alloc::vec::Vec<u32>,
     /// True when the proposal was judged; false when it was stale, when provisional tokens before it were withdrawn, or
@@ -1811,7 +1812,7 @@ impl TokenOrigin {
         }
     }
 }
-/// Whom a round is for.
+/// What a round is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Pacing {

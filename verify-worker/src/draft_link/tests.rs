@@ -227,7 +227,7 @@ fn a_busy_draft_is_told_later_and_all() {
     // The channel was full for the next two: both come with the one after.
     link.catch_up(5, &committed[..8]).unwrap();
     assert_eq!(told(receiver.try_recv().unwrap()), (5, vec![5, 6, 7]));
-    link.judge(5, 1, 9).unwrap();
+    link.judge(5, 1, &[9]).unwrap();
     assert_eq!(told(receiver.try_recv().unwrap()), (8, vec![9]));
     assert_eq!(link.told, 10);
     drop(receiver);

@@ -100,14 +100,6 @@ impl Session {
         }
     }
 
-    /// What a round must fit.
-    pub(super) fn standing(&self) -> Standing<'_> {
-        Standing {
-            epoch: self.epoch,
-            tokens: &self.tokens,
-        }
-    }
-
     /// How the draft paces its rounds.
     pub(super) fn pacing(&self) -> Pacing {
         let link = self.link.as_ref();
@@ -117,11 +109,15 @@ impl Session {
     /// The waiting proposal that is to be judged now, and whether its masks can be used.
     pub(super) fn next_round(&mut self) -> Option<(Vec<DraftToken>, bool)> {
         if self.pacing() != Pacing::InOrder {
-            let standing = Standing {
-                epoch: self.epoch,
-                tokens: &self.tokens,
-            };
-            let proposal = self.link.as_mut()?.take_fitting(standing)?;
+            let link = self.link.as_mut()?;
+            if !link.knows_all(self.tokens.len())
+                && let Err(fault) = link.catch_up(self.epoch, &self.tokens)
+            {
+                self.drop_link(fault);
+                return None;
+            }
+            let link = self.link.as_mut()?;
+            let proposal = link.take_fitting(Standing::of(self.epoch, &self.tokens))?;
             return self.round(proposal, None).unwrap_or_else(|fault| {
                 self.drop_link(fault);
                 None
@@ -139,6 +135,10 @@ impl Session {
     /// has begun again before it. No more a step than may wait: a flood ends the link. Rounds ahead need no answer.
     fn drop_stale(&mut self) {
         if self.pacing() != Pacing::InOrder {
+            let standing = Standing::of(self.epoch, &self.tokens);
+            if let Some(link) = &mut self.link {
+                link.forget_passed(standing);
+            }
             return;
         }
         let next = self.tokens.len() as u64;
@@ -195,16 +195,14 @@ impl Session {
         let masking = masking.transpose()?;
         link.need_full_mask |= masking == Some(Masking::MissingBase);
         let masked = masking == Some(Masking::Ready);
-        let standing = Standing {
-            epoch: self.epoch,
-            tokens: &self.tokens,
-        };
+        let standing = Standing::of(self.epoch, &self.tokens);
         if !standing.fits(&proposal) || !link.knows_all(m) {
             return Ok(None);
         }
         let mut draft = proposal.draft;
         let (greedy, vocab) = (self.spec.sampling.is_greedy(), self.vocab_size);
         let rng = self.rng.attempt(self.epoch);
+        let rng = rng.behind(self.tokens.iter().copied());
         check_draft(&draft, greedy, vocab, &rng, m as u64)
             .map_err(|error| Fault::InvalidArgument(error.to_string()))?;
         // A round adds one token more than it verifies.
@@ -213,13 +211,18 @@ impl Session {
     }
 
     /// Answers the round's proposal.
-    pub(super) fn tell_verdict(&mut self, accepted: usize, rejected: bool, next_token: u32) {
+    pub(super) fn tell_verdict(&mut self, accepted: usize, rejected: bool) {
+        // A draft with several rounds out need not find out which of them was judged.
+        let from = match self.pacing() {
+            Pacing::InOrder => self.tokens.len() - 1,
+            Pacing::Ahead | Pacing::Unawaited => self.tokens.len() - 1 - accepted,
+        };
         if rejected {
             self.epoch += 1;
             self.stats.rollbacks += 1;
         }
         if let Some(link) = &mut self.link
-            && let Err(fault) = link.judge(self.epoch, accepted, next_token)
+            && let Err(fault) = link.judge(self.epoch, accepted, &self.tokens[from..])
         {
             self.drop_link(fault);
         }

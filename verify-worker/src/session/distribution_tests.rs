@@ -160,7 +160,8 @@ fn propose(
             pending: &text[n..],
         };
         let distribution = sampler.distribution(&draft.logits(&text), history).unwrap();
-        let rng = rng.attempt(session.epoch);
+        let before = text[..n].iter().copied();
+        let rng = rng.attempt(session.epoch).behind(before);
         let (token, entries) = draft_token(&distribution, Q_ENTRIES, &rng, text.len() as u64);
         text.push(token);
         q.push(entries);

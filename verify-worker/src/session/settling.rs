@@ -77,7 +77,7 @@ impl Session {
         self.count_draft(draft.len(), accepted);
         // A round that ended the text is answered by what becomes of the end.
         if ending.is_none() {
-            self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
+            self.tell_verdict(accepted, accepted < draft.len());
         }
         if !provisional {
             self.commit(m, &output.logits)?;
@@ -136,7 +136,8 @@ impl Session {
         } else if draft.is_empty() {
             self.stats.solo_forwards += u64::from(run.is_empty());
             // Where the draft does not ask to be waited for, steps alone are part of decoding with it.
-            let drafted = self.pacing() == Pacing::Unawaited && self.wants_round();
+            let keeps_up = self.link.as_ref().is_some_and(|link| link.trust.keeps_up());
+            let drafted = self.pacing() == Pacing::Unawaited && keeps_up && self.wants_round();
             self.weigh_drafts(self.tokens.len() - n, drafted);
             self.tell_of_step(ending);
         } else {
@@ -144,7 +145,7 @@ impl Session {
             self.count_draft(draft.len(), accepted);
             self.weigh_drafts(self.tokens.len() - n, true);
             if ending.is_none() {
-                self.tell_verdict(accepted, accepted < draft.len(), outcome.next_token);
+                self.tell_verdict(accepted, accepted < draft.len());
             }
         }
         let logits = output.logits.get(known * self.vocab_size..);

@@ -25,6 +25,14 @@ fn continuation(mut tokens: Vec<u32>, count: usize) -> Vec<u32> {
     tokens.split_off(start)
 }
 
+/// The answer to a round ahead: all tokens.
+fn all_told(base: usize, accepted: &[u32], next_token: u32, epoch: u64) -> Verdict {
+    Verdict {
+        next_tokens: [accepted, &[next_token]].concat(),
+        ..judged(base, accepted.len(), next_token, epoch)
+    }
+}
+
 impl Bench {
     fn proposals(&mut self) -> Vec<Proposal> {
         std::iter::from_fn(|| self.proposals.try_recv().ok()).collect()
@@ -38,7 +46,7 @@ impl Bench {
             let n = self.session.tokens.len();
             let text = continuation(self.session.tokens.clone(), 5);
             let round = self.session.prospects.as_ref().unwrap().judged().len();
-            self.judge(judged(n, round, text[round], 0));
+            self.judge(all_told(n, &text[..round], text[round], 0));
             if n > 100 {
                 break;
             }
@@ -58,7 +66,7 @@ fn a_draft_that_is_always_right_drafts_along_its_own_chain() {
     for turn in 0..3 {
         let at = 5 * turn;
         let cached = bench.session.cached();
-        bench.judge(judged(n + at, 4, text[at + 4], 0));
+        bench.judge(all_told(n + at, &text[at..at + 4], text[at + 4], 0));
         assert_eq!(bench.session.cached(), cached, "nothing is fed twice");
         let fed: Vec<usize> = bench.run().iter().map(Vec::len).collect();
         assert!(fed.iter().all(|&tokens| tokens == 1), "{fed:?}");
@@ -84,7 +92,7 @@ fn another_verdict_begins_again_from_what_was_told() {
         let (n, known) = (bench.session.tokens.len(), bench.session.tokens.clone());
         let text = continuation(known.clone(), 4);
         let rejected = u64::from(accepted < 4);
-        bench.judge(judged(n, accepted, next_token, rejected));
+        bench.judge(all_told(n, &text[..accepted], next_token, rejected));
         let told = [&known[..], &text[..accepted], &[next_token]].concat();
         assert_eq!(bench.session.tokens, told);
         bench.run();
@@ -92,7 +100,7 @@ fn another_verdict_begins_again_from_what_was_told() {
         assert_eq!((first.base, first.epoch), (told.len(), rejected));
         assert_eq!(tokens(&first), continuation(told, 4));
         assert!(first.ahead.unwrap().assumed.is_empty());
-        // A verdict on more than was proposed makes no sense.
+        // A verdict on more than was proposed, of which it does not tell the tokens, makes no sense.
         let beyond = judged(n + accepted + 1, 5, 1, rejected);
         assert!(bench.session.judge(beyond).is_err());
     }
@@ -114,7 +122,7 @@ fn a_target_that_does_not_wait_is_met_after_its_step() {
     bench.judge(told(3, &text[..1], 1));
     bench.run();
     assert!(bench.proposals().iter().all(|later| later.base > 4));
-    bench.judge(judged(4, proposed, text[1 + proposed], 1));
+    bench.judge(all_told(4, &text[1..1 + proposed], text[1 + proposed], 1));
     assert_eq!(bench.session.tokens[3..], text[..2 + proposed]);
     // Where the guess failed it takes another step alone.
     let n = bench.session.tokens.len();
@@ -122,8 +130,31 @@ fn a_target_that_does_not_wait_is_met_after_its_step() {
     bench.run();
     let sent = bench.proposals();
     assert_eq!((sent[0].base, sent[0].epoch), (n + 3, 4));
-    // Its step was no round that could be judged.
-    assert!(bench.session.judge(judged(n + 2, 0, 1, 4)).is_err());
+    // Its step was no round of which the draft would know what was accepted.
+    assert!(bench.session.judge(judged(n + 2, 2, 1, 4)).is_err());
+}
+
+#[test]
+fn rounds_that_were_given_up_may_come_true_all_the_same() {
+    let mut bench = exploring(LookaheadMode::On);
+    bench.found_reliable();
+    bench.proposals();
+    let n = bench.session.tokens.len();
+    let text = continuation(bench.session.tokens.clone(), 20);
+    // The draft goes back to waiting while the round behind the one that is judged is at the target.
+    bench.session.joined.as_mut().unwrap().lookahead = Lookahead::fixed(Way::Waiting);
+    bench.judge(all_told(n, &text[..4], text[4], 0));
+    assert!(bench.session.prospects.is_none());
+    assert_eq!(bench.session.draft.len(), 4, "its verdict is to come");
+    bench.judge(all_told(n + 5, &text[5..9], text[9], 0));
+    bench.run();
+    let own = bench.proposal();
+    assert_eq!((own.base, &own.ahead), (n + 10, &None));
+    // So does the one after that, before the target hears of the draft's own.
+    bench.judge(all_told(n + 10, &text[10..14], 3, 1));
+    assert_eq!(bench.session.tokens[n..], [&text[..14], &[3]].concat());
+    bench.run();
+    assert_eq!(bench.proposal().base, n + 15);
 }
 
 #[test]
@@ -141,7 +172,9 @@ fn sampled_rounds_are_drawn_as_the_target_will_check() {
     assert!(sent.len() > 4, "{}", sent.len());
     let rng = bench.session.joined.as_ref().unwrap().rng;
     for (index, proposal) in sent.iter().enumerate() {
-        let rng = rng.attempt(proposal.epoch);
+        let assumed = proposal.ahead.as_ref().unwrap().assumed.iter();
+        let before = [3, 1, 4].iter().chain(assumed).copied();
+        let rng = rng.attempt(proposal.epoch).behind(before);
         check_draft(&proposal.draft, false, VOCAB, &rng, proposal.base as u64).unwrap();
         let assumed = |p: &Proposal| p.ahead.clone().unwrap().assumed;
         assert!(
