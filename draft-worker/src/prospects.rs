@@ -235,8 +235,7 @@ impl Prospects {
         self.all[self.current].text()
     }
 
-    /// What is worth most. `room` says how many draft tokens a round after
-    /// so many tokens beyond those told may have.
+    /// What is worth most. `room` says how many draft tokens a round after so many tokens beyond those told may have.
     fn next(&self, odds: Odds, room: &impl Fn(usize) -> usize) -> Option<Next> {
         if self.all[self.current].stage == Stage::Drafting {
             return (self.all[self.current].length > 0).then_some(Next::Draft(self.current));
