@@ -20,11 +20,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use specattn_engine::sampling::{
-    CounterRng, DraftToken, History, Sampler, SamplingParams, draft_token,
-};
+use specattn_engine::sampling::{CounterRng, DraftToken, Sampler, SamplingParams};
 use specattn_engine::{
-    CHUNK_TOKENS, EngineError, HeadLists, KvReads, LogitRows, ModelConfig, RowSelection, StepOutput,
+    CHUNK_TOKENS, HeadLists, KvReads, LogitRows, ModelConfig, RowSelection, StepOutput,
 };
 use specattn_mask::{MaskPolicy, Source};
 use specattn_proto::Fault;
@@ -40,6 +38,7 @@ use crate::prospects::Prospects;
 use crate::round_length::RoundLength;
 
 mod conversation;
+mod drawing;
 mod exploring;
 
 /// Most rounds whose verdicts are guessed at a time. While the target judges one round the next must be there already, and
@@ -455,36 +454,16 @@ impl Session {
                 "a draft step before the welcome".to_owned(),
             ));
         };
-        let (prompt, committed) = self.tokens.split_at(joined.prompt_tokens);
         let pending: Vec<u32> = self.draft.iter().map(|d| d.token).collect();
-        let history = History {
-            prompt,
-            output: committed,
-            pending: &pending,
-        };
-        let distribution = match output.argmax.first() {
-            Some(&token) => joined.sampler.greedy(token),
-            None => joined.sampler.distribution(&output.logits, history),
-        }
-        .map_err(model_failed)?;
+        let distribution = joined.distribution(&self.tokens, &pending, output)?;
         if joined.waiting {
             joined.capturing.guessed(output);
             self.guess(distribution.argmax());
             return Ok(());
         }
-        let next = if joined.sampler.params().is_greedy() {
-            DraftToken {
-                token: distribution.argmax(),
-                q: None,
-            }
-        } else {
-            let position = (n + self.draft.len()) as u64;
-            let entries = self.spec.drafting.max_q_entries;
-            let rng = joined.rng.attempt(joined.epoch);
-            let rng = rng.behind(self.tokens.iter().copied());
-            let (token, q) = draft_token(&distribution, entries, &rng, position);
-            DraftToken { token, q: Some(q) }
-        };
+        let before = self.tokens.iter().copied();
+        let place = (n + pending.len(), self.spec.drafting.max_q_entries);
+        let next = joined.draw(&distribution, joined.epoch, before, place);
         let stepped = joined.capturing.stepped(output);
         stepped.map_err(|error| Fault::Internal(error.to_string()))?;
         self.draft.push(next);
@@ -524,10 +503,6 @@ impl Session {
             .try_send(proposal)
             .map_err(|_| Fault::Unavailable("the verify worker takes no proposals".to_owned()))
     }
-}
-
-fn model_failed(error: EngineError) -> Fault {
-    Fault::Internal(error.to_string())
 }
 
 #[cfg(test)]

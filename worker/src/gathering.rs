@@ -38,6 +38,15 @@ const DRAFTS: u32 = 2;
 /// Part of a forward that it waits for the next verdict; for all of them it waits a forward at most.
 const NEXT_VERDICT: u32 = 8;
 
+/// What a forward usually takes, when it usually took `before` (zero: not known) and the last one `time`.
+pub fn usual_time(before: Duration, time: Duration) -> Duration {
+    if before.is_zero() {
+        time
+    } else {
+        (before * 3 + time) / 4
+    }
+}
+
 /// What is known of the waiting.
 #[derive(Debug)]
 pub(crate) struct Gathering {
@@ -98,11 +107,7 @@ impl Gathering {
 
     /// A forward of sessions that generate went by.
     pub(crate) fn ran(&mut self, time: Duration) {
-        self.forward = if self.forward.is_zero() {
-            time
-        } else {
-            (self.forward * 3 + time) / 4
-        };
+        self.forward = usual_time(self.forward, time);
         self.since = None;
         self.ready = 0;
         self.last_came = None;

@@ -22,7 +22,7 @@ pub mod served_model;
 pub use engine_thread::EngineThread;
 pub use error::WorkerError;
 pub use expected::expected_tokens;
-pub use gathering::{Patience, Readiness};
+pub use gathering::{Patience, Readiness, usual_time};
 pub use inbox::{Inbox, Received};
 pub use load::LoadGauge;
 pub use scheduler::{Limits, Plan, Scheduler, Session};

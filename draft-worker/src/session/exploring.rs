@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use specattn_engine::StepOutput;
-use specattn_engine::sampling::{DraftToken, History, SparseDistribution, draft_token};
+use specattn_engine::sampling::SparseDistribution;
 use specattn_proto::{Fault, limits};
 use specattn_worker::Plan;
 
-use super::{Ahead, Joined, Pass, Proposal, Session, model_failed};
+use super::{Ahead, Joined, Pass, Proposal, Session};
 use crate::acceptance::Acceptance;
 use crate::lookahead::{Explorer, Way};
 use crate::prospects::{Advanced, GUESSES, Odds, Prospects};
@@ -60,35 +60,23 @@ impl Session {
         let (Some(joined), Some(prospects)) = (&mut self.joined, &mut self.prospects) else {
             return Err(Fault::Internal("a draft step ahead of nothing".to_owned()));
         };
-        let (prompt, committed) = self.tokens.split_at(joined.prompt_tokens);
         let pending: Vec<u32> = prospects.text().collect();
-        let history = History {
-            prompt,
-            output: committed,
-            pending: &pending,
-        };
-        let distribution = match output.argmax.first() {
-            Some(&token) => joined.sampler.greedy(token),
-            None => joined.sampler.distribution(&output.logits, history),
-        }
-        .map_err(model_failed)?;
+        let distribution = joined.distribution(&self.tokens, &pending, output)?;
         let stepped = joined.capturing.stepped(output);
         stepped.map_err(|error| Fault::Internal(error.to_string()))?;
-        let next = if joined.sampler.params().is_greedy() {
-            let token = distribution.argmax();
+        let (tail, _) = pending.split_at(pending.len() - prospects.progress().0);
+        let before = self.tokens.iter().chain(tail).copied();
+        let position = self.tokens.len() + pending.len();
+        let place = (position, self.spec.drafting.max_q_entries);
+        let next = joined.draw(&distribution, prospects.epoch(), before, place);
+        match &next.q {
+            Some(q) => prospects.look(most_probable(q)),
             // The target finds the same token most probable as often as it accepts one.
-            prospects.look(std::iter::once((token, odds.acceptance.probability())));
-            DraftToken { token, q: None }
-        } else {
-            let position = (self.tokens.len() + pending.len()) as u64;
-            let (tail, _) = pending.split_at(pending.len() - prospects.progress().0);
-            let before = self.tokens.iter().chain(tail).copied();
-            let rng = joined.rng.attempt(prospects.epoch()).behind(before);
-            let entries = self.spec.drafting.max_q_entries;
-            let (token, q) = draft_token(&distribution, entries, &rng, position);
-            prospects.look(most_probable(&q));
-            DraftToken { token, q: Some(q) }
-        };
+            None => {
+                let usual = odds.acceptance.probability();
+                prospects.look(std::iter::once((next.token, usual)));
+            }
+        }
         if !prospects.drafts() {
             return Ok(());
         }

@@ -20,6 +20,16 @@ fn next(token: u32, position: usize) -> u32 {
     (token + position as u32) % VOCAB as u32
 }
 
+/// What the scripted draft says after the text `tokens`, `count` times.
+fn continuation(mut tokens: Vec<u32>, count: usize) -> Vec<u32> {
+    let start = tokens.len();
+    for _ in 0..count {
+        let last = tokens.len() - 1;
+        tokens.push(next(tokens[last], last));
+    }
+    tokens.split_off(start)
+}
+
 fn spec(limit: usize) -> SessionSpec {
     SessionSpec {
         tokens: vec![3, 1, 4],

@@ -4,7 +4,7 @@ use specattn_engine::sampling::{
     Candidate, Distribution, DraftToken, History, TokenLogprobs, token_logprobs, verify_round,
 };
 use specattn_engine::{EngineError, StepOutput};
-use specattn_worker::clock;
+use specattn_worker::{clock, usual_time};
 
 use super::{Pass, Session};
 use crate::events::Ending;
@@ -20,11 +20,7 @@ impl Session {
     pub(crate) fn settle(&mut self, output: &StepOutput) -> Result<Option<Ending>, EngineError> {
         if let Some(began) = self.began.take() {
             let took = clock::now().saturating_duration_since(began);
-            self.forward = if self.forward.is_zero() {
-                took
-            } else {
-                (3 * self.forward + took) / 4
-            };
+            self.forward = usual_time(self.forward, took);
         }
         let pass = std::mem::replace(&mut self.pass, Pass::Prefill);
         match pass {

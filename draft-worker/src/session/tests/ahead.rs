@@ -21,16 +21,6 @@ fn ahead() -> Bench {
     bench
 }
 
-/// What the scripted draft says after the text `tokens`, `count` times.
-fn continuation(mut tokens: Vec<u32>, count: usize) -> Vec<u32> {
-    let start = tokens.len();
-    for _ in 0..count {
-        let last = tokens.len() - 1;
-        tokens.push(next(tokens[last], last));
-    }
-    tokens.split_off(start)
-}
-
 #[test]
 fn rounds_go_out_along_the_drafts_own_chain() {
     let mut bench = ahead();

@@ -15,16 +15,6 @@ fn exploring(lookahead: LookaheadMode) -> Bench {
     bench
 }
 
-/// What the scripted draft says after the text `tokens`, `count` times.
-fn continuation(mut tokens: Vec<u32>, count: usize) -> Vec<u32> {
-    let start = tokens.len();
-    for _ in 0..count {
-        let last = tokens.len() - 1;
-        tokens.push(next(tokens[last], last));
-    }
-    tokens.split_off(start)
-}
-
 /// The answer to a round ahead: all tokens.
 fn all_told(base: usize, accepted: &[u32], next_token: u32, epoch: u64) -> Verdict {
     Verdict {
