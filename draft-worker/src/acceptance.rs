@@ -11,18 +11,21 @@ pub(crate) struct Acceptance {
     /// Draft tokens judged: those accepted, and the first that was not.
     judged: f64,
     accepted: f64,
-    /// What the draft did not give those of them that it drew: the sum of 1 - q.
+    /// What the draft did not give those of them of which it knows that, and how many of these were rejected.
     doubt: f64,
+    rejected: f64,
 }
 
 impl Acceptance {
-    /// Of this round so many tokens were accepted.
-    pub(crate) fn count(&mut self, round: &[DraftToken], accepted: usize) {
-        let judged = &round[..(accepted + 1).min(round.len())];
-        let doubt: f64 = judged.iter().filter_map(doubt).sum();
+    /// Of a round of tokens of these doubts so many were accepted.
+    pub(crate) fn count(&mut self, doubts: &[Option<f64>], accepted: usize) {
+        let judged = &doubts[..(accepted + 1).min(doubts.len())];
+        let doubt: f64 = judged.iter().flatten().sum();
+        let rejected = doubts.get(accepted).copied().flatten();
         self.judged = FADE * self.judged + judged.len() as f64;
         self.accepted = FADE * self.accepted + accepted as f64;
         self.doubt = FADE * self.doubt + doubt;
+        self.rejected = FADE * self.rejected + f64::from(u8::from(rejected.is_some()));
     }
 
     /// The probability that a draft token is accepted; below 1.
@@ -31,9 +34,10 @@ impl Acceptance {
     }
 
     /// The share of the draft's doubt in a token that comes to its rejection, at most 1. The rule of speculative sampling
-    /// rejects a token drawn from q with probability max(0, 1 - p / q); over many tokens that is about in proportion to 1 - q.
+    /// rejects a token drawn from q with probability max(0, 1 - p / q); over many tokens that is about in proportion to 1 - q. So are
+    /// rejections of the draft's most probable token in greedy sessions.
     pub(crate) fn severity(self) -> f64 {
-        ((self.judged - self.accepted + 0.5) / (self.doubt + 1.0)).min(1.0)
+        ((self.rejected + 0.5) / (self.doubt + 1.0)).min(1.0)
     }
 
     /// The probability that a token is accepted of which the draft has this [`doubt`].
@@ -45,16 +49,10 @@ impl Acceptance {
     }
 }
 
-/// What the draft did not give a token that it drew; `None` in greedy sessions.
+/// What the draft did not give a token that it drew; `None` for its most probable one, of which q is not told.
 pub(crate) fn doubt(token: &DraftToken) -> Option<f64> {
     let q = token.q.as_ref()?;
     Some((1.0 - q.prob(token.token)).clamp(0.0, 1.0))
-}
-
-/// Rounds of greedy sessions, for tests.
-#[cfg(test)]
-pub(crate) fn greedy_round(length: usize) -> Vec<DraftToken> {
-    vec![DraftToken { token: 0, q: None }; length]
 }
 
 #[cfg(test)]
@@ -79,7 +77,7 @@ mod tests {
         let mut acceptance = Acceptance::default();
         // Of tokens with half the mass one in four is rejected: half of the doubt.
         for round in 0..400 {
-            acceptance.count(&[drawn(0.5)], usize::from(round % 4 > 0));
+            acceptance.count(&[doubt(&drawn(0.5))], usize::from(round % 4 > 0));
         }
         assert!((0.7..0.8).contains(&acceptance.probability()));
         assert!((0.45..0.55).contains(&acceptance.severity()));

@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 
 use specattn_worker::expected_tokens;
 
-/// Verdicts of a trial.
+/// Verdicts of a trial of a way that guesses, now rightly and now wrongly, and of one that does not: rounds that are waited for take about
+/// as long as each other.
 const TRIAL: u32 = 12;
+const TRIAL_WAITING: u32 = 5;
 /// Verdicts from one trial to the next: at first, and the most.
 const STRETCH_FIRST: u32 = 48;
 const STRETCH_MOST: u32 = 768;
@@ -45,7 +47,17 @@ pub(crate) enum Way {
 }
 
 /// How many there are.
-const WAYS: usize = 3;
+pub(crate) const WAYS: usize = 3;
+
+impl Way {
+    /// Verdicts of a trial.
+    fn trial(self) -> u32 {
+        match self {
+            Way::Waiting => TRIAL_WAITING,
+            Way::Ahead | Way::Unawaited => TRIAL,
+        }
+    }
+}
 
 /// What a worker's sessions know of each other.
 #[derive(Debug, Default)]
@@ -182,7 +194,7 @@ impl Lookahead {
                 inherited,
                 on_trial: false,
                 tried: way,
-                left: inherited.map_or(TRIAL, |_| STRETCH_FIRST),
+                left: inherited.map_or(way.trial(), |_| STRETCH_FIRST),
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
                 paces: Default::default(),
@@ -238,7 +250,7 @@ impl Trials {
     /// Whether what was inherited holds here, as far as is known; asked once, after as many verdicts as a trial has.
     fn still_holds(&mut self, way: Way) -> bool {
         let pace = &self.paces[way as usize];
-        if pace.verdicts() < f64::from(TRIAL) {
+        if pace.verdicts() < f64::from(way.trial()) {
             return true;
         }
         let found = self.inherited.take();
@@ -282,7 +294,7 @@ impl Trials {
                 other = following(other);
             }
             self.paces[other as usize].fade(OLD_TRIAL);
-            let same_weight = f64::from(TRIAL) / f64::from(self.stretch);
+            let same_weight = f64::from(other.trial()) / f64::from(self.stretch);
             self.paces[way as usize].fade(same_weight);
             return self.turn(other, true);
         }
@@ -305,7 +317,7 @@ impl Trials {
         if on_trial {
             self.tried = way;
         }
-        self.left = if on_trial { TRIAL } else { self.stretch };
+        self.left = if on_trial { way.trial() } else { self.stretch };
         self.unsettled = UNSETTLED;
         self.last = None;
         way
@@ -315,7 +327,7 @@ impl Trials {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::acceptance::{Acceptance, greedy_round};
+    use crate::acceptance::Acceptance;
 
     const TWO: &[Way] = &[Way::Waiting, Way::Ahead];
     const THREE: &[Way] = &[Way::Waiting, Way::Ahead, Way::Unawaited];
@@ -333,7 +345,7 @@ mod tests {
             let ms = if is_ahead { ahead } else { waiting };
             ran_ahead += u32::from(is_ahead);
             now += Duration::from_millis(ms);
-            acceptance.count(&greedy_round(4), 2);
+            acceptance.count(&[None; 4], 2);
             lookahead.judged(4, acceptance.probability(), now);
         }
         f64::from(ran_ahead) / f64::from(verdicts)
@@ -358,7 +370,7 @@ mod tests {
         for _ in 0..40 {
             let ahead = lookahead.way() == Way::Ahead;
             now += Duration::from_millis(if ahead { 80 } else { 50 });
-            acceptance.count(&greedy_round(4), if ahead { 4 } else { 0 });
+            acceptance.count(&[None; 4], if ahead { 4 } else { 0 });
             lookahead.judged(4, acceptance.probability(), now);
         }
         assert_eq!(lookahead.way(), Way::Waiting);

@@ -13,21 +13,25 @@
 
 use specattn_engine::sampling::DraftToken;
 
-use crate::acceptance::{Acceptance, doubt};
+use crate::acceptance::Acceptance;
 
 /// Forwards of the target whose outcomes are guessed, one behind the other. While it is at one the next round must be
 /// there, and the verdict that lets the draft begin the one after is on its way.
 pub(crate) const MOST_DEPTH: usize = 2;
 
 /// Most prospects held, the root among them.
-const MOST: usize = 24;
+const MOST: usize = 48;
 
 /// Tokens that are guessed to follow a text, at most.
-pub(crate) const GUESSES: usize = 8;
+pub(crate) const GUESSES: usize = 32;
+
+/// Draft tokens for a prospect that is less likely to come true have a quarter of the entries in their distributions: most of
+/// such rounds are sent for nothing.
+const LIKELY: f64 = 0.1;
 
 /// A token that is less likely to be used is not drafted: for each session of the worker that looks ahead, since their steps are
 /// batched and each makes those of all others longer; and the most that it comes to.
-const LEAST_CHANCE: f64 = 0.005;
+const LEAST_CHANCE: f64 = 0.0015;
 const LEAST_CHANCE_MOST: f64 = 0.2;
 
 /// What guesses are judged by.
@@ -76,7 +80,7 @@ const UNSEEN: f64 = 0.5;
 struct Candidate {
     token: u32,
     chance: f64,
-    /// There is a prospect of it.
+    /// There is a prospect of it, or it was drawn and can only be accepted.
     taken: bool,
 }
 
@@ -104,7 +108,7 @@ struct Prospect {
     chance: f64,
     stage: Stage,
     round: Vec<DraftToken>,
-    /// The draft's doubt in each; `None` in greedy sessions.
+    /// The draft's doubt in each, as far as known.
     doubts: Vec<Option<f64>>,
     /// Draft tokens that the round is to have.
     length: usize,
@@ -137,13 +141,12 @@ impl Prospect {
     ) -> f64 {
         match self.judged().get(accepted) {
             None => reached * guess.chance,
-            Some(rejected) if rejected.token == guess.token => 0.0,
             // A rejection takes its share of the doubt, which the other tokens have between them.
             Some(DraftToken { q: Some(_), .. }) => {
                 reached * acceptance.severity() * RECOVERED * guess.chance
             }
-            // A greedy draft knows of no other token.
-            Some(DraftToken { q: None, .. }) => 0.0,
+            // What a greedy target may find most probable instead is that already.
+            Some(DraftToken { q: None, .. }) => reached * RECOVERED * guess.chance,
         }
     }
 }
@@ -222,7 +225,12 @@ impl Prospects {
         }
     }
 
-    /// The same, when there is nothing to look ahead to any more.
+    /// The draft's doubt in each of its tokens.
+    pub(crate) fn judged_doubts(&self) -> &[Option<f64>] {
+        &self.all[0].doubts[..self.judged().len()]
+    }
+
+    /// That round, when there is nothing to look ahead to any more.
     pub(crate) fn into_judged(mut self) -> Vec<DraftToken> {
         match self.all[0].stage {
             Stage::Sent => self.all.swap_remove(0).round,
@@ -265,17 +273,17 @@ impl Prospects {
                     break;
                 }
                 if let Some(outlook) = prospect.outlooks.get(accepted) {
-                    for (guess, candidate) in outlook.iter().enumerate().filter(|(_, g)| !g.taken) {
+                    // The most probable comes first.
+                    let mut left = outlook.iter().enumerate();
+                    if let Some((guess, candidate)) = left.find(|(_, g)| !g.taken) {
                         let chance = prospect.outcome(accepted, reached, candidate, acceptance);
-                        consider(
+                        let begin = Next::Begin {
+                            of,
+                            accepted,
+                            guess,
                             chance,
-                            Next::Begin {
-                                of,
-                                accepted,
-                                guess,
-                                chance,
-                            },
-                        );
+                        };
+                        consider(chance, begin);
                     }
                 } else if accepted == judged {
                     consider(reached * UNSEEN, Next::Look(of));
@@ -349,6 +357,15 @@ impl Prospects {
         self.all[self.current].epoch
     }
 
+    /// Entries of the distribution that the present round's next token is drawn from, `most` at most.
+    pub(crate) fn entries(&self, most: usize) -> usize {
+        if self.all[self.current].chance >= LIKELY {
+            most
+        } else {
+            most.div_ceil(4)
+        }
+    }
+
     /// Whether what follows the present text is to be drawn for a round, not only looked at.
     pub(crate) fn drafts(&self) -> bool {
         self.all[self.current].stage == Stage::Drafting
@@ -370,10 +387,19 @@ impl Prospects {
         self.all[self.current].outlooks.push(guesses.collect());
     }
 
-    /// Adds a token to the present round. Once that is whole, gives what to send: the tail that it follows, and the round.
-    pub(crate) fn draw(&mut self, token: DraftToken) -> Option<(&[u32], &[DraftToken])> {
+    /// Adds a token, in which the draft has this doubt, to the present round. Once that is whole, gives what to send: the tail that it
+    /// follows, and the round.
+    pub(crate) fn draw(
+        &mut self,
+        token: DraftToken,
+        doubt: Option<f64>,
+    ) -> Option<(&[u32], &[DraftToken])> {
         let current = &mut self.all[self.current];
-        current.doubts.push(doubt(&token));
+        let outlook = current.outlooks.last_mut().into_iter().flatten();
+        for candidate in outlook {
+            candidate.taken |= candidate.token == token.token;
+        }
+        current.doubts.push(doubt);
         current.round.push(token);
         if current.round.len() < current.length {
             return None;
@@ -416,6 +442,9 @@ impl Prospects {
             root.doubts.clear();
             root.length = 0;
             root.outlooks.truncate(1);
+            for candidate in root.outlooks.iter_mut().flatten() {
+                candidate.taken = false;
+            }
             return Advanced::Moved;
         }
         match current {

@@ -291,10 +291,10 @@ impl Session {
         }
     }
 
-    /// Whether the most probable token is all that the session looks at of that forward's logits.
+    /// Whether the most probable token is all that the session looks at of that forward's logits. Ahead of verdicts it looks at others.
     pub(crate) fn needs_argmax_only(&self) -> bool {
         let joined = self.joined.as_ref();
-        joined.is_some_and(|joined| joined.sampler.needs_argmax_only())
+        joined.is_some_and(|joined| joined.sampler.needs_argmax_only()) && self.prospects.is_none()
     }
 
     /// What is added to logits before the most probable token is looked for.
@@ -408,12 +408,7 @@ impl Session {
     /// Draft tokens worth proposing after a text of `n` tokens: a round commits one more than it verifies, and the last one
     /// proposed is not fed.
     fn room(&self, n: usize) -> usize {
-        let wanted = self.joined.as_ref().map_or(0, |joined| {
-            joined
-                .length
-                .as_ref()
-                .map_or(joined.draft_length, RoundLength::next)
-        });
+        let wanted = self.joined.as_ref().map_or(0, Joined::wanted_length);
         wanted
             .min(self.spec.limit.saturating_sub(n + 1))
             .min((self.spec.capacity + 1).saturating_sub(n))

@@ -11,7 +11,8 @@
 //! reads its prompt on the same two cores (bench/serve/service.md).
 //!
 //! A session begins with a trial of rounds, so that steps alone are not timed while the draft still reads the prompt on
-//! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest.
+//! the same cores. Costs: eight steps alone after the first twelve rounds and after every 192; six rounds after each rest, and up to three
+//! dozen more where those tell too little.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -27,9 +28,11 @@ const UNSETTLED: u32 = 2;
 const TRIAL_ROUNDS: u32 = 12;
 const RETRIAL_ROUNDS: u32 = 6;
 const ROUNDS_MOST: u32 = 192;
-/// Rounds as fast as this share of steps alone go on: a dozen rounds tell their rate to a tenth or so, and resting by
-/// mistake costs as much as drafting by mistake.
+/// Rounds as fast as this share of steps alone go on: resting by mistake costs as much as drafting by mistake.
 const ENOUGH: f64 = 0.95;
+/// A round's tokens are one now and five then, so a dozen rounds tell their rate to a fourth or so. Where they are too slow by no more than
+/// that (one standard error), a trial goes on for as many rounds again, so many times at most.
+const TRIALS_MORE: u32 = 3;
 /// Steps alone after the first failed trial, and the most after any.
 const REST_FIRST: u32 = 128;
 const REST_MOST: u32 = 1_024;
@@ -64,23 +67,36 @@ impl Findings {
     }
 }
 
-/// Tokens and the time they took.
+/// Forwards, the tokens they committed and the time they took.
 #[derive(Debug, Clone, Copy, Default)]
 struct Pace {
+    forwards: f64,
     tokens: f64,
+    /// The sum of each forward's tokens, squared.
+    squares: f64,
     time: Duration,
 }
 
 impl Pace {
     fn add(&mut self, tokens: usize, time: Duration) {
+        self.forwards += 1.0;
         self.tokens += tokens as f64;
+        self.squares += (tokens * tokens) as f64;
         self.time += time;
     }
 
     /// Lets what comes next count more than what was.
     fn fade(&mut self) {
+        self.forwards /= 2.0;
         self.tokens /= 2.0;
+        self.squares /= 2.0;
         self.time /= 2;
+    }
+
+    /// The part of the rate that it may be off by: the standard error of the mean of a forward's tokens, over the mean.
+    fn doubt(&self) -> f64 {
+        let relative_variance = self.squares * self.forwards / (self.tokens * self.tokens) - 1.0;
+        (relative_variance.max(0.0) / self.forwards).sqrt()
     }
 
     /// Tokens per second; `None` before any were timed.
@@ -112,6 +128,8 @@ pub(crate) struct Payoff {
     left: u32,
     /// Rounds of the current stretch between two comparisons.
     stretch: u32,
+    /// How often the present trial may go on.
+    more: u32,
     /// Steps alone after the next failed trial.
     rest: u32,
     alone: Pace,
@@ -143,6 +161,7 @@ impl Payoff {
             phase,
             left,
             stretch: TRIAL_ROUNDS,
+            more: TRIALS_MORE,
             rest: (2 * rest).clamp(REST_FIRST, REST_MOST_IN_VAIN),
             alone: Pace::default(),
             drafted: Pace::default(),
@@ -243,11 +262,17 @@ impl Payoff {
     /// More rounds, or rest.
     fn compare(&mut self) {
         let enough = self.alone.rate().map(|rate| ENOUGH * rate);
-        if self.drafted.rate() >= enough {
+        let rate = self.drafted.rate();
+        let at_best = rate.map(|rate| rate * (1.0 + self.drafted.doubt()));
+        if rate >= enough {
             self.rest = REST_FIRST;
             self.stretch = (2 * self.stretch).min(ROUNDS_MOST);
+            self.more = TRIALS_MORE;
             self.begin(Phase::Drafted, self.stretch);
             self.found(0);
+        } else if at_best >= enough && self.more > 0 {
+            self.more -= 1;
+            self.turn(Phase::Drafted, TRIAL_ROUNDS);
         } else {
             self.rest = self.rest.min(REST_MOST);
             self.rest();
@@ -259,6 +284,7 @@ impl Payoff {
         let rest = self.rest;
         self.rest = (2 * rest).min(REST_MOST_IN_VAIN);
         self.stretch = TRIAL_ROUNDS;
+        self.more = TRIALS_MORE;
         self.begin(Phase::Resting, rest);
         self.found(rest);
     }
@@ -276,15 +302,20 @@ impl Payoff {
         self.drafted.add(1_000, Duration::from_nanos(1));
     }
 
+    /// Begins a phase that is timed anew.
     fn begin(&mut self, phase: Phase, left: u32) {
-        if (phase == Phase::Drafted) != self.wants_drafts() {
-            self.unsettled = UNSETTLED;
-        }
+        self.turn(phase, left);
         let pace = match phase {
             Phase::Drafted => &mut self.drafted,
             Phase::Sampling | Phase::Resting => &mut self.alone,
         };
         pace.fade();
+    }
+
+    fn turn(&mut self, phase: Phase, left: u32) {
+        if (phase == Phase::Drafted) != self.wants_drafts() {
+            self.unsettled = UNSETTLED;
+        }
         (self.phase, self.left) = (phase, left);
     }
 }
@@ -331,6 +362,25 @@ mod tests {
         assert!(share < 0.05, "{share}");
         // Another length knows nothing of it.
         assert_eq!(findings.of(9_000).load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_few_poor_rounds_do_not_decide() {
+        // Rounds of one token or of six: a third faster than steps alone, but not the first twelve.
+        let mut payoff = Payoff::new(Arc::default(), 1_000, 4);
+        let (mut now, mut drafted) = (Instant::now(), 0);
+        for forward in 0..400 {
+            let wants = payoff.wants_drafts();
+            let (tokens, ms) = match (wants, forward % 24) {
+                (true, 3 | 9 | 14..20) => (6, 90),
+                (true, _) => (1, 90),
+                (false, _) => (1, 45),
+            };
+            now += Duration::from_millis(ms);
+            drafted += u32::from(wants);
+            payoff.committed(tokens, wants, now);
+        }
+        assert!(drafted > 300, "{drafted}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub(crate) const MOST_IN_ORDER: usize = 4;
 
 /// Rounds ahead that may wait: beyond them the farthest ahead is dropped. A draft holds 24, and may have given some up of
 /// which that is not known here yet.
-const MOST_AHEAD: usize = 32;
+const MOST_AHEAD: usize = 56;
 
 /// What a round is for: see the .proto file's `Pacing`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn of_a_flood_of_rounds_those_that_may_fit_next_stay() {
-        let far = (0..50).map(|last| round(0, &[1, 2, last], 1));
+        let far = (0..90).map(|last| round(0, &[1, 2, last], 1));
         let near = (0..20).map(|last| round(0, &[1, last], 1));
         let waiting = ahead(far.chain(near));
         assert_eq!(waiting.rounds.len(), MOST_AHEAD);

@@ -80,6 +80,9 @@ struct Far {
     /// Sessions per figure of the slow target, each with another text
     #[arg(long, default_value_t = 4)]
     slow_passes: usize,
+    /// Of the slow target's rows, those whose first columns hold this, as in "sampled 4 auto"
+    #[arg(long, default_value = "")]
+    rows: String,
     /// Tokens of a session of the plain pair
     #[arg(long, default_value_t = 1500)]
     fast_tokens: u32,
@@ -122,6 +125,7 @@ async fn far_table(far: Far) -> Result<()> {
         forward: Duration::from_millis(far.forward_ms),
         slow_tokens: far.slow_tokens,
         slow_passes: far.slow_passes,
+        rows: far.rows,
         fast_tokens: far.fast_tokens,
         passes: far.passes,
     };

@@ -21,7 +21,7 @@ const SKIPPED: usize = 32;
 const PROMPT: usize = 500;
 
 /// How far, how slow, how long.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Distance {
     /// What each way between draft and verify worker takes.
     pub one_way: Duration,
@@ -33,6 +33,8 @@ pub struct Distance {
     pub fast_tokens: u32,
     /// Sessions per figure of the slow target, each with another text.
     pub slow_passes: usize,
+    /// Part of the first columns of the slow target's rows that are wanted.
+    pub rows: String,
     /// Sessions per figure of the fast pair.
     pub passes: usize,
 }
@@ -115,6 +117,9 @@ impl Distance {
             for length in ["4", "chosen"] {
                 let mut waiting = None;
                 for lookahead in ["off", "on", "unawaited", "auto"] {
+                    if !format!("{text} {length} {lookahead}").contains(&self.rows) {
+                        continue;
+                    }
                     let draft = Process::worker(DRAFT, &["--lookahead", lookahead]).await;
                     let mut figures = [Together::default(), Together::default()];
                     // The way stays the same from session to session, as it would.

@@ -1,6 +1,7 @@
 use specattn_engine::sampling::SparseDistribution;
 
 use super::*;
+use crate::acceptance::doubt;
 
 const ROOM: usize = 16;
 
@@ -31,7 +32,7 @@ fn explore(prospects: &mut Prospects, odds: Odds) -> Vec<(Vec<u32>, usize)> {
     while prospects.choose(odds, &room) {
         prospects.look([(10, 0.5), (20, 0.2), (30, 0.001)].into_iter());
         if prospects.drafts()
-            && let Some((tail, round)) = prospects.draw(drawn(10))
+            && let Some((tail, round)) = prospects.draw(drawn(10), Some(0.5))
         {
             sent.push((tail.to_vec(), round.len()));
         }
@@ -78,7 +79,7 @@ fn how_long_a_round_is_does_not_depend_on_what_is_drawn() {
             token: 1,
             q: Some(q),
         };
-        let draws = (1..).find(|_| prospects.draw(token.clone()).is_some());
+        let draws = (1..).find(|_| prospects.draw(token.clone(), doubt(&token)).is_some());
         draws.unwrap()
     });
     assert_eq!(lengths[0], lengths[1]);
@@ -126,7 +127,7 @@ fn a_round_that_is_not_whole_when_its_turn_comes_is_finished_for_who_waits() {
         prospects.look([(10, 0.9)].into_iter());
         assert!(prospects.choose(odds(1), &room));
         prospects.look([(11, 0.9)].into_iter());
-        assert!(prospects.draw(drawn(11)).is_none());
+        assert!(prospects.draw(drawn(11), Some(0.5)).is_none());
         let advanced = prospects.advance(&[10], 1, unawaited);
         let expected = if unawaited {
             Advanced::Moved

@@ -7,7 +7,7 @@ use specattn_proto::Fault;
 use specattn_worker::{Readiness, clock};
 
 use super::{Joined, Session, Verdict, Welcome};
-use crate::acceptance::Acceptance;
+use crate::acceptance::{Acceptance, doubt};
 use crate::args::LookaheadMode;
 use crate::capturing::Capturing;
 use crate::lookahead::{Lookahead, Way};
@@ -110,14 +110,25 @@ impl Session {
         }
         if own.is_some() {
             let now = clock::now();
-            joined.acceptance.count(round, accepted);
-            let acceptance = joined.acceptance.probability();
-            joined.lookahead.judged(proposed, acceptance, now);
-            if let Some(length) = &mut joined.length {
-                let last = joined.last_verdict.replace(now);
-                let took = last.map(|last| now.saturating_duration_since(last));
-                length.judged(proposed, took, acceptance);
+            match &self.prospects {
+                Some(prospects) => joined.acceptance.count(prospects.judged_doubts(), accepted),
+                None => {
+                    let doubts: Vec<Option<f64>> = round.iter().map(doubt).collect();
+                    joined.acceptance.count(&doubts, accepted);
+                }
             }
+            let acceptance = joined.acceptance.probability();
+            let way = joined.lookahead.way();
+            let last = joined.last_verdict.replace(now);
+            if let Some(length) = &mut joined.length {
+                let took = last.map(|last| now.saturating_duration_since(last));
+                length.judged(way, proposed, took, acceptance);
+            }
+            joined.lookahead.judged(proposed, acceptance, now);
+            // The next verdict answers a round of before.
+            joined
+                .last_verdict
+                .take_if(|_| joined.lookahead.way() != way);
         } else {
             joined.lookahead.interrupted();
             joined.last_verdict = None;
@@ -248,6 +259,13 @@ impl Session {
 }
 
 impl Joined {
+    /// Draft tokens that a round is to have, as long as the session has room for it.
+    pub(super) fn wanted_length(&self) -> usize {
+        self.length.as_ref().map_or(self.draft_length, |length| {
+            length.next(self.lookahead.way(), self.acceptance.probability())
+        })
+    }
+
     /// Whether the step is a guess of a verdict that can read less than everything.
     pub(super) fn guesses_sparsely(&self) -> bool {
         self.waiting && self.capturing.has_selection()

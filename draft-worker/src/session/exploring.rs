@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use specattn_engine::StepOutput;
-use specattn_engine::sampling::SparseDistribution;
+use specattn_engine::sampling::{SparseDistribution, token_logprobs};
 use specattn_proto::{Fault, limits};
 use specattn_worker::Plan;
 
 use super::{Ahead, Joined, Pass, Proposal, Session};
-use crate::acceptance::Acceptance;
+use crate::acceptance::{Acceptance, doubt};
 use crate::lookahead::{Explorer, Way};
 use crate::prospects::{Advanced, GUESSES, Odds, Prospects};
 use crate::service::PROPOSALS;
@@ -67,16 +67,20 @@ impl Session {
         let (tail, _) = pending.split_at(pending.len() - prospects.progress().0);
         let before = self.tokens.iter().chain(tail).copied();
         let position = self.tokens.len() + pending.len();
-        let place = (position, self.spec.drafting.max_q_entries);
+        let entries = prospects.entries(self.spec.drafting.max_q_entries);
+        let place = (position, entries);
         let next = joined.draw(&distribution, prospects.epoch(), before, place);
-        match &next.q {
-            Some(q) => prospects.look(most_probable(q)),
-            // The target finds the same token most probable as often as it accepts one.
-            None => {
-                let usual = odds.acceptance.probability();
-                prospects.look(std::iter::once((next.token, usual)));
+        let doubt = match &next.q {
+            Some(q) => {
+                prospects.look(most_probable(q).into_iter());
+                doubt(&next)
             }
-        }
+            None => {
+                let (guesses, doubt) = beside(next.token, &output.logits, odds.acceptance)?;
+                prospects.look(guesses.into_iter());
+                Some(doubt)
+            }
+        };
         if !prospects.drafts() {
             return Ok(());
         }
@@ -84,7 +88,7 @@ impl Session {
         // The target is to hear early that a round is coming for which it should wait; it is sent anew when it is whole.
         let announces = joined.announces && prospects.is_awaited() && prospects.progress().0 == 0;
         let announced = next.clone();
-        let (tail, round, last) = match prospects.draw(next) {
+        let (tail, round, last) = match prospects.draw(next, doubt) {
             Some((tail, round)) => (tail.to_vec(), round.to_vec(), true),
             None if announces => (Vec::new(), vec![announced], false),
             None => return Ok(()),
@@ -193,7 +197,7 @@ impl Joined {
 }
 
 /// The tokens that the draft finds most probable, with what it gives them.
-fn most_probable(q: &SparseDistribution) -> impl Iterator<Item = (u32, f64)> {
+fn most_probable(q: &SparseDistribution) -> Vec<(u32, f64)> {
     let mut entries: Vec<(u32, f32)> = q.ids.iter().copied().zip(q.probs.iter().copied()).collect();
     let by_prob = |x: &(u32, f32), y: &(u32, f32)| y.1.total_cmp(&x.1);
     if entries.len() > GUESSES {
@@ -201,7 +205,23 @@ fn most_probable(q: &SparseDistribution) -> impl Iterator<Item = (u32, f64)> {
         entries.truncate(GUESSES);
     }
     entries.sort_unstable_by(by_prob);
-    entries
-        .into_iter()
-        .map(|(token, prob)| (token, f64::from(prob)))
+    let entries = entries.into_iter();
+    entries.map(|(token, p)| (token, f64::from(p))).collect()
+}
+
+/// What a greedy target may find most probable where the draft finds `token`: that, as often as it accepts one in which the draft
+/// has so much doubt, and others where it does not, by what the draft gives them; and the doubt.
+fn beside(
+    token: u32,
+    logits: &[f32],
+    acceptance: Acceptance,
+) -> Result<(Vec<(u32, f64)>, f64), Fault> {
+    let probs = token_logprobs(logits, token, GUESSES as u32)
+        .map_err(|error| Fault::Internal(error.to_string()))?;
+    let doubt = 1.0 - f64::from(probs.logprob).exp();
+    let mut guesses = vec![(token, acceptance.of(Some(doubt)))];
+    let others = probs.top.into_iter().filter(|&(other, _)| other != token);
+    let severity = acceptance.severity();
+    guesses.extend(others.map(|(other, logprob)| (other, severity * f64::from(logprob).exp())));
+    Ok((guesses, doubt))
 }

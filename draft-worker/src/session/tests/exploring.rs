@@ -97,6 +97,25 @@ fn another_verdict_begins_again_from_what_was_told() {
 }
 
 #[test]
+fn a_greedy_draft_also_drafts_for_what_the_target_may_prefer() {
+    let mut bench = exploring(LookaheadMode::On);
+    bench.run();
+    let text = continuation(bench.session.tokens.clone(), 5);
+    let sent = bench.proposals();
+    let rejected = sent.iter().filter_map(|proposal| {
+        let (last, accepted) = proposal.ahead.as_ref()?.assumed.split_last()?;
+        (text.starts_with(accepted) && text[accepted.len()] != *last).then_some(proposal)
+    });
+    let rejected: Vec<&Proposal> = rejected.collect();
+    assert!(!rejected.is_empty(), "{sent:?}");
+    for proposal in rejected {
+        let assumed = &proposal.ahead.as_ref().unwrap().assumed;
+        let epoch = u64::from(assumed.len() < 5);
+        assert_eq!(proposal.epoch, epoch, "{proposal:?}");
+    }
+}
+
+#[test]
 fn a_target_that_does_not_wait_is_met_after_its_step() {
     let mut bench = exploring(LookaheadMode::Unawaited);
     bench.run();
