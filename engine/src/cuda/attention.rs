@@ -250,7 +250,7 @@ pub(super) fn decode(
     };
     let launch = LaunchShape {
         grid: (args.num_kv_heads, batch.num_rows() as u32, 1),
-        threads: (group as u32 * head_dim / 4).next_multiple_of(32).min(256),
+        threads: (group as u32 * 32).min(256),
         shared_bytes: 0,
     };
     // SAFETY: as above; every chunk of a head that has several has left its partial result.

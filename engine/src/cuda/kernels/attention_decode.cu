@@ -28,7 +28,8 @@
 #define ENTRY_STRIDE (HEAD_DIM * 4 + 16)
 #define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
 #define QUERY_STRIDE (HEAD_DIM * 2 + 16)
-// Numbers from row to row of a part's results: four rows, of eight numbers at a time, meet no bank twice.
+// Numbers from row to row of a part's results, with the row's maximum and sum behind them: four rows, of eight numbers at a time, meet no
+// bank twice.
 #define RESULT_STRIDE (HEAD_DIM / 32 * 32 + (HEAD_DIM % 32 > 8 ? 40 : 8))
 
 struct DecodeArgs {
@@ -49,9 +50,12 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
+// Threads that registers are dealt out for. Two blocks of 256 could take all of them: a sixth is left to the kernel that merges, so that it
+// is there, and the one after it on its way, while the last blocks run.
+#define REGISTER_THREADS (WARPS * 32 + (ROW_TILES == 2 && HEAD_DIM == 128 && !CAPTURE ? 64 : 0))
+
+extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ float part_max[PARTS][BLOCK_ROWS], part_sums[PARTS][BLOCK_ROWS];
     __shared__ u32 entries[CHUNK];
     u8* const query = shared;
     u8* const ring = shared + BLOCK_ROWS * QUERY_STRIDE;
@@ -249,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     meet();
 
     // Merge the parts. Each leaves its rows where its ring was.
-    float* const mine = (float*)(ring + part * STAGES * STAGE_BYTES);
+    auto results_of = [&](u32 w, u32 row) { return (float*)(ring + w * STAGES * STAGE_BYTES) + row * RESULT_STRIDE; };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const u32 row = own_row + half * 8;
@@ -257,13 +261,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         float s = sum[half];
         s += __shfl_xor_sync(FULL_WARP, s, 1);
         s += __shfl_xor_sync(FULL_WARP, s, 2);
-        if (lane % 4 == 0) {
-            part_max[part][row] = maximum[half];
-            part_sums[part][row] = s;
-        }
+        float* const mine = results_of(part, row);
+        if (lane % 4 == 0) *(float2*)(mine + HEAD_DIM) = make_float2(maximum[half], s);
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n)
-            *(float2*)(mine + row * RESULT_STRIDE + n * 8 + lane % 4 * 2) = make_float2(output[n][half * 2], output[n][half * 2 + 1]);
+            *(float2*)(mine + n * 8 + lane % 4 * 2) = make_float2(output[n][half * 2], output[n][half * 2 + 1]);
     }
     __syncthreads();
 
@@ -272,17 +274,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 4); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4, row = first_row + r;
         if (row >= num_rows) break;
+        float2 part_statistics[PARTS];
         float top = NEGATIVE_INFINITY;
 #pragma unroll
-        for (int w = 0; w < PARTS; ++w) top = fmaxf(top, part_max[w][r]);
+        for (int w = 0; w < PARTS; ++w) {
+            part_statistics[w] = *(const float2*)(results_of(w, r) + HEAD_DIM);
+            top = fmaxf(top, part_statistics[w].x);
+        }
         const float reference = finite(top) * a.scale_log2;
         float total = 0.0f;
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < PARTS; ++w) {
-            const float scale = exp2_fast((part_max[w][r] - finite(top)) * a.scale_log2);
-            const float4 v = *(const float4*)((const float*)(ring + w * STAGES * STAGE_BYTES) + r * RESULT_STRIDE + d);
-            total += scale * part_sums[w][r];
+            const float scale = exp2_fast((part_statistics[w].x - finite(top)) * a.scale_log2);
+            const float4 v = *(const float4*)(results_of(w, r) + d);
+            total += scale * part_statistics[w].y;
             value.x += scale * v.x;
             value.y += scale * v.y;
             value.z += scale * v.z;
@@ -302,8 +308,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                 a.score_statistics[captured_row(a.score_tokens, a.num_heads, capture, kv_head, row, group)] = make_float2(reference, total);
 #endif
         } else {
-            a.partials[((place * BLOCK_ROWS + r) * HEAD_DIM + d) / 4] = mean;
-            if (d == 0) a.statistics[place * BLOCK_ROWS + r] = make_float2(top, total);
+            store_to_stay(a.partials + ((place * BLOCK_ROWS + r) * HEAD_DIM + d) / 4, mean);
+            if (d == 0) store_to_stay((uint2*)(a.statistics + place * BLOCK_ROWS + r), make_uint2(__float_as_uint(top), __float_as_uint(total)));
         }
     }
 }

@@ -99,6 +99,13 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid,
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0), "l"(policy) : "memory");
 }
 
+// Stores what is soon read again: it leaves the L2 cache last.
+__device__ __forceinline__ void store_to_stay(uint2* to, uint2 value) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(value.x), "r"(value.y), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's copy groups are still under way.
@@ -134,6 +141,12 @@ __device__ __forceinline__ void let_next_start() {
 __device__ __forceinline__ void begin_kernel() {
     let_next_start();
     wait_for_previous();
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, step));
+    return x;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
