@@ -20,12 +20,13 @@ impl Acceptance {
     /// Of a round of tokens of these doubts so many were accepted.
     pub(crate) fn count(&mut self, doubts: &[Option<f64>], accepted: usize) {
         let judged = &doubts[..(accepted + 1).min(doubts.len())];
-        let doubt: f64 = judged.iter().flatten().sum();
-        let rejected = doubts.get(accepted).copied().flatten();
         self.judged = FADE * self.judged + judged.len() as f64;
         self.accepted = FADE * self.accepted + accepted as f64;
-        self.doubt = FADE * self.doubt + doubt;
-        self.rejected = FADE * self.rejected + f64::from(u8::from(rejected.is_some()));
+        if judged.iter().any(Option::is_some) {
+            let rejected = doubts.get(accepted).copied().flatten();
+            self.doubt = FADE * self.doubt + judged.iter().flatten().sum::<f64>();
+            self.rejected = FADE * self.rejected + f64::from(u8::from(rejected.is_some()));
+        }
     }
 
     /// The probability that a draft token is accepted; below 1.

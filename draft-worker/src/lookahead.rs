@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use specattn_worker::expected_tokens;
 
-/// Verdicts of a trial of a way that guesses, now rightly and now wrongly, and of one that does not: rounds that are waited for take about
-/// as long as each other.
+/// Verdicts of a trial: of a way that guesses, now rightly and now wrongly, or in which the length of rounds is not found yet, and of one in
+/// which rounds are waited for, which take about as long as each other.
 const TRIAL: u32 = 12;
 const TRIAL_WAITING: u32 = 5;
 /// Verdicts from one trial to the next: at first, and the most.
@@ -50,7 +50,7 @@ pub(crate) enum Way {
 pub(crate) const WAYS: usize = 3;
 
 impl Way {
-    /// Verdicts of a trial.
+    /// Verdicts of a trial that is not the session's first.
     fn trial(self) -> u32 {
         match self {
             Way::Waiting => TRIAL_WAITING,
@@ -194,7 +194,7 @@ impl Lookahead {
                 inherited,
                 on_trial: false,
                 tried: way,
-                left: inherited.map_or(way.trial(), |_| STRETCH_FIRST),
+                left: inherited.map_or(TRIAL, |_| STRETCH_FIRST),
                 stretch: STRETCH_FIRST,
                 unsettled: UNSETTLED,
                 paces: Default::default(),
@@ -250,7 +250,7 @@ impl Trials {
     /// Whether what was inherited holds here, as far as is known; asked once, after as many verdicts as a trial has.
     fn still_holds(&mut self, way: Way) -> bool {
         let pace = &self.paces[way as usize];
-        if pace.verdicts() < f64::from(way.trial()) {
+        if pace.verdicts() < f64::from(TRIAL) {
             return true;
         }
         let found = self.inherited.take();
@@ -317,7 +317,12 @@ impl Trials {
         if on_trial {
             self.tried = way;
         }
-        self.left = if on_trial { way.trial() } else { self.stretch };
+        let is_known = self.paces[way as usize].verdicts() > 0.0;
+        self.left = match (on_trial, is_known) {
+            (false, _) => self.stretch,
+            (true, true) => way.trial(),
+            (true, false) => TRIAL,
+        };
         self.unsettled = UNSETTLED;
         self.last = None;
         way

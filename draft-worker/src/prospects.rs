@@ -1,7 +1,7 @@
 //! [`Prospects`]: what a session may come to while its target is at work, and the rounds drafted for it.
 //!
 //! A verdict says how many draft tokens were accepted and which token follows them. Before it comes the draft can tell what
-//! it may say: any number accepted, then one of the few tokens that it finds probable there itself. Each such outcome is a
+//! it may say: any number accepted, then one of the tokens that it finds probable there itself. Each such outcome is a
 //! *prospect*: a text, with a round of its own. What may come after that round are prospects again, so they are a tree. Its
 //! root is the session as told. The target is judging the root's round; where none was there in time, and it does not wait
 //! for drafts, it is taking a step alone, whose token is guessed likewise.
@@ -70,7 +70,7 @@ impl Odds {
 
 /// How often a recovered token is what the draft, knowing which of its tokens was rejected, finds it to be: where the target
 /// disagrees its mind is not the draft's. A third to a half on held-out prose.
-const RECOVERED: f64 = 0.5;
+pub(crate) const RECOVERED: f64 = 0.5;
 
 /// What the best guess of a token is taken to be worth before the draft has looked.
 const UNSEEN: f64 = 0.5;
@@ -140,13 +140,12 @@ impl Prospect {
         acceptance: Acceptance,
     ) -> f64 {
         match self.judged().get(accepted) {
-            None => reached * guess.chance,
             // A rejection takes its share of the doubt, which the other tokens have between them.
             Some(DraftToken { q: Some(_), .. }) => {
                 reached * acceptance.severity() * RECOVERED * guess.chance
             }
             // What a greedy target may find most probable instead is that already.
-            Some(DraftToken { q: None, .. }) => reached * RECOVERED * guess.chance,
+            Some(DraftToken { q: None, .. }) | None => reached * guess.chance,
         }
     }
 }

@@ -15,8 +15,9 @@ use crate::lookahead::{WAYS, Way};
 
 /// What is left of a measurement after the next.
 const FADE: f64 = 0.97;
-/// Rounds from one odd length to the next.
+/// Rounds from one odd length to the next, and how many come before the first.
 const ODD_EVERY: u32 = 8;
+const ODD_FIRST: u32 = 3;
 /// Rounds before anything is chosen.
 const WARM_UP: u32 = 6;
 /// Rounds whose verdicts are guessed are no longer than comes to this share of the tokens of a round without end.
@@ -31,9 +32,9 @@ pub(crate) struct RoundLength {
 }
 
 /// What is known of rounds in one way.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Fit {
-    chosen: usize,
+    chosen: Option<usize>,
     rounds: u32,
     /// Sums over timed rounds: 1, k, k², seconds, k · seconds.
     sums: [f64; 5],
@@ -42,24 +43,19 @@ struct Fit {
 impl RoundLength {
     /// Rounds of up to `most` tokens, at least 1.
     pub(crate) fn new(most: usize) -> Self {
-        let unknown = Fit {
-            chosen: most,
-            rounds: 0,
-            sums: [0.0; 5],
-        };
         Self {
             most,
-            fits: [unknown; WAYS],
+            fits: Default::default(),
         }
     }
 
     /// Tokens of the round that begins now, from 1 to the most; a draft token is accepted with this probability.
     pub(crate) fn next(&self, way: Way, acceptance: f64) -> usize {
-        let fitted = self.fits[way as usize].next(self.most);
-        match way {
-            Way::Waiting => fitted,
-            Way::Ahead | Way::Unawaited => fitted.min(self.most_of_it(acceptance)),
-        }
+        let most = match way {
+            Way::Waiting => self.most,
+            Way::Ahead | Way::Unawaited => self.most_of_it(acceptance),
+        };
+        self.fits[way as usize].next(most)
     }
 
     /// A round of `proposed` tokens was judged, where rounds followed one another so long after the one before.
@@ -84,11 +80,12 @@ impl RoundLength {
 
 impl Fit {
     fn next(&self, most: usize) -> usize {
-        let odd = self.rounds % ODD_EVERY == ODD_EVERY - 1;
-        match (odd, self.chosen < most) {
-            (false, _) => self.chosen,
-            (true, true) if self.rounds % (2 * ODD_EVERY) < ODD_EVERY => self.chosen + 1,
-            (true, _) => self.chosen.saturating_sub(1).max(1),
+        let chosen = self.chosen.unwrap_or(most).min(most);
+        let odd = self.rounds % ODD_EVERY == ODD_FIRST;
+        match (odd, chosen < most) {
+            (false, _) => chosen,
+            (true, true) if self.rounds % (2 * ODD_EVERY) < ODD_EVERY => chosen + 1,
+            (true, _) => chosen.saturating_sub(1).max(1),
         }
     }
 
@@ -107,7 +104,7 @@ impl Fit {
         }
         self.rounds = self.rounds.wrapping_add(1);
         if self.rounds >= WARM_UP && self.sums[0] > 0.0 {
-            self.chosen = self.best(acceptance, most);
+            self.chosen = Some(self.best(acceptance, most));
         }
     }
 
@@ -154,7 +151,7 @@ mod tests {
             let probability = acceptance.probability();
             length.judged(Way::Waiting, proposed, Some(took), probability);
         }
-        length.fits[Way::Waiting as usize].chosen
+        length.fits[Way::Waiting as usize].chosen.unwrap()
     }
 
     #[test]
@@ -167,10 +164,21 @@ mod tests {
     }
     #[test]
     fn rounds_whose_verdicts_are_guessed_are_no_longer_than_is_worth_guessing() {
-        let length = RoundLength::new(16);
-        assert_eq!(length.next(Way::Waiting, 0.6), 16);
+        let mut length = RoundLength::new(16);
         // One more token after four of which six in ten are accepted adds 0.08 to 2.3.
+        assert_eq!(length.next(Way::Waiting, 0.6), 16);
         assert_eq!(length.next(Way::Ahead, 0.6), 4);
         assert_eq!(length.next(Way::Unawaited, 0.95), 16);
+        // Ahead, a round takes the longer the more tokens it has; where it is waited for they make no difference.
+        for _ in 0..40 {
+            for (way, fixed, slope) in [(Way::Waiting, 90, 0), (Way::Ahead, 10, 10)] {
+                let proposed = length.next(way, 0.6);
+                let took = Duration::from_millis(fixed + slope * proposed as u64);
+                length.judged(way, proposed, Some(took), 0.6);
+            }
+        }
+        let chosen = |way: Way| length.fits[way as usize].chosen;
+        assert_eq!(chosen(Way::Waiting), Some(16));
+        assert_eq!(chosen(Way::Ahead), Some(1));
     }
 }

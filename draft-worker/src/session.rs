@@ -293,8 +293,10 @@ impl Session {
 
     /// Whether the most probable token is all that the session looks at of that forward's logits. Ahead of verdicts it looks at others.
     pub(crate) fn needs_argmax_only(&self) -> bool {
-        let joined = self.joined.as_ref();
-        joined.is_some_and(|joined| joined.sampler.needs_argmax_only()) && self.prospects.is_none()
+        self.joined.as_ref().is_some_and(|Joined { sampler, .. }| {
+            let looks_beside = self.prospects.is_some() && !sampler.params().adjusts_logits();
+            sampler.needs_argmax_only() && !looks_beside
+        })
     }
 
     /// What is added to logits before the most probable token is looked for.

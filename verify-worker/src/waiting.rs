@@ -13,9 +13,9 @@ use crate::draft_link::Proposal;
 /// Rounds in order that may wait: a draft that runs ahead has up to three out.
 pub(crate) const MOST_IN_ORDER: usize = 4;
 
-/// Rounds ahead that may wait: beyond them the farthest ahead is dropped. A draft holds 24, and may have given some up of
+/// Rounds ahead that may wait: beyond them the farthest ahead is dropped. A draft holds 48, and may have given some up of
 /// which that is not known here yet.
-const MOST_AHEAD: usize = 56;
+const MOST_AHEAD: usize = 64;
 
 /// What a round is for: see the .proto file's `Pacing`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

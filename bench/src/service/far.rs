@@ -139,12 +139,18 @@ impl Distance {
                         }
                     }
                     let [near, away] = figures;
+                    if lookahead == "off" {
+                        waiting = Some(away.rate());
+                    }
                     println!(
-                        "| {text} | {length} | {lookahead} | {:.1} | {:.1} | {:.2} | {:.2} | {:.2} | {:.2} |",
+                        "| {text} | {length} | {lookahead} | {:.1} | {:.1} | {:.2} | {} | {:.2} | {:.2} |",
                         near.rate(),
                         away.rate(),
                         away.rate() / near.rate(),
-                        away.rate() / *waiting.get_or_insert(away.rate()),
+                        waiting.map_or_else(String::new, |waiting| format!(
+                            "{:.2}",
+                            away.rate() / waiting
+                        )),
                         away.accepted as f64 / away.proposed.max(1) as f64,
                         away.alone as f64 / away.forwards.max(1) as f64,
                     );

@@ -125,7 +125,7 @@ impl Session {
                 length.judged(way, proposed, took, acceptance);
             }
             joined.lookahead.judged(proposed, acceptance, now);
-            // The next verdict answers a round of before.
+            // The next verdict may answer a round of before.
             joined
                 .last_verdict
                 .take_if(|_| joined.lookahead.way() != way);

@@ -10,7 +10,7 @@ use specattn_worker::Plan;
 use super::{Ahead, Joined, Pass, Proposal, Session};
 use crate::acceptance::{Acceptance, doubt};
 use crate::lookahead::{Explorer, Way};
-use crate::prospects::{Advanced, GUESSES, Odds, Prospects};
+use crate::prospects::{Advanced, GUESSES, Odds, Prospects, RECOVERED};
 use crate::service::PROPOSALS;
 
 impl Session {
@@ -74,6 +74,12 @@ impl Session {
             Some(q) => {
                 prospects.look(most_probable(q).into_iter());
                 doubt(&next)
+            }
+            // As often as the draft's tokens are accepted, and what else it may be is not known.
+            None if output.logits.is_empty() || joined.sampler.params().adjusts_logits() => {
+                let usual = odds.acceptance.probability();
+                prospects.look(std::iter::once((next.token, usual)));
+                None
             }
             None => {
                 let (guesses, doubt) = beside(next.token, &output.logits, odds.acceptance)?;
@@ -184,7 +190,10 @@ impl Session {
         Odds {
             acceptance: joined.map_or(Acceptance::default(), |joined| joined.acceptance),
             explorers: explorer.map_or(1, Explorer::all),
-            most_tokens: limits::MAX_ENTRIES_AHEAD / self.spec.drafting.max_q_entries.max(1),
+            most_tokens: match joined {
+                Some(joined) if joined.sampler.params().is_greedy() => usize::MAX,
+                _ => limits::MAX_ENTRIES_AHEAD / self.spec.drafting.max_q_entries.max(1),
+            },
         }
     }
 }
@@ -221,7 +230,7 @@ fn beside(
     let doubt = 1.0 - f64::from(probs.logprob).exp();
     let mut guesses = vec![(token, acceptance.of(Some(doubt)))];
     let others = probs.top.into_iter().filter(|&(other, _)| other != token);
-    let severity = acceptance.severity();
-    guesses.extend(others.map(|(other, logprob)| (other, severity * f64::from(logprob).exp())));
+    let share = acceptance.severity() * RECOVERED;
+    guesses.extend(others.map(|(other, logprob)| (other, share * f64::from(logprob).exp())));
     Ok((guesses, doubt))
 }

@@ -65,7 +65,7 @@ impl SamplingParams {
     }
 
     /// Whether logits change before the temperature: by bias or by a penalty.
-    pub(super) fn adjusts_logits(&self) -> bool {
+    pub fn adjusts_logits(&self) -> bool {
         !self.logit_bias.is_empty() || self.repeats_matter() || self.output_matters()
     }
 
