@@ -11,7 +11,9 @@ use specattn_engine::{DeviceChoice, LoadOptions, LogitRows, Model, Step};
 
 use super::numbers::Numbers;
 
-const CONTEXTS: [usize; 10] = [1, 13, 250, 255, 300, 509, 1019, 1021, 1500, 2044];
+const CONTEXTS: [usize; 13] = [
+    1, 13, 250, 255, 300, 509, 1019, 1021, 1500, 2044, 3070, 6142, 7166,
+];
 /// Tokens of a pass beside one another.
 const TOGETHER: [usize; 3] = [2, 5, 9];
 

@@ -16,8 +16,8 @@ const ROTATED_BYTES: usize = 400 << 20;
 /// The share of positions that the paper keeps.
 const KEPT: f32 = 0.216;
 
-/// (query heads, KV heads, batch, context): the rows of the verification tables.
-const VERIFICATION: [(usize, usize, usize, usize); 13] = [
+/// (query heads, KV heads, batch, context): the rows of the verification tables, and what ranks of a split model have of them.
+const VERIFICATION: [(usize, usize, usize, usize); 17] = [
     (32, 32, 1, 4096),
     (32, 32, 1, 16_384),
     (32, 32, 1, 32_768),
@@ -31,6 +31,10 @@ const VERIFICATION: [(usize, usize, usize, usize); 13] = [
     (32, 8, 8, 32_768),
     (32, 8, 32, 4096),
     (32, 8, 32, 16_384),
+    (16, 4, 1, 32_768),
+    (16, 4, 8, 32_768),
+    (8, 2, 1, 32_768),
+    (8, 2, 8, 32_768),
 ];
 
 /// Attention of `tokens` tokens per sequence, dense and with 21.6 % kept.

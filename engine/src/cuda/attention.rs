@@ -126,12 +126,13 @@ fn decode_options(
     chunks: Chunks,
     row_tiles: usize,
     scores: u32,
-) -> [(&'static str, u32); 6] {
+) -> [(&'static str, u32); 7] {
     [
         ("HALF_IS_F16", half_is_f16),
         ("HEAD_DIM", shape.head_dim as u32),
         ("ROW_TILES", row_tiles as u32),
         ("STAGES", decode_stages(shape)),
+        ("SMALLEST", chunks.smallest() as u32),
         ("CHUNK", chunks.largest() as u32),
         ("CAPTURE", scores),
     ]
@@ -139,9 +140,9 @@ fn decode_options(
 
 /// Those of [`decode_options`] that merging depends on.
 fn merge_options(
-    [half, head_dim, row_tiles, _stages, chunk, capture]: [(&'static str, u32); 6],
-) -> [(&'static str, u32); 5] {
-    [half, head_dim, row_tiles, chunk, capture]
+    [half, head_dim, row_tiles, _stages, smallest, chunk, capture]: [(&'static str, u32); 7],
+) -> [(&'static str, u32); 6] {
+    [half, head_dim, row_tiles, smallest, chunk, capture]
 }
 
 /// Everything that [`decode`], with keys cut into `chunks`, may launch.

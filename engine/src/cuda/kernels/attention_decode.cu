@@ -9,7 +9,7 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; STAGES; ROW_TILES, CHUNK and CAPTURE (prelude.cuh).
+// Options: HEAD_DIM; STAGES; ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128

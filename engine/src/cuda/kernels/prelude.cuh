@@ -237,37 +237,52 @@ __device__ __forceinline__ void store_product(const LinearArgs& a, const Project
     store_biased<EPILOGUE_>(a, biases_of<EPILOGUE_>(a, p, out), at, sum, other);
 }
 
-// Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), CHUNK (keys of the largest chunk) and
-// CAPTURE (hand out scores: 1 of every token, 2 of the last one).
+// Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), SMALLEST (how many chunks of keys have the
+// smallest size), CHUNK (keys of the largest) and CAPTURE (hand out scores: 1 of every token, 2 of the last one).
 #ifndef ROW_TILES
 #define ROW_TILES 1
 #endif
 #ifndef CHUNK
 #define CHUNK 512
 #endif
+#ifndef SMALLEST
+#define SMALLEST 12
+#endif
 #ifndef CAPTURE
 #define CAPTURE 0
 #endif
 #define BLOCK_ROWS (16 * ROW_TILES)
 
-// How keys are cut: mirrors `GROWING` in chunks.rs.
-#define SMALL_CHUNK (CHUNK < 256 ? CHUNK : 256)
-#define MIDDLE_CHUNK (CHUNK < 512 ? CHUNK : 512)
-#define SMALL_CHUNKS 16
-#define MIDDLE_CHUNKS 24
-#define MIDDLE_KEY (SMALL_CHUNKS * SMALL_CHUNK)
-#define LARGE_KEY (MIDDLE_KEY + MIDDLE_CHUNKS * MIDDLE_CHUNK)
+// How keys are cut: sizes of chunks, smallest first, and how many there are of each, before those of CHUNK keys. Mirrors `GROWING` in
+// chunks.rs.
+#define GROWING_SIZES 3
+#define GROWING_KEYS {256, 384, 512}
+#define GROWING_CHUNKS {SMALLEST, 8, 20}
 
 __device__ __forceinline__ u32 first_key_of(u32 chunk) {
-    if (chunk <= SMALL_CHUNKS) return chunk * SMALL_CHUNK;
-    if (chunk <= SMALL_CHUNKS + MIDDLE_CHUNKS) return MIDDLE_KEY + (chunk - SMALL_CHUNKS) * MIDDLE_CHUNK;
-    return LARGE_KEY + (chunk - SMALL_CHUNKS - MIDDLE_CHUNKS) * CHUNK;
+    constexpr u32 sizes[] = GROWING_KEYS, counts[] = GROWING_CHUNKS;
+    u32 key = 0;
+#pragma unroll
+    for (int size = 0; size < GROWING_SIZES; ++size) {
+        const u32 keys = sizes[size] < CHUNK ? sizes[size] : CHUNK;
+        if (chunk <= counts[size]) return key + chunk * keys;
+        key += counts[size] * keys;
+        chunk -= counts[size];
+    }
+    return key + chunk * CHUNK;
 }
 
 __device__ __forceinline__ u32 chunks_of(u32 keys) {
-    if (keys <= MIDDLE_KEY) return (keys + SMALL_CHUNK - 1) / SMALL_CHUNK;
-    if (keys <= LARGE_KEY) return SMALL_CHUNKS + (keys - MIDDLE_KEY + MIDDLE_CHUNK - 1) / MIDDLE_CHUNK;
-    return SMALL_CHUNKS + MIDDLE_CHUNKS + (keys - LARGE_KEY + CHUNK - 1) / CHUNK;
+    constexpr u32 sizes[] = GROWING_KEYS, counts[] = GROWING_CHUNKS;
+    u32 chunks = 0;
+#pragma unroll
+    for (int size = 0; size < GROWING_SIZES; ++size) {
+        const u32 each = sizes[size] < CHUNK ? sizes[size] : CHUNK;
+        if (keys <= counts[size] * each) return chunks + (keys + each - 1) / each;
+        keys -= counts[size] * each;
+        chunks += counts[size];
+    }
+    return chunks + (keys + CHUNK - 1) / CHUNK;
 }
 
 // A chunk of keys of one span. Mirrors `UNIT_WORDS` in batch.rs.
