@@ -10,6 +10,7 @@ pub mod args;
 mod capturing;
 mod channels;
 mod engine_loop;
+mod guesses;
 mod link;
 mod lookahead;
 mod metrics;

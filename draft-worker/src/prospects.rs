@@ -1,7 +1,7 @@
 //! [`Prospects`]: what a session may come to while its target is at work, and the rounds drafted for it.
 //!
 //! A verdict says how many draft tokens were accepted and which token follows them. Before it comes the draft can tell what
-//! it may say: any number accepted, then one of the tokens that it finds probable there itself. Each such outcome is a
+//! it may say: any number accepted, then one of the tokens that it guesses there ([`Guess`]). Each such outcome is a
 //! *prospect*: a text, with a round of its own. What may come after that round are prospects again, so they are a tree. Its
 //! root is the session as told. The target is judging the root's round; where none was there in time, and it does not wait
 //! for drafts, it is taking a step alone, whose token is guessed likewise.
@@ -14,25 +14,27 @@
 use specattn_engine::sampling::DraftToken;
 
 use crate::acceptance::Acceptance;
+use crate::guesses::{GUESSES, Guess};
 
 /// Forwards of the target whose outcomes are guessed, one behind the other. While it is at one the next round must be
 /// there, and the verdict that lets the draft begin the one after is on its way.
 pub(crate) const MOST_DEPTH: usize = 2;
 
 /// Most prospects held, the root among them.
-const MOST: usize = 48;
-
-/// Tokens that are guessed to follow a text, at most.
-pub(crate) const GUESSES: usize = 32;
+const MOST: usize = 60;
 
 /// Draft tokens for a prospect that is less likely to come true have a quarter of the entries in their distributions: most of
 /// such rounds are sent for nothing.
 const LIKELY: f64 = 0.1;
 
-/// A token that is less likely to be used is not drafted: for each session of the worker that looks ahead, since their steps are
-/// batched and each makes those of all others longer; and the most that it comes to.
-const LEAST_CHANCE: f64 = 0.0015;
+/// A round whose first token is less likely to be used is not begun: for each session of the worker that looks ahead, since their
+/// steps are batched and each makes those of all others longer; and the most that it comes to.
+const LEAST_CHANCE: f64 = 0.001;
 const LEAST_CHANCE_MOST: f64 = 0.2;
+
+/// How much likelier a token must be that makes a round longer: a round that is there saves the target a wait, one that is longer a
+/// share of the next verdict.
+const WORTH_OF_A_ROUND: f64 = 3.0;
 
 /// What guesses are judged by.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +62,7 @@ impl Odds {
         let usual = self.acceptance.probability();
         let mut used = chance * usual;
         let mut length = room.min(1);
-        while length < room && used * usual >= self.least() {
+        while length < room && used * usual >= WORTH_OF_A_ROUND * self.least() {
             used *= usual;
             length += 1;
         }
@@ -68,18 +70,13 @@ impl Odds {
     }
 }
 
-/// How often a recovered token is what the draft, knowing which of its tokens was rejected, finds it to be: where the target
-/// disagrees its mind is not the draft's. A third to a half on held-out prose.
-pub(crate) const RECOVERED: f64 = 0.5;
-
 /// What the best guess of a token is taken to be worth before the draft has looked.
 const UNSEEN: f64 = 0.5;
 
-/// A token that may follow a text.
+/// What may follow a text.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    token: u32,
-    chance: f64,
+    guess: Guess,
     /// There is a prospect of it, or it was drawn and can only be accepted.
     taken: bool,
 }
@@ -132,20 +129,14 @@ impl Prospect {
     }
 
     /// The probability that `guess` follows `accepted` of the round's tokens, which are accepted with probability `reached`.
-    fn outcome(
-        &self,
-        accepted: usize,
-        reached: f64,
-        guess: &Candidate,
-        acceptance: Acceptance,
-    ) -> f64 {
+    fn outcome(&self, accepted: usize, reached: f64, guess: &Guess, acceptance: Acceptance) -> f64 {
         match self.judged().get(accepted) {
-            // A rejection takes its share of the doubt, which the other tokens have between them.
             Some(DraftToken { q: Some(_), .. }) => {
-                reached * acceptance.severity() * RECOVERED * guess.chance
+                let doubt = self.doubts.get(accepted).copied().flatten();
+                reached * (1.0 - acceptance.of(doubt)) * guess.recovered
             }
             // What a greedy target may find most probable instead is that already.
-            Some(DraftToken { q: None, .. }) | None => reached * guess.chance,
+            Some(DraftToken { q: None, .. }) | None => reached * guess.added,
         }
     }
 }
@@ -275,7 +266,8 @@ impl Prospects {
                     // The most probable comes first.
                     let mut left = outlook.iter().enumerate();
                     if let Some((guess, candidate)) = left.find(|(_, g)| !g.taken) {
-                        let chance = prospect.outcome(accepted, reached, candidate, acceptance);
+                        let chance =
+                            prospect.outcome(accepted, reached, &candidate.guess, acceptance);
                         let begin = Next::Begin {
                             of,
                             accepted,
@@ -316,9 +308,9 @@ impl Prospects {
                 guess,
                 chance,
             }) => {
-                let guess = &mut self.all[of].outlooks[accepted][guess];
-                guess.taken = true;
-                let token = guess.token;
+                let candidate = &mut self.all[of].outlooks[accepted][guess];
+                candidate.taken = true;
+                let token = candidate.guess.token;
                 self.begin(of, accepted, token, chance);
                 let begun = &mut self.all[self.current];
                 begun.length = odds.length(chance, room(begun.tail.len()));
@@ -376,11 +368,10 @@ impl Prospects {
         (current.round.len(), current.length)
     }
 
-    /// A forward showed what may follow the present text: tokens and their probabilities, the most probable first.
-    pub(crate) fn look(&mut self, guesses: impl Iterator<Item = (u32, f64)>) {
-        let guesses = guesses.take(GUESSES).map(|(token, chance)| Candidate {
-            token,
-            chance,
+    /// A forward showed what may follow the present text; the most likely comes first.
+    pub(crate) fn look(&mut self, guesses: impl Iterator<Item = Guess>) {
+        let guesses = guesses.take(GUESSES).map(|guess| Candidate {
+            guess,
             taken: false,
         });
         self.all[self.current].outlooks.push(guesses.collect());
@@ -396,7 +387,7 @@ impl Prospects {
         let current = &mut self.all[self.current];
         let outlook = current.outlooks.last_mut().into_iter().flatten();
         for candidate in outlook {
-            candidate.taken |= candidate.token == token.token;
+            candidate.taken |= candidate.guess.token == token.token;
         }
         current.doubts.push(doubt);
         current.round.push(token);

@@ -116,7 +116,7 @@ impl<'a> Pair<'a> {
             figures.rounds += 1;
             figures.expected_tokens += expected_tokens(&p, &draft);
             let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
-            let outcome = verify_round(&p, &candidates, &rng, n as u64);
+            let outcome = verify_round(&p, &candidates, &rng, &text);
             let used = (outcome.accepted + 1) * vocab_size;
             for (logits, figures) in masked.iter().zip(&mut figures.masks) {
                 figures.compare(&dense.logits[..used], &logits[..used], vocab_size);

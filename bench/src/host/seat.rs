@@ -239,6 +239,6 @@ impl Seat {
         });
         let target: Vec<_> = rows.collect();
         let candidates: Vec<Candidate<'_>> = self.draft.iter().map(Candidate::from).collect();
-        black_box(verify_round(&target, &candidates, &self.rng, n));
+        black_box(verify_round(&target, &candidates, &self.rng, &self.tokens));
     }
 }

@@ -26,11 +26,17 @@ fn drawn(token: u32) -> DraftToken {
     DraftToken { token, q: Some(q) }
 }
 
+/// Shows the draft that these may follow.
+fn look(prospects: &mut Prospects, guesses: &[(u32, f64)]) {
+    let guesses = guesses.iter();
+    prospects.look(guesses.map(|&(token, chance)| Guess::only(token, chance)));
+}
+
 /// Drafts on until nothing is worth it: the tails and the lengths of the rounds that were sent.
 fn explore(prospects: &mut Prospects, odds: Odds) -> Vec<(Vec<u32>, usize)> {
     let mut sent = Vec::new();
     while prospects.choose(odds, &room) {
-        prospects.look([(10, 0.5), (20, 0.2), (30, 0.001)].into_iter());
+        look(prospects, &[(10, 0.5), (20, 0.2), (30, 0.001)]);
         if prospects.drafts()
             && let Some((tail, round)) = prospects.draw(drawn(10), Some(0.5))
         {
@@ -69,7 +75,7 @@ fn how_long_a_round_is_does_not_depend_on_what_is_drawn() {
     let lengths = [[0.999, 0.001], [0.001, 0.999]].map(|probs| {
         let mut prospects = Prospects::new(0, ROOM, true);
         prospects.choose(odds(1), &room);
-        prospects.look([(10, 0.5)].into_iter());
+        look(&mut prospects, &[(10, 0.5)]);
         prospects.choose(odds(1), &room);
         let q = SparseDistribution {
             ids: vec![1, 2],
@@ -124,9 +130,9 @@ fn a_round_that_is_not_whole_when_its_turn_comes_is_finished_for_who_waits() {
     for unawaited in [false, true] {
         let mut prospects = Prospects::new(0, ROOM, true);
         assert!(prospects.choose(odds(1), &room));
-        prospects.look([(10, 0.9)].into_iter());
+        look(&mut prospects, &[(10, 0.9)]);
         assert!(prospects.choose(odds(1), &room));
-        prospects.look([(11, 0.9)].into_iter());
+        look(&mut prospects, &[(11, 0.9)]);
         assert!(prospects.draw(drawn(11), Some(0.5)).is_none());
         let advanced = prospects.advance(&[10], 1, unawaited);
         let expected = if unawaited {

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use specattn_engine::StepOutput;
-use specattn_engine::sampling::{SparseDistribution, token_logprobs};
 use specattn_proto::{Fault, limits};
 use specattn_worker::Plan;
 
 use super::{Ahead, Joined, Pass, Proposal, Session};
 use crate::acceptance::{Acceptance, doubt};
+use crate::guesses::{Guess, beside, by_noise};
 use crate::lookahead::{Explorer, Way};
-use crate::prospects::{Advanced, GUESSES, Odds, Prospects, RECOVERED};
+use crate::prospects::{Advanced, Odds, Prospects};
 use crate::service::PROPOSALS;
 
 impl Session {
@@ -70,23 +70,24 @@ impl Session {
         let entries = prospects.entries(self.spec.drafting.max_q_entries);
         let place = (position, entries);
         let next = joined.draw(&distribution, prospects.epoch(), before, place);
-        let doubt = match &next.q {
-            Some(q) => {
-                prospects.look(most_probable(q).into_iter());
-                doubt(&next)
+        let (guesses, doubt) = match &next.q {
+            Some(_) => {
+                let text = self.tokens.iter().chain(&pending).copied();
+                let noise = joined.rng.behind(text).noise(position as u64);
+                let guesses = by_noise(&distribution, &noise, next.token);
+                (guesses, doubt(&next))
             }
             // As often as the draft's tokens are accepted, and what else it may be is not known.
             None if output.logits.is_empty() || joined.sampler.params().adjusts_logits() => {
                 let usual = odds.acceptance.probability();
-                prospects.look(std::iter::once((next.token, usual)));
-                None
+                (vec![Guess::only(next.token, usual)], None)
             }
             None => {
                 let (guesses, doubt) = beside(next.token, &output.logits, odds.acceptance)?;
-                prospects.look(guesses.into_iter());
-                Some(doubt)
+                (guesses, Some(doubt))
             }
         };
+        prospects.look(guesses.into_iter());
         if !prospects.drafts() {
             return Ok(());
         }
@@ -203,34 +204,4 @@ impl Joined {
     pub(super) fn is_unawaited(&self) -> bool {
         self.lookahead.way() == Way::Unawaited
     }
-}
-
-/// The tokens that the draft finds most probable, with what it gives them.
-fn most_probable(q: &SparseDistribution) -> Vec<(u32, f64)> {
-    let mut entries: Vec<(u32, f32)> = q.ids.iter().copied().zip(q.probs.iter().copied()).collect();
-    let by_prob = |x: &(u32, f32), y: &(u32, f32)| y.1.total_cmp(&x.1);
-    if entries.len() > GUESSES {
-        entries.select_nth_unstable_by(GUESSES, by_prob);
-        entries.truncate(GUESSES);
-    }
-    entries.sort_unstable_by(by_prob);
-    let entries = entries.into_iter();
-    entries.map(|(token, p)| (token, f64::from(p))).collect()
-}
-
-/// What a greedy target may find most probable where the draft finds `token`: that, as often as it accepts one in which the draft
-/// has so much doubt, and others where it does not, by what the draft gives them; and the doubt.
-fn beside(
-    token: u32,
-    logits: &[f32],
-    acceptance: Acceptance,
-) -> Result<(Vec<(u32, f64)>, f64), Fault> {
-    let probs = token_logprobs(logits, token, GUESSES as u32)
-        .map_err(|error| Fault::Internal(error.to_string()))?;
-    let doubt = 1.0 - f64::from(probs.logprob).exp();
-    let mut guesses = vec![(token, acceptance.of(Some(doubt)))];
-    let others = probs.top.into_iter().filter(|&(other, _)| other != token);
-    let share = acceptance.severity() * RECOVERED;
-    guesses.extend(others.map(|(other, logprob)| (other, share * f64::from(logprob).exp())));
-    Ok((guesses, doubt))
 }

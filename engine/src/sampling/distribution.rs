@@ -1,6 +1,8 @@
 //! [`Distribution`]: normalised token probabilities, in the form that suits the sampling rule.
 
 use super::cutoff::{Cutoff, gather};
+use super::race::{LEAST, Race};
+use super::rng::Noise;
 use super::softmax::{scale, sum};
 use super::sparse::SparseDistribution;
 use crate::error::EngineError;
@@ -22,7 +24,7 @@ enum Form {
     Sparse { ids: Vec<u32>, probs: Vec<f32> },
 }
 
-/// Probabilities added up at once before the running sum is looked at.
+/// Probabilities looked at together: most blocks of a large vocabulary hold none that races by itself.
 const BLOCK: usize = 256;
 
 impl Distribution {
@@ -94,32 +96,62 @@ impl Distribution {
         }
     }
 
-    /// The token at quantile `u` in [0, 1) of the cumulative distribution in order of id.
-    pub fn sample(&self, u: f64) -> u32 {
+    /// The token that `noise` draws.
+    pub fn draw(&self, noise: &Noise) -> u32 {
         match &self.form {
             Form::Single(token) => *token,
-            Form::Dense(probs) => quantile(probs, u) as u32,
-            Form::Sparse { ids, probs } => ids[quantile(probs, u)],
+            Form::Dense(probs) => {
+                let mut race = Race::new(noise);
+                for (block, chunk) in probs.chunks(BLOCK).enumerate() {
+                    if chunk.iter().copied().fold(0.0, f32::max) < LEAST {
+                        race.enter_rest(sum(chunk));
+                        continue;
+                    }
+                    for (offset, &prob) in chunk.iter().enumerate() {
+                        race.enter((block * BLOCK + offset) as u32, f64::from(prob));
+                    }
+                }
+                race.end(dense_entries(probs)).unwrap_or(0)
+            }
+            Form::Sparse { ids, probs } => {
+                draw_from(|| sparse_entries(ids, probs), noise).unwrap_or(ids[0])
+            }
         }
     }
 
-    /// The token at quantile `u` of norm(max(0, self − q)): what replaces a rejected token. `q` gives the probabilities of
-    /// ids asked for in increasing order.
+    /// The token that `noise` draws from norm(max(0, self − q)): what replaces a rejected token. `q` gives the probabilities
+    /// of ids asked for in increasing order.
     ///
     /// Where nothing remains, which takes rounding in a near-certain acceptance, it is drawn from the distribution itself.
-    pub(super) fn sample_residual(&self, q: impl FnMut(u32) -> f64 + Clone, u: f64) -> u32 {
+    pub(super) fn draw_residual(&self, q: impl FnMut(u32) -> f64 + Clone, noise: &Noise) -> u32 {
         let recovered = match &self.form {
             Form::Single(token) => Some(*token),
-            Form::Dense(probs) => {
-                let entries = probs.iter().enumerate();
-                draw_residual(entries.map(|(id, &prob)| (id as u32, prob)), q, u)
-            }
+            Form::Dense(probs) => draw_from(|| excess(dense_entries(probs), q.clone()), noise),
             Form::Sparse { ids, probs } => {
-                let entries = ids.iter().zip(probs);
-                draw_residual(entries.map(|(&id, &prob)| (id, prob)), q, u)
+                draw_from(|| excess(sparse_entries(ids, probs), q.clone()), noise)
             }
         };
-        recovered.unwrap_or_else(|| self.sample(u))
+        recovered.unwrap_or_else(|| self.draw(noise))
+    }
+
+    /// The tokens that `noise` would draw first, at most `most`, and when each arrives: the first one is what
+    /// [`draw`](Self::draw) gives, unless that is one of the improbable ones.
+    pub fn contenders(&self, noise: &Noise, most: usize) -> Vec<(u32, f64)> {
+        let arrives = |(token, prob): (u32, f64)| {
+            (prob >= f64::from(LEAST)).then(|| (token, noise.of(token) / prob))
+        };
+        let mut all: Vec<(u32, f64)> = match &self.form {
+            Form::Single(token) => vec![(*token, 0.0)],
+            Form::Dense(probs) => dense_entries(probs).filter_map(arrives).collect(),
+            Form::Sparse { ids, probs } => sparse_entries(ids, probs).filter_map(arrives).collect(),
+        };
+        let sooner = |x: &(u32, f64), y: &(u32, f64)| x.1.total_cmp(&y.1);
+        if all.len() > most && most > 0 {
+            all.select_nth_unstable_by(most - 1, sooner);
+        }
+        all.truncate(most);
+        all.sort_unstable_by(sooner);
+        all
     }
 
     /// Σ min(self, other): the probability that the rule of speculative sampling accepts a token drawn from one of the
@@ -177,56 +209,38 @@ fn first_largest(probs: &[f32]) -> usize {
     best
 }
 
-/// The index at quantile `u`: by blocks first, then inside the block.
-fn quantile(probs: &[f32], u: f64) -> usize {
-    let goal = u * probs.chunks(BLOCK).map(sum).sum::<f64>();
-    let mut mass = 0.0;
-    let mut last_positive = 0;
-    for (block, chunk) in probs.chunks(BLOCK).enumerate() {
-        let chunk_mass = sum(chunk);
-        if goal >= mass + chunk_mass {
-            mass += chunk_mass;
-            continue;
-        }
-        for (offset, &prob) in chunk.iter().enumerate() {
-            if prob > 0.0 {
-                mass += f64::from(prob);
-                last_positive = block * BLOCK + offset;
-                if goal < mass {
-                    break;
-                }
-            }
-        }
-        // The block's sum may round higher than its parts: then the block's last token takes the difference.
-        break;
-    }
-    last_positive
+fn dense_entries(probs: &[f32]) -> impl Iterator<Item = (u32, f64)> + Clone {
+    let entries = probs.iter().enumerate();
+    entries.map(|(id, &prob)| (id as u32, f64::from(prob)))
 }
 
-fn draw_residual(
-    entries: impl Iterator<Item = (u32, f32)> + Clone,
-    q: impl FnMut(u32) -> f64 + Clone,
-    u: f64,
+fn sparse_entries(ids: &[u32], probs: &[f32]) -> impl Iterator<Item = (u32, f64)> + Clone {
+    let entries = ids.iter().zip(probs);
+    entries.map(|(&id, &prob)| (id, f64::from(prob)))
+}
+
+/// max(0, p − q).
+fn excess(
+    entries: impl Iterator<Item = (u32, f64)>,
+    mut q: impl FnMut(u32) -> f64,
+) -> impl Iterator<Item = (u32, f64)> {
+    entries.map(move |(id, p)| (id, (p - q(id)).max(0.0)))
+}
+
+/// What `noise` draws from the same entries as often as they are asked for, normalised or not.
+fn draw_from<I: Iterator<Item = (u32, f64)>>(
+    entries: impl Fn() -> I,
+    noise: &Noise,
 ) -> Option<u32> {
-    let excess = || {
-        let mut q = q.clone();
-        let entries = entries.clone();
-        entries.map(move |(id, p)| (id, (f64::from(p) - q(id)).max(0.0)))
-    };
-    let goal = u * excess().map(|(_, mass)| mass).sum::<f64>();
-    let mut mass = 0.0;
-    for (id, part) in excess() {
-        mass += part;
-        if goal < mass {
-            return Some(id);
-        }
-    }
-    None
+    let mut race = Race::new(noise);
+    entries().for_each(|(id, prob)| race.enter(id, prob));
+    race.end(entries())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sampling::CounterRng;
     use crate::sampling::cutoff::{Goal, cutoff};
 
     #[test]
@@ -237,30 +251,41 @@ mod tests {
         let positive = ids.iter().map(|&i| weights[i as usize]).collect();
         let sparse = Distribution::sparse(ids, positive);
         assert_eq!(dense.argmax(), sparse.argmax());
-        for step in 0..1000 {
-            // Quantiles between the steps of the cumulative distribution, where rounding cannot decide.
-            let u = (f64::from(step) + 0.37) / 1000.0;
-            assert_eq!(dense.sample(u), sparse.sample(u), "at {u}");
+        for position in 0..1000 {
+            let noise = CounterRng::new(3).noise(position);
+            assert_eq!(dense.draw(&noise), sparse.draw(&noise), "at {position}");
         }
         for token in 0..1001 {
             assert!((dense.prob(token) - sparse.prob(token)).abs() < 1e-8);
         }
     }
 
-    #[test]
-    fn quantiles_never_hit_a_token_without_probability() {
-        let mut weights = vec![0.0; 700];
-        weights[5] = 1.0;
-        weights[300] = 3.0;
-        let p = Distribution::from_weights(weights).unwrap();
-        for (u, token) in [
-            (0.0, 5),
-            (0.2499, 5),
-            (0.25, 300),
-            (1.0 - f64::EPSILON, 300),
-        ] {
-            assert_eq!(p.sample(u), token);
+    /// How often each of `tokens` is drawn of 40,000 times.
+    fn counts(tokens: usize, mut draw: impl FnMut(&Noise) -> u32) -> Vec<f64> {
+        let mut counts = vec![0.0; tokens];
+        for position in 0..40_000 {
+            counts[draw(&CounterRng::new(5).noise(position)) as usize] += 1.0;
         }
+        counts
+    }
+
+    #[test]
+    fn draws_are_as_frequent_as_probable() {
+        // Two tokens, and five hundred that race as one.
+        let mut weights = vec![0.0; 1700];
+        (weights[5], weights[300]) = (1.0, 3.0);
+        (700..1200).for_each(|id| weights[id] = 0.0002);
+        let total: f32 = weights.iter().sum();
+        let p = Distribution::from_weights(weights.clone()).unwrap();
+        let counts = counts(1700, |noise| p.draw(noise));
+        let share = |ids: std::ops::Range<usize>| counts[ids].iter().sum::<f64>() / 40_000.0;
+        let total = f64::from(total);
+        assert!((share(5..6) - 1.0 / total).abs() < 0.01);
+        assert!((share(300..301) - 3.0 / total).abs() < 0.01);
+        assert!((share(700..1200) - 0.1 / total).abs() < 0.004);
+        assert!((share(700..950) - 0.05 / total).abs() < 0.003);
+        let impossible = counts.iter().zip(&weights).filter(|(_, w)| **w == 0.0);
+        assert!(impossible.into_iter().all(|(count, _)| *count == 0.0));
     }
 
     #[test]
@@ -270,17 +295,36 @@ mod tests {
             ids: vec![0, 3],
             probs: vec![0.75, 0.25],
         };
-        assert_eq!(p.sample_residual(q.walk(), 0.0), 1);
-        assert_eq!(p.sample_residual(q.walk(), 0.49), 1);
-        assert_eq!(p.sample_residual(q.walk(), 0.51), 2);
-        assert_eq!(p.sample_residual(q.walk(), 0.999), 2);
+        let counts = counts(4, |noise| p.draw_residual(q.walk(), noise));
+        assert_eq!((counts[0], counts[3]), (0.0, 0.0));
+        assert!((counts[1] / 40_000.0 - 0.5).abs() < 0.01, "{counts:?}");
         // q above p everywhere it matters: nothing remains, so p itself.
         let p = Distribution::from_weights(vec![1.0, 0.0]).unwrap();
         let q = SparseDistribution {
             ids: vec![0],
             probs: vec![1.0],
         };
-        assert_eq!(p.sample_residual(q.walk(), 0.5), 0);
+        let noise = CounterRng::new(5).noise(0);
+        assert_eq!(p.draw_residual(q.walk(), &noise), 0);
+    }
+
+    #[test]
+    fn who_shares_the_noise_finds_what_is_drawn() {
+        let p = Distribution::from_weights((0..200).map(|i| 0.97f32.powi(i)).collect()).unwrap();
+        let like = |i: i32| 0.97f32.powi(i) * if i % 3 == 0 { 1.5 } else { 0.8 };
+        let q = Distribution::from_weights((0..200).map(like).collect()).unwrap();
+        let (mut first, mut among) = (0, 0);
+        for position in 0..1000 {
+            let noise = CounterRng::new(5).noise(position);
+            let contenders = q.contenders(&noise, 4);
+            let drawn = p.draw(&noise);
+            first += u32::from(contenders[0].0 == drawn);
+            among += u32::from(contenders.iter().any(|&(token, _)| token == drawn));
+            assert!(contenders.is_sorted_by(|x, y| x.1 <= y.1) && contenders.len() == 4);
+            assert_eq!(p.contenders(&noise, 1)[0].0, drawn);
+        }
+        // By probability alone the best guess would be right in 3 of 100.
+        assert!(first > 600 && among > 950, "{first} {among}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod distribution;
 mod divergence;
 mod logprobs;
 mod params;
+mod race;
 mod rng;
 mod sampler;
 mod softmax;
@@ -27,7 +28,7 @@ pub use params::{
     MAX_ADDITIVE_PENALTY, MAX_LOGIT_BIAS, MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS,
     MAX_REPETITION_PENALTY, MAX_TEMPERATURE, SamplingParams,
 };
-pub use rng::{CounterRng, Purpose};
+pub use rng::{CounterRng, Noise, Purpose};
 pub use sampler::{History, Sampler};
 pub(crate) use softmax::most_probable;
 pub use sparse::{MAX_DRAFT_ENTRIES, SparseDistribution};

@@ -1,13 +1,18 @@
-//! [`CounterRng`]: random numbers as a pure function of (seed, position, purpose, attempt).
+//! [`CounterRng`]: random numbers as a pure function of (seed, position, purpose, attempt), and [`Noise`]: one for each token.
 //!
 //! Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a keyed bijection of a 128-bit
 //! counter that passes BigCrush, in thirty lines. Chosen over chained SplitMix finalisers because position and purpose sit
 //! in separate counter words of one well-studied permutation, so that no two (position, purpose) pairs of a seed can
 //! collide and neighbouring seeds and positions are as good as distant ones.
 //!
-//! A draft worker needs the numbers for its own draws but must not foresee the target's: who knows the acceptance draw
-//! can propose what will pass. The draft's key is therefore a hash (SHA-256) of the seed, from which the seed cannot be
-//! computed; a seed from a small set can still be guessed, so secrecy needs a seed drawn at random.
+//! A draft worker needs the numbers for its own draws but must not foresee what accepts them: who knows that can propose what
+//! will pass. The draft's key is therefore a hash (SHA-256) of the seed, from which the seed cannot be computed; a seed from a small
+//! set can still be guessed, so secrecy needs a seed drawn at random.
+//!
+//! The tokens that the target adds itself, recovered or bonus, are drawn by [`Noise`] that both sides know: a draft that runs ahead
+//! then finds, with its own distribution, what the target is likely to draw with its (races.rs). Accepting stays secret. The noise
+//! belongs to the text before the token: whether a round is there in time may depend on noise that its draft has looked at, never on
+//! that behind its own text, which nobody looks at before the round is sent.
 //!
 //! Decisions that commit a token are taken once per position. Draft tokens and provisional ones can be withdrawn and
 //! drawn again at the same position, perhaps from a distribution that what was withdrawn has shaped: they take the
@@ -24,10 +29,9 @@ pub enum Purpose {
     Draft,
     /// Accepting or rejecting it.
     Accept,
-    /// Drawing the recovered token after a rejection.
-    Recover,
-    /// Drawing the bonus token after γ accepted ones, or the token of a step without a draft.
-    Bonus,
+    /// Drawing the token that the target adds: recovered after a rejection, bonus after γ accepted ones, or that of a step
+    /// without a draft.
+    Next,
 }
 
 impl Purpose {
@@ -36,8 +40,8 @@ impl Purpose {
         match self {
             Self::Draft => 1,
             Self::Accept => 2,
-            Self::Recover => 3,
-            Self::Bonus => 4,
+            // 3 and 4 once drew recovered and bonus tokens.
+            Self::Next => 9,
         }
     }
 }
@@ -74,8 +78,7 @@ impl CounterRng {
         }
     }
 
-    /// The numbers a draft may know, from [`CounterRng::draft_seed`]: [`Purpose::Draft`] agrees with the target's side,
-    /// the other purposes do not.
+    /// The numbers a draft may know, from [`CounterRng::draft_seed`]: [`Purpose::Accept`] does not agree with the target's side.
     pub fn for_draft(draft_seed: u64) -> Self {
         Self {
             target_key: derive_draft_key(draft_seed),
@@ -94,8 +97,8 @@ impl CounterRng {
         }
     }
 
-    /// A draft's numbers for a round behind this text, of which the last 64 tokens count. Other purposes keep theirs: what
-    /// commits a token is decided once.
+    /// The numbers for a round, or for the target's own token, behind this text, of which the last 64 tokens count. Those that accept
+    /// are the same behind any.
     pub fn behind(self, text: impl DoubleEndedIterator<Item = u32>) -> Self {
         // FNV-1a over whole tokens: a text has one hash, whoever calculates it.
         let branch = text
@@ -107,8 +110,8 @@ impl CounterRng {
         Self { branch, ..self }
     }
 
-    /// The numbers that accept, recover and add tokens provisionally, in an attempt named by the `epoch`: none of them
-    /// agrees with one that commits.
+    /// The numbers that accept and add tokens provisionally, in an attempt named by the `epoch`: none of them agrees with one
+    /// that commits.
     pub fn provisional(self, epoch: u64) -> Self {
         Self {
             level: Level::Provisional,
@@ -123,9 +126,21 @@ impl CounterRng {
 
     /// The number for `purpose` at token index `position` (prompt included): uniform over multiples of 2⁻⁵³ in [0, 1).
     pub fn uniform(&self, position: u64, purpose: Purpose) -> f64 {
+        let [a, b, ..] = self.block(position, purpose);
+        unit(a, b)
+    }
+
+    /// What draws the token that the target adds at index `position`.
+    pub fn noise(&self, position: u64) -> Noise {
+        let [a, b, ..] = self.block(position, Purpose::Next);
+        Noise { key: [a, b] }
+    }
+
+    fn block(&self, position: u64, purpose: Purpose) -> [u32; 4] {
         let (key, level, branch) = match purpose {
             Purpose::Draft => (self.draft_key, Level::Committing, self.branch),
-            Purpose::Accept | Purpose::Recover | Purpose::Bonus => (self.target_key, self.level, 0),
+            Purpose::Accept => (self.target_key, self.level, 0),
+            Purpose::Next => (self.draft_key, self.level, self.branch),
         };
         let counter = [
             position as u32,
@@ -133,11 +148,64 @@ impl CounterRng {
             purpose.word() + level as u32,
             self.attempt,
         ];
-        let block = philox4x32_10(counter, [key as u32, (key >> 32) as u32]);
-        let bits = u64::from(block[0]) << 32 | u64::from(block[1]);
-        const UNIT: f64 = 1.0 / (1_u64 << 53) as f64;
-        (bits >> 11) as f64 * UNIT
+        philox4x32_10(counter, [key as u32, (key >> 32) as u32])
     }
+}
+
+/// Independent numbers for the tokens that one draw may give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Noise {
+    key: [u32; 2],
+}
+
+impl Noise {
+    /// The token's own number: exponentially distributed with mean 1.
+    pub fn of(&self, token: u32) -> f64 {
+        self.exponential([token, 0])
+    }
+
+    /// The number of all tokens that are not told apart.
+    pub(super) fn of_rest(&self) -> f64 {
+        self.exponential([0, 1])
+    }
+
+    /// Which of them it is: uniform over multiples of 2⁻⁵³ in [0, 1).
+    pub(super) fn among_rest(&self) -> f64 {
+        let [a, b, ..] = philox4x32_10([0, 2, 0, 0], self.key);
+        unit(a, b)
+    }
+
+    fn exponential(&self, [low, high]: [u32; 2]) -> f64 {
+        let [a, b, ..] = philox4x32_10([low, high, 0, 0], self.key);
+        -ln(1.0 - unit(a, b))
+    }
+}
+
+/// The natural logarithm of a normal number in (0, 1], within 1e-9 of it and the same on every machine, as the library's is not.
+fn ln(x: f64) -> f64 {
+    use std::f64::consts::{LN_2, SQRT_2};
+    let bits = x.to_bits();
+    let mut exponent = (bits >> 52) as i32 - 1023;
+    let mut mantissa = f64::from_bits(bits & ((1 << 52) - 1) | 1023 << 52);
+    if mantissa > SQRT_2 {
+        mantissa /= 2.0;
+        exponent += 1;
+    }
+    // artanh, of at most 0.172.
+    let s = (mantissa - 1.0) / (mantissa + 1.0);
+    let square = s * s;
+    let mut series = 0.0;
+    for odd in [11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
+        series = series * square + 1.0 / odd;
+    }
+    f64::from(exponent) * LN_2 + 2.0 * s * series
+}
+
+/// 64 random bits as a uniform number: multiples of 2⁻⁵³ in [0, 1).
+fn unit(a: u32, b: u32) -> f64 {
+    const UNIT: f64 = 1.0 / (1_u64 << 53) as f64;
+    let bits = u64::from(a) << 32 | u64::from(b);
+    (bits >> 11) as f64 * UNIT
 }
 
 fn derive_draft_key(seed: u64) -> u64 {
@@ -198,8 +266,8 @@ mod tests {
         for (over_seeds, purpose) in [
             (false, Purpose::Draft),
             (false, Purpose::Accept),
-            (true, Purpose::Recover),
-            (true, Purpose::Bonus),
+            (true, Purpose::Accept),
+            (true, Purpose::Next),
         ] {
             let mut bins = [0_u32; 64];
             for i in 0..64_000 {
@@ -232,6 +300,12 @@ mod tests {
                 target.uniform(position, Purpose::Accept)
             );
         }
+        // It knows what the target's own token is drawn by, behind each text.
+        for text in [&[1, 2][..], &[3]] {
+            let behind = |rng: CounterRng| rng.behind(text.iter().copied()).noise(9);
+            assert_eq!(behind(draft), behind(target));
+        }
+        assert_ne!(draft.noise(9), draft.behind([1].into_iter()).noise(9));
         // A draft's numbers are the same at both levels of the target, and others in another attempt.
         assert_eq!(
             draft.attempt(5).uniform(9, Purpose::Draft),
@@ -267,7 +341,7 @@ mod tests {
     #[test]
     fn levels_and_attempts_share_no_number() {
         let rng = CounterRng::new(42);
-        let purposes = [Purpose::Accept, Purpose::Recover, Purpose::Bonus];
+        let purposes = [Purpose::Accept, Purpose::Next];
         let rngs = [rng, rng.provisional(0), rng.provisional(1)];
         let mut numbers: Vec<u64> = rngs
             .iter()
@@ -275,6 +349,37 @@ mod tests {
             .collect();
         numbers.sort_unstable();
         numbers.dedup();
-        assert_eq!(numbers.len(), 9);
+        assert_eq!(numbers.len(), 6);
+    }
+
+    #[test]
+    fn the_logarithm_is_one() {
+        for step in 0..100_000 {
+            let x = 1.0 - f64::from(step) / 100_000.0;
+            for x in [x, x * 2f64.powi(-40), 1.0 - (1.0 - x) * 2f64.powi(-40)] {
+                let error = (ln(x) - x.ln()).abs();
+                assert!(error <= 1e-9 * x.ln().abs(), "{x}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn noise_is_exponential() {
+        let mut bins = [0_u32; 64];
+        for i in 0..640 {
+            let noise = CounterRng::new(i / 10).noise(i % 10);
+            for token in 0..100 {
+                let u = (-noise.of(token)).exp();
+                bins[((u * 64.0) as usize).min(63)] += 1;
+            }
+        }
+        let statistic: f64 = bins
+            .iter()
+            .map(|&n| (f64::from(n) - 1000.0).powi(2) / 1000.0)
+            .sum();
+        assert!(statistic < 114.0, "{statistic}");
+        let noise = CounterRng::new(1).noise(1);
+        assert_ne!(noise.of(0), noise.of(1));
+        assert_ne!(noise.of(0), noise.of_rest());
     }
 }

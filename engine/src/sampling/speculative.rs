@@ -8,7 +8,7 @@
 
 use super::cutoff::{Goal, cutoff};
 use super::distribution::Distribution;
-use super::rng::{CounterRng, Purpose};
+use super::rng::{CounterRng, Noise, Purpose};
 use super::sparse::{MAX_DRAFT_ENTRIES, SparseDistribution};
 use crate::error::EngineError;
 
@@ -60,12 +60,12 @@ impl Candidate<'_> {
         }
     }
 
-    /// The recovered token in its place, at quantile `u` of norm(max(0, p − q)).
-    fn recovered(&self, p: &Distribution, u: f64) -> u32 {
+    /// The recovered token in its place, drawn from norm(max(0, p − q)).
+    fn recovered(&self, p: &Distribution, noise: &Noise) -> u32 {
         match self.origin {
-            Origin::Certain => p.sample_residual(|id| f64::from(u8::from(id == self.token)), u),
-            Origin::Draft(q) => p.sample_residual(q.walk(), u),
-            Origin::Target(q) => p.sample_residual(|id| f64::from(q.prob(id)), u),
+            Origin::Certain => p.draw_residual(|id| f64::from(u8::from(id == self.token)), noise),
+            Origin::Draft(q) => p.draw_residual(q.walk(), noise),
+            Origin::Target(q) => p.draw_residual(|id| f64::from(q.prob(id)), noise),
         }
     }
 }
@@ -136,8 +136,8 @@ pub fn check_draft(
     Ok(())
 }
 
-/// Judges a round: `target` holds p after the committed tokens and after each proposed token, γ + 1 in all; `position` is
-/// the index of the first proposed token. A draft has passed [`check_draft`].
+/// Judges a round behind the text `before`: `target` holds p after that and after each proposed token, γ + 1 in all. A draft has
+/// passed [`check_draft`].
 ///
 /// With γ = 0 it samples the next token of a step without a draft.
 ///
@@ -147,30 +147,32 @@ pub fn verify_round(
     target: &[Distribution],
     proposed: &[Candidate<'_>],
     rng: &CounterRng,
-    position: u64,
+    before: &[u32],
 ) -> RoundOutcome {
     assert_eq!(
         target.len(),
         proposed.len() + 1,
         "γ + 1 distributions judge γ tokens"
     );
-    for (index, (p, candidate)) in target.iter().zip(proposed).enumerate() {
-        let position = position + index as u64;
+    let position = |accepted: usize| (before.len() + accepted) as u64;
+    let accepted = target.iter().zip(proposed).enumerate();
+    let accepted = accepted.take_while(|&(index, (p, candidate))| {
         let q_prob = candidate.prob();
         // u < p / q without the division; a token that q cannot give is never accepted.
-        let u = rng.uniform(position, Purpose::Accept);
-        if q_prob > 0.0 && u * q_prob < f64::from(p.prob(candidate.token)) {
-            continue;
-        }
-        return RoundOutcome {
-            accepted: index,
-            next_token: candidate.recovered(p, rng.uniform(position, Purpose::Recover)),
-        };
-    }
-    let u = rng.uniform(position + proposed.len() as u64, Purpose::Bonus);
+        let u = rng.uniform(position(index), Purpose::Accept);
+        q_prob > 0.0 && u * q_prob < f64::from(p.prob(candidate.token))
+    });
+    let accepted = accepted.count();
+    let tokens = proposed[..accepted].iter().map(|candidate| candidate.token);
+    let text = before.iter().copied().chain(tokens);
+    let noise = rng.behind(text).noise(position(accepted));
+    let p = &target[accepted];
     RoundOutcome {
-        accepted: proposed.len(),
-        next_token: target[proposed.len()].sample(u),
+        accepted,
+        next_token: match proposed.get(accepted) {
+            Some(rejected) => rejected.recovered(p, &noise),
+            None => p.draw(&noise),
+        },
     }
 }
 

@@ -66,7 +66,7 @@ fn write_checkpoint(folder: &Path, seed: u64) {
         .map(|(name, shape)| {
             let values = (0..shape.iter().product()).flat_map(|_| {
                 position += 1;
-                let u = rng.uniform(position, specattn_engine::sampling::Purpose::Bonus) as f32;
+                let u = rng.uniform(position, specattn_engine::sampling::Purpose::Next) as f32;
                 let value = if shape.len() == 1 {
                     1.0
                 } else {

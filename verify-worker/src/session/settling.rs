@@ -52,7 +52,7 @@ impl Session {
         } else {
             self.rng
         };
-        let outcome = verify_round(&q, &candidates, &rng, m as u64);
+        let outcome = verify_round(&q, &candidates, &rng, &self.tokens[..m]);
         let accepted = outcome.accepted;
         let before = self.origins.len();
         self.tokens.extend_from_slice(&self.input[1..=accepted]);
@@ -108,7 +108,7 @@ impl Session {
         let mut candidates: Vec<Candidate<'_>> = run.candidates(&self.tokens[n..]).collect();
         let provisional = candidates.len();
         candidates.extend(draft.iter().map(Candidate::from));
-        let outcome = verify_round(&p, &candidates, &self.rng, n as u64);
+        let outcome = verify_round(&p, &candidates, &self.rng, &self.tokens[..n]);
         let accepted = outcome.accepted;
         if !run.is_empty() {
             self.oversight.checked(&run, &p, &output.logits)?;

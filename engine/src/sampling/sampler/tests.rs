@@ -1,4 +1,5 @@
 use super::*;
+use crate::sampling::CounterRng;
 
 fn sampler(change: impl FnOnce(&mut SamplingParams), vocab_size: usize) -> Sampler {
     let mut params = SamplingParams {
@@ -35,7 +36,7 @@ fn greedy_is_argmax_with_ties_to_the_lowest_id() {
         row[id] = 2.5;
         let distribution = greedy.distribution(&row, History::default()).unwrap();
         assert_eq!(distribution, Distribution::single(id as u32));
-        assert_eq!(distribution.sample(0.999), id as u32);
+        assert_eq!(distribution.draw(&CounterRng::new(1).noise(2)), id as u32);
     }
     // -0.0 and 0.0 are equal.
     let mut two = sampler(|p| p.temperature = 0.0, 2);
@@ -184,7 +185,7 @@ fn generations_wrap_around() {
 #[test]
 #[ignore = "a measurement, meaningful in release builds only"]
 fn measure() {
-    use crate::sampling::{CounterRng, draft_token};
+    use crate::sampling::draft_token;
     for vocab_size in [8_192_usize, 32_000, 151_936] {
         let row: Vec<f32> = (0..vocab_size as u64)
             .map(|i| 12.0 * CounterRng::new(1).uniform(i, super::super::Purpose::Draft) as f32)
@@ -213,14 +214,14 @@ fn measure() {
         let mut best = [f64::MAX; 2];
         for position in 0..200 {
             let start = std::time::Instant::now();
-            std::hint::black_box(p.sample(rng.uniform(position, super::super::Purpose::Bonus)));
+            std::hint::black_box(p.draw(&rng.noise(position)));
             best[0] = best[0].min(start.elapsed().as_secs_f64());
             let start = std::time::Instant::now();
             std::hint::black_box(draft_token(&p, 64, &rng, position));
             best[1] = best[1].min(start.elapsed().as_secs_f64());
         }
         println!(
-            "{vocab_size:>7} sample                 {:>8.1} us",
+            "{vocab_size:>7} draw                   {:>8.1} us",
             best[0] * 1e6
         );
         println!(

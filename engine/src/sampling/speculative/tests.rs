@@ -33,17 +33,17 @@ impl Law {
 }
 
 /// How a round is judged: the rule itself, or a wrong one to show that the test sees it.
-type Judge = fn(&[Distribution], &[DraftToken], &CounterRng, u64) -> RoundOutcome;
+type Judge = fn(&[Distribution], &[DraftToken], &CounterRng, &[u32]) -> RoundOutcome;
 
 /// The rule, for a round of draft tokens.
 fn judge(
     target: &[Distribution],
     draft: &[DraftToken],
     rng: &CounterRng,
-    position: u64,
+    before: &[u32],
 ) -> RoundOutcome {
     let candidates: Vec<Candidate<'_>> = draft.iter().map(Candidate::from).collect();
-    verify_round(target, &candidates, rng, position)
+    verify_round(target, &candidates, rng, before)
 }
 
 /// `length` tokens after token 0, by rounds of `gamma` draft tokens whose q keeps `entries` entries.
@@ -70,22 +70,67 @@ fn generate(
             previous = token;
         }
         check_draft(&proposal, false, target.vocab_size(), &rng, position).unwrap();
-        let outcome = judge(&p, &proposal, &rng, position);
+        let outcome = judge(&p, &proposal, &rng, &tokens);
         tokens.extend(proposal[..outcome.accepted].iter().map(|d| d.token));
         tokens.push(outcome.next_token);
     }
     tokens[1..=length].to_vec()
 }
 
-/// The statistic's distance from its expectation in standard deviations (Wilson and Hilferty's approximation), over the
-/// joint distribution of `length` tokens. Cells expected fewer than five times are pooled; impossible ones must be empty.
+/// `length` tokens after token 0 by a draft that has a round of two tokens there only now and then: where it guessed the token that the
+/// target added before, or, `by_own`, by the numbers that the target's token is drawn with behind the round's own text.
+fn generate_when_there(
+    (target, draft): (&Law, &Law),
+    length: usize,
+    seed: u64,
+    by_own: bool,
+) -> Vec<u32> {
+    let rng = CounterRng::new(seed);
+    let draft_rng = CounterRng::for_draft(rng.draft_seed());
+    let (mut tokens, mut guessed) = (vec![0], true);
+    let leader = |text: &[u32]| {
+        let noise = draft_rng
+            .behind(text.iter().copied())
+            .noise(text.len() as u64);
+        draft.after(text[text.len() - 1]).contenders(&noise, 1)[0].0
+    };
+    while tokens.len() <= length {
+        let is_there = if by_own { leader(&tokens) > 2 } else { guessed };
+        let mut previous = tokens[tokens.len() - 1];
+        let mut p = vec![target.after(previous).clone()];
+        let mut proposal = Vec::new();
+        for step in 0..if is_there { 2 } else { 0 } {
+            let position = tokens.len() as u64 + step;
+            let (token, q) = draft_token(draft.after(previous), 5, &draft_rng, position);
+            proposal.push(DraftToken { token, q: Some(q) });
+            p.push(target.after(token).clone());
+            previous = token;
+        }
+        let outcome = judge(&p, &proposal, &rng, &tokens);
+        tokens.extend(proposal[..outcome.accepted].iter().map(|d| d.token));
+        guessed = leader(&tokens) == outcome.next_token;
+        tokens.push(outcome.next_token);
+    }
+    tokens[1..=length].to_vec()
+}
+
+/// See [`chi_square`]: rounds of so many draft tokens and entries, by this judge.
 fn joint_chi_square(laws: (&Law, &Law), round: (usize, usize), seed: u64, judge: Judge) -> f64 {
-    const LENGTH: usize = 3;
-    let target = laws.0;
+    chi_square(laws.0, |sample| {
+        generate(laws, round, LENGTH, seed << 32 | sample, judge)
+    })
+}
+
+/// Tokens whose joint distribution is looked at.
+const LENGTH: usize = 3;
+
+/// The statistic's distance from its expectation in standard deviations (Wilson and Hilferty's approximation), over the joint
+/// distribution of the tokens that `generate` gives. Cells expected fewer than five times are pooled; impossible ones must be empty.
+fn chi_square(target: &Law, generate: impl Fn(u64) -> Vec<u32>) -> f64 {
     let vocab = target.vocab_size();
     let mut counts = vec![0_u32; vocab.pow(LENGTH as u32)];
     for sample in 0..SAMPLES {
-        let tokens = generate(laws, round, LENGTH, seed << 32 | sample, judge);
+        let tokens = generate(sample);
         let cell = tokens.iter().fold(0, |cell, &t| cell * vocab + t as usize);
         counts[cell] += 1;
     }
@@ -197,18 +242,31 @@ fn steps_without_a_draft_have_the_targets_joint_distribution() {
 }
 
 #[test]
+fn a_draft_may_guess_what_the_target_adds_but_not_by_whether_it_proposes() {
+    let (target, draft) = (target(), close_draft());
+    let z = |by_own: bool| {
+        chi_square(&target, |sample| {
+            generate_when_there((&target, &draft), LENGTH, 9 << 32 | sample, by_own)
+        })
+    };
+    assert!(z(false) < Z, "z = {:.2}", z(false));
+    // Were rounds there or not by the numbers behind their own text, what comes out would tell.
+    assert!(z(true) > 2.0 * Z, "z = {:.2}", z(true));
+}
+
+#[test]
 fn the_test_sees_a_wrong_rule() {
     // Recovers from p instead of the residual.
     fn from_p(
         p: &[Distribution],
         d: &[DraftToken],
         rng: &CounterRng,
-        position: u64,
+        before: &[u32],
     ) -> RoundOutcome {
-        let mut outcome = judge(p, d, rng, position);
+        let mut outcome = judge(p, d, rng, before);
         if outcome.accepted < d.len() {
-            let u = rng.uniform(position + outcome.accepted as u64, Purpose::Recover);
-            outcome.next_token = p[outcome.accepted].sample(u);
+            let noise = rng.noise((before.len() + outcome.accepted) as u64);
+            outcome.next_token = p[outcome.accepted].draw(&noise);
         }
         outcome
     }
@@ -229,14 +287,13 @@ fn provisional_tokens_are_confirmed_into_the_confirming_distribution() {
                 let position = tokens.len() as u64;
                 let previous = tokens[tokens.len() - 1];
                 let q = sparse.after(previous);
-                let u = rng.provisional(0).uniform(position, Purpose::Bonus);
-                let token = q.sample(u);
+                let token = q.draw(&rng.provisional(0).noise(position));
                 let candidate = Candidate {
                     token,
                     origin: Origin::Target(q),
                 };
                 let p = [previous, token].map(|token| dense.after(token).clone());
-                let outcome = verify_round(&p, &[candidate], &rng, position);
+                let outcome = verify_round(&p, &[candidate], &rng, &tokens);
                 tokens.extend((outcome.accepted == 1).then_some(token));
                 tokens.push(outcome.next_token);
             }
@@ -277,9 +334,9 @@ fn greedy_rounds_follow_the_argmax() {
             accepted: wrong,
             next_token,
         };
-        assert_eq!(judge(&target, &draft, &rng, 5), expected);
+        assert_eq!(judge(&target, &draft, &rng, &[0; 5]), expected);
     }
-    let alone = judge(&target[..1], &[], &rng, 5);
+    let alone = judge(&target[..1], &[], &rng, &[0; 5]);
     assert_eq!((alone.accepted, alone.next_token), (0, 3));
 }
 

@@ -266,7 +266,7 @@ fn greedy_text_is_the_targets_own_whatever_happens() {
         let mut draws = 0;
         let mut pick = |most: usize| {
             draws += 1;
-            (rng.uniform(draws, Purpose::Bonus) * most as f64) as usize
+            (rng.uniform(draws, Purpose::Next) * most as f64) as usize
         };
         let limit = 4 + pick(60);
         let mut asked = exact(limit, 1 + pick(12) as u32);
