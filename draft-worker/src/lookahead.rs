@@ -94,6 +94,9 @@ impl Drop for Explorer {
 #[derive(Debug, Clone, Copy)]
 struct Found {
     best: Way,
+    /// Verdicts from one trial to the next, and how many of them are left.
+    stretch: u32,
+    left: u32,
     /// Seconds from verdict to verdict of each way, as far as it was tried.
     seconds: [Option<f64>; WAYS],
 }
@@ -105,6 +108,15 @@ impl Findings {
 
     fn set(&self, found: Found) {
         *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+    }
+
+    /// A session ended so many verdicts before its next trial: that is for the next one, or sessions that are shorter than a stretch would
+    /// never try anything again.
+    fn leave(&self, left: u32) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = &mut *found {
+            found.left = left;
+        }
     }
 }
 
@@ -178,7 +190,8 @@ pub(crate) struct Lookahead {
 }
 
 impl Lookahead {
-    /// A session begins the way the last one found best, and tries the others of `ways`: at once where nothing is known.
+    /// A session begins the way the last one found best, and tries the others of `ways` when that one would have: at once where
+    /// nothing is known.
     pub(crate) fn measured(findings: Arc<Findings>, ways: &'static [Way]) -> Self {
         let inherited = findings.get();
         let way = match inherited.map(|found| found.best) {
@@ -195,8 +208,8 @@ impl Lookahead {
                 inherited,
                 on_trial: false,
                 tried: way,
-                left: inherited.map_or(TRIAL, |_| STRETCH_FIRST),
-                stretch: STRETCH_FIRST,
+                left: inherited.map_or(TRIAL, |found| found.left),
+                stretch: inherited.map_or(STRETCH_FIRST, |found| found.stretch),
                 unsettled: UNSETTLED,
                 paces: Default::default(),
                 last: None,
@@ -260,7 +273,11 @@ impl Trials {
             .seconds_per_verdict()
             .zip(then)
             .map(|(now, then)| now / then);
-        ratio.is_none_or(|ratio| (1.0 / SAME_PACE..=SAME_PACE).contains(&ratio))
+        let holds = ratio.is_none_or(|ratio| (1.0 / SAME_PACE..=SAME_PACE).contains(&ratio));
+        if !holds {
+            self.stretch = STRETCH_FIRST;
+        }
+        holds
     }
 
     /// The way to go on after a stretch of the present one.
@@ -277,8 +294,17 @@ impl Trials {
             }
         }
         let harmless = rate(way) >= rate(best).map(|rate| HARMLESS * rate);
+        if self.on_trial {
+            self.stretch = if best != way && harmless {
+                STRETCH_FIRST
+            } else {
+                (2 * self.stretch).min(STRETCH_MOST)
+            };
+        }
         self.findings.set(Found {
             best,
+            stretch: self.stretch,
+            left: self.stretch,
             seconds: [0, 1, 2].map(|way: usize| self.paces[way].seconds_per_verdict()),
         });
         if !self.on_trial {
@@ -299,11 +325,6 @@ impl Trials {
             self.paces[way as usize].fade(same_weight);
             return self.turn(other, true);
         }
-        self.stretch = if best != way && harmless {
-            STRETCH_FIRST
-        } else {
-            (2 * self.stretch).min(STRETCH_MOST)
-        };
         if best == way {
             self.on_trial = false;
             self.left = self.stretch;
@@ -327,6 +348,14 @@ impl Trials {
         self.unsettled = UNSETTLED;
         self.last = None;
         way
+    }
+}
+
+impl Drop for Trials {
+    fn drop(&mut self) {
+        if !self.on_trial {
+            self.findings.leave(self.left.max(TRIAL));
+        }
     }
 }
 
@@ -401,6 +430,18 @@ mod tests {
         assert!(next < 0.17, "{next}");
         let farther = session([90, 60]);
         assert!(farther > 0.6, "{farther}");
+    }
+
+    #[test]
+    fn short_sessions_try_again_too() {
+        let findings = Arc::new(Findings::default());
+        run(&mut measured(&findings), 100, [80, 50]);
+        // It takes as long as ever, and waiting has become faster.
+        let went: Vec<f64> = (0..40)
+            .map(|_| run(&mut measured(&findings), 30, [30, 50]))
+            .collect();
+        assert_eq!(went[0], 1.0);
+        assert_eq!(went.last(), Some(&0.0), "{went:?}");
     }
 
     #[test]
