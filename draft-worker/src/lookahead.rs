@@ -195,8 +195,7 @@ impl Lookahead {
     pub(crate) fn measured(findings: Arc<Findings>, ways: &'static [Way]) -> Self {
         let inherited = findings.get();
         let way = match inherited.map(|found| found.best) {
-            // The verify worker makes up its mind about drafts by the first rounds: not by those of the way that is slowest where ways differ.
-            None => ways[1],
+            None => Way::Waiting,
             Some(best) if ways.contains(&best) => best,
             Some(_) => Way::Ahead,
         };
