@@ -434,7 +434,7 @@ mod tests {
     #[test]
     fn short_sessions_try_again_too() {
         let findings = Arc::new(Findings::default());
-        run(&mut measured(&findings), 100, [80, 50]);
+        run(&mut measured(&findings), 60, [80, 50]);
         // It takes as long as ever, and waiting has become faster.
         let went: Vec<f64> = (0..40)
             .map(|_| run(&mut measured(&findings), 30, [30, 50]))
