@@ -353,6 +353,7 @@ impl Trials {
 impl Drop for Trials {
     fn drop(&mut self) {
         if !self.on_trial {
+            // The next one has to find out first whether what it inherits holds there.
             self.findings.leave(self.left.max(TRIAL));
         }
     }

@@ -103,7 +103,7 @@ impl Distribution {
             Form::Dense(probs) => {
                 let mut race = Race::new(noise);
                 for (block, chunk) in probs.chunks(BLOCK).enumerate() {
-                    if chunk.iter().copied().fold(0.0, f32::max) < LEAST {
+                    if !races(chunk) {
                         race.enter_rest(sum(chunk));
                         continue;
                     }
@@ -142,7 +142,15 @@ impl Distribution {
         };
         let mut all: Vec<(u32, f64)> = match &self.form {
             Form::Single(token) => vec![(*token, 0.0)],
-            Form::Dense(probs) => dense_entries(probs).filter_map(arrives).collect(),
+            Form::Dense(probs) => {
+                let blocks = probs.chunks(BLOCK).enumerate();
+                let blocks = blocks.filter(|(_, chunk)| races(chunk));
+                let entries = blocks.flat_map(|(block, chunk)| {
+                    let first = (block * BLOCK) as u32;
+                    dense_entries(chunk).map(move |(id, prob)| (first + id, prob))
+                });
+                entries.filter_map(arrives).collect()
+            }
             Form::Sparse { ids, probs } => sparse_entries(ids, probs).filter_map(arrives).collect(),
         };
         let sooner = |x: &(u32, f64), y: &(u32, f64)| x.1.total_cmp(&y.1);
@@ -207,6 +215,11 @@ fn first_largest(probs: &[f32]) -> usize {
         }
     }
     best
+}
+
+/// Whether any of these probabilities races by itself.
+fn races(probs: &[f32]) -> bool {
+    probs.iter().copied().fold(0.0, f32::max) >= LEAST
 }
 
 fn dense_entries(probs: &[f32]) -> impl Iterator<Item = (u32, f64)> + Clone {

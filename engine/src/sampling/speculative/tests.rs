@@ -46,6 +46,26 @@ fn judge(
     verify_round(target, &candidates, rng, before)
 }
 
+/// A round of `gamma` draft tokens behind a text, whose q keeps `entries` entries, and the distributions that judge it.
+fn propose(
+    (target, draft): (&Law, &Law),
+    (gamma, entries): (usize, usize),
+    text: &[u32],
+    rng: &CounterRng,
+) -> (Vec<Distribution>, Vec<DraftToken>) {
+    let mut previous = text[text.len() - 1];
+    let mut p = vec![target.after(previous).clone()];
+    let mut proposal = Vec::new();
+    for step in 0..gamma {
+        let position = (text.len() + step) as u64;
+        let (token, q) = draft_token(draft.after(previous), entries, rng, position);
+        proposal.push(DraftToken { token, q: Some(q) });
+        p.push(target.after(token).clone());
+        previous = token;
+    }
+    (p, proposal)
+}
+
 /// `length` tokens after token 0, by rounds of `gamma` draft tokens whose q keeps `entries` entries.
 fn generate(
     (target, draft): (&Law, &Law),
@@ -59,16 +79,7 @@ fn generate(
     let mut tokens = vec![0];
     while tokens.len() <= length {
         let position = tokens.len() as u64;
-        let mut previous = tokens[tokens.len() - 1];
-        let mut p = vec![target.after(previous).clone()];
-        let mut proposal = Vec::new();
-        for step in 0..gamma as u64 {
-            let (token, q) =
-                draft_token(draft.after(previous), entries, &draft_rng, position + step);
-            proposal.push(DraftToken { token, q: Some(q) });
-            p.push(target.after(token).clone());
-            previous = token;
-        }
+        let (p, proposal) = propose((target, draft), (gamma, entries), &tokens, &draft_rng);
         check_draft(&proposal, false, target.vocab_size(), &rng, position).unwrap();
         let outcome = judge(&p, &proposal, &rng, &tokens);
         tokens.extend(proposal[..outcome.accepted].iter().map(|d| d.token));
@@ -96,16 +107,8 @@ fn generate_when_there(
     };
     while tokens.len() <= length {
         let is_there = if by_own { leader(&tokens) > 2 } else { guessed };
-        let mut previous = tokens[tokens.len() - 1];
-        let mut p = vec![target.after(previous).clone()];
-        let mut proposal = Vec::new();
-        for step in 0..if is_there { 2 } else { 0 } {
-            let position = tokens.len() as u64 + step;
-            let (token, q) = draft_token(draft.after(previous), 5, &draft_rng, position);
-            proposal.push(DraftToken { token, q: Some(q) });
-            p.push(target.after(token).clone());
-            previous = token;
-        }
+        let gamma = if is_there { 2 } else { 0 };
+        let (p, proposal) = propose((target, draft), (gamma, 5), &tokens, &draft_rng);
         let outcome = judge(&p, &proposal, &rng, &tokens);
         tokens.extend(proposal[..outcome.accepted].iter().map(|d| d.token));
         guessed = leader(&tokens) == outcome.next_token;
