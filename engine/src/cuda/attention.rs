@@ -138,11 +138,16 @@ fn decode_options(
     ]
 }
 
-/// Those of [`decode_options`] that merging depends on.
+/// Those of [`decode_options`] that merging depends on, and how many chunks it reads at once: all that a row is likely to have where
+/// few blocks merge, so that their registers are not missed.
 fn merge_options(
     [half, head_dim, row_tiles, _stages, smallest, chunk, capture]: [(&'static str, u32); 7],
-) -> [(&'static str, u32); 6] {
-    [half, head_dim, row_tiles, smallest, chunk, capture]
+    few_blocks: bool,
+) -> [(&'static str, u32); 7] {
+    let at_a_time = ("AT_A_TIME", if few_blocks { 32 } else { 16 });
+    [
+        half, head_dim, row_tiles, smallest, chunk, capture, at_a_time,
+    ]
 }
 
 /// Everything that [`decode`], with keys cut into `chunks`, may launch.
@@ -155,10 +160,12 @@ pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks)
                 kernel: Kernel::ATTENTION_DECODE,
                 options: options.to_vec(),
             });
-            variants.push(Variant {
-                kernel: Kernel::ATTENTION_MERGE,
-                options: merge_options(options).to_vec(),
-            });
+            for few_blocks in [false, true] {
+                variants.push(Variant {
+                    kernel: Kernel::ATTENTION_MERGE,
+                    options: merge_options(options, few_blocks).to_vec(),
+                });
+            }
         }
     }
     variants
@@ -233,7 +240,8 @@ pub(super) fn decode(
     if !batch.has_pieces() {
         return Ok(());
     }
-    let kernel = device.kernel(Kernel::ATTENTION_MERGE, &merge_options(options))?;
+    let few_blocks = batch.num_rows() * shape.num_kv_heads <= 2 * device.multiprocessors() as usize;
+    let kernel = device.kernel(Kernel::ATTENTION_MERGE, &merge_options(options, few_blocks))?;
     let merge = MergeArgs {
         partials: args.partials,
         statistics: args.statistics,

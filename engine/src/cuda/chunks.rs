@@ -10,7 +10,7 @@ use crate::backend::AttentionShape;
 
 /// Keys per chunk, smallest first; those that follow are as large as [`Chunks::largest`]. And chunks of each size, of the smallest one where
 /// there are KV heads enough. Mirrored in prelude.cuh.
-const GROWING: [(usize, usize); 3] = [(256, 12), (384, 8), (512, 20)];
+const GROWING: [(usize, usize); 3] = [(256, 8), (320, 16), (512, 20)];
 
 /// A way to cut keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ mod tests {
         };
         let up_to = [1024, 512, 64].map(Chunks::up_to);
         for chunks in [up_to[0], up_to[1], up_to[2], Chunks::of(&few)] {
-            for keys in [0, 1, 255, 256, 257, 3073, 7168, 16_384, 16_385, 100_000] {
+            for keys in [0, 1, 255, 256, 257, 2049, 7168, 16_384, 16_385, 100_000] {
                 let numbers: Vec<usize> = (0..Chunks::SIZES)
                     .flat_map(|size| chunks.of_size(size, keys))
                     .collect();
@@ -109,10 +109,10 @@ mod tests {
     #[test]
     fn chunks_grow() {
         let chunks = Chunks::up_to(1024);
-        assert_eq!(chunks.count(3072), 12);
-        assert_eq!(chunks.count(3072 + 385), 14);
-        assert_eq!(chunks.count(16_384), 40);
-        assert_eq!(chunks.count(16_384 + 1025), 42);
-        assert_eq!(chunks.of_size(3, 4096), 40..40);
+        assert_eq!(chunks.count(2048), 8);
+        assert_eq!(chunks.count(2048 + 321), 10);
+        assert_eq!(chunks.count(7168 + 20 * 512), 44);
+        assert_eq!(chunks.count(7168 + 20 * 512 + 1025), 46);
+        assert_eq!(chunks.of_size(3, 4096), 44..44);
     }
 }

@@ -129,15 +129,15 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
     };
 
     __syncthreads();
-    // Entries cached before the pass stand still; the pass's own and the queries are what the kernel before writes.
-    const bool has_own = end_key > cached;
-    if (has_own) wait_for_previous();
+    // Entries cached before the pass stand still; the pass's own, of the last tiles, and the queries are what the kernel before writes.
+    const u32 early = min(max(cached, first_key) - first_key, (STAGES - 1) * PARTS * TILE_KEYS) / (PARTS * TILE_KEYS);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
+        if (s == early) wait_for_previous();
         if (s < tiles) fetch(s);
         copy_commit();
     }
-    if (!has_own) wait_for_previous();
+    if (early == STAGES - 1) wait_for_previous();
     // Queries to shared memory; rows past the end are zeros.
     for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
         const u32 r = i / (HEAD_DIM / 8), at = i % (HEAD_DIM / 8), row = first_row + r;

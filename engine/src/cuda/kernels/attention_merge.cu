@@ -5,13 +5,13 @@
 // four numbers each; loads of values wait neither for each other nor for the weights.
 //
 // While the last blocks of decode attention run, merging takes the multiprocessors' room block by block, and the kernel after it begins once
-// all of merging is there: so it is to have few registers.
+// all of merging is there: so it is to have few registers, but where its blocks are few. Then a row's chunks are read all at once.
 //
 // A partial result is a mean of values, and what comes out is a mean of those: IEEE halves of them keep at least as many digits as the output
 // does (above 2^-16), and writing and reading them is a good part of what a batch of short lists costs. A mean beyond 65,504 becomes
 // infinite, and is seen in the end.
 //
-// Options: HEAD_DIM, and those of decode attention (prelude.cuh).
+// Options: HEAD_DIM; AT_A_TIME (chunks whose values are under way together, 16 or 32); those of decode attention (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -32,13 +32,14 @@ struct MergeArgs {
     float scale_log2;
 };
 
-// Chunks whose values are under way together.
+#ifndef AT_A_TIME
 #define AT_A_TIME 16
+#endif
 // Turns of a warp through a row, four numbers a lane.
 #define TURNS ((HEAD_DIM + 127) / 128)
 
 // Blocks are [num_kv_heads, rows]; a warp for every head of the group, or fewer that take several in turn.
-extern "C" __global__ void __launch_bounds__(256, HEAD_DIM > 128 ? 3 : 4) attention_merge(const MergeArgs a) {
+extern "C" __global__ void __launch_bounds__(256, AT_A_TIME > 16 ? 2 : HEAD_DIM > 128 ? 3 : 4) attention_merge(const MergeArgs a) {
     let_next_start();
     const u32 kv_head = blockIdx.x, group = a.num_heads / a.num_kv_heads, lane = threadIdx.x % 32;
     const Unit unit = a.spans[a.row_spans[blockIdx.y]];

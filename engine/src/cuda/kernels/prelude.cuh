@@ -246,7 +246,7 @@ __device__ __forceinline__ void store_product(const LinearArgs& a, const Project
 #define CHUNK 512
 #endif
 #ifndef SMALLEST
-#define SMALLEST 12
+#define SMALLEST 8
 #endif
 #ifndef CAPTURE
 #define CAPTURE 0
@@ -256,8 +256,8 @@ __device__ __forceinline__ void store_product(const LinearArgs& a, const Project
 // How keys are cut: sizes of chunks, smallest first, and how many there are of each, before those of CHUNK keys. Mirrors `GROWING` in
 // chunks.rs.
 #define GROWING_SIZES 3
-#define GROWING_KEYS {256, 384, 512}
-#define GROWING_CHUNKS {SMALLEST, 8, 20}
+#define GROWING_KEYS {256, 320, 512}
+#define GROWING_CHUNKS {SMALLEST, 16, 20}
 
 __device__ __forceinline__ u32 first_key_of(u32 chunk) {
     constexpr u32 sizes[] = GROWING_KEYS, counts[] = GROWING_CHUNKS;
