@@ -85,7 +85,13 @@ impl Operands {
                     3 => self.tile::<S, W, 8, 3>(w, row),
                     4 => self.tile::<S, W, 4, 4>(w, row),
                     5 => self.tile::<S, W, 4, 5>(w, row),
-                    _ => self.tile::<S, W, 4, 6>(w, row),
+                    6 => self.tile::<S, W, 4, 6>(w, row),
+                    7 => self.tile::<S, W, 2, 7>(w, row),
+                    8 => self.tile::<S, W, 2, 8>(w, row),
+                    9 => self.tile::<S, W, 2, 9>(w, row),
+                    10 => self.tile::<S, W, 2, 10>(w, row),
+                    11 => self.tile::<S, W, 2, 11>(w, row),
+                    _ => self.tile::<S, W, 2, 12>(w, row),
                 }
             }
             row += n;
@@ -132,19 +138,34 @@ impl Operands {
             let next = M * inputs;
             let mut k = 0;
             while k < whole {
-                let mut xs = [S::splat(0.0); R];
-                for (r, v) in xs.iter_mut().enumerate() {
-                    *v = S::load(x.add(r * inputs + k));
-                }
-                for m in 0..M {
-                    let at = w.add(m * inputs + k);
-                    // The next block's weights: one line per 64 bytes.
-                    if (k * size_of::<W>()).is_multiple_of(64) {
-                        S::prefetch(at.wrapping_add(next).cast());
+                // The next block's weights: one line per 64 bytes.
+                if (k * size_of::<W>()).is_multiple_of(64) {
+                    for m in 0..M {
+                        S::prefetch(w.wrapping_add(next + m * inputs + k).cast());
                     }
-                    let weight = W::load::<S>(at);
-                    for (r, &v) in xs.iter().enumerate() {
-                        acc[r * M + m] = S::fma(weight, v, acc[r * M + m]);
+                }
+                // Registers hold the sums and the fewer of inputs and weights.
+                if R > 2 * M {
+                    let mut weights = [S::splat(0.0); M];
+                    for (m, weight) in weights.iter_mut().enumerate() {
+                        *weight = W::load::<S>(w.add(m * inputs + k));
+                    }
+                    for r in 0..R {
+                        let v = S::load(x.add(r * inputs + k));
+                        for (m, &weight) in weights.iter().enumerate() {
+                            acc[r * M + m] = S::fma(weight, v, acc[r * M + m]);
+                        }
+                    }
+                } else {
+                    let mut xs = [S::splat(0.0); R];
+                    for (r, v) in xs.iter_mut().enumerate() {
+                        *v = S::load(x.add(r * inputs + k));
+                    }
+                    for m in 0..M {
+                        let weight = W::load::<S>(w.add(m * inputs + k));
+                        for (r, &v) in xs.iter().enumerate() {
+                            acc[r * M + m] = S::fma(weight, v, acc[r * M + m]);
+                        }
                     }
                 }
                 k += S::LANES;

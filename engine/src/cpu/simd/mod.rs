@@ -23,7 +23,8 @@ pub(crate) trait Simd: Copy + 'static {
     type F: Copy;
     /// Lanes per vector; divides 16.
     const LANES: usize;
-    /// Rows per tile of the linear kernel for few rows, at most 6: their inputs and sums share the register file.
+    /// Rows per tile of the linear kernel for few rows, at most 12: sums of two outputs and more share the register file with inputs or
+    /// weights.
     const TILE_TOKENS: usize;
 
     unsafe fn splat(x: f32) -> Self::F;

@@ -56,7 +56,7 @@ macro_rules! fold256 {
 impl Simd for Avx512 {
     type F = __m512;
     const LANES: usize = 16;
-    const TILE_TOKENS: usize = 6;
+    const TILE_TOKENS: usize = 12;
 
     intrinsics! {
         splat(x: f32) -> __m512 = _mm512_set1_ps(x);
