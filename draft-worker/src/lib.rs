@@ -18,6 +18,7 @@ mod outgoing;
 pub mod own_reads;
 mod prospects;
 mod round_length;
+mod round_trips;
 pub mod rows;
 mod service;
 mod session;
@@ -27,6 +28,7 @@ mod worker;
 
 pub use args::{Args, Config, LookaheadMode};
 pub use own_reads::{OwnPolicy, OwnReads};
+pub use round_trips::RoundTrips;
 pub use rows::RowSelector;
 pub use specattn_worker::WorkerError;
 pub use worker::Worker;

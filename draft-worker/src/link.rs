@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use specattn_proto::v1::verify_service_client::VerifyServiceClient;
 use specattn_proto::v1::{AttachResponse, SpeculateRequest, SpeculateResponse};
@@ -40,7 +40,6 @@ pub(crate) struct Link {
     engine: EngineSession,
     answers: Streaming<SpeculateResponse>,
     failed: oneshot::Receiver<Fault>,
-    round_trip: Duration,
 }
 
 impl Link {
@@ -66,7 +65,6 @@ impl Link {
             let welcome = wire::welcome(welcome, &model.config, joining.known)?;
             Ok::<_, Fault>((welcome, answers))
         };
-        let began = Instant::now();
         let (welcome, answers) = tokio::time::timeout(WELCOME_TIMEOUT, joined)
             .await
             .map_err(|_| Fault::Unavailable("the verify worker does not answer".to_owned()))??;
@@ -75,15 +73,9 @@ impl Link {
             engine,
             answers,
             failed,
-            round_trip: began.elapsed(),
         };
         link.tell_welcome(welcome).await?;
         Ok(link)
-    }
-
-    /// The time from Join to Welcome.
-    pub(crate) fn round_trip(&self) -> Duration {
-        self.round_trip
     }
 
     async fn tell_welcome(&self, welcome: Welcome) -> Result<(), Fault> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use specattn_proto::Fault;
 use specattn_proto::v1::draft_service_server::DraftService;
@@ -46,8 +47,9 @@ pub(crate) struct Service {
 type AttachStream = ReceiverStream<Result<AttachResponse, Status>>;
 
 impl Service {
-    async fn take_up(&self, attach: Attach) -> Result<Link, Fault> {
-        let channel = self.channels.get(&attach.endpoint)?;
+    /// Joins a session; measures meanwhile how far its verify worker is.
+    async fn take_up(&self, attach: Attach) -> Result<(Link, Option<Duration>), Fault> {
+        let route = self.channels.get(&attach.endpoint)?;
         let (proposals, outbound) = mpsc::channel(PROPOSALS);
         let (failed, failure) = oneshot::channel();
         let (reply, opened) = oneshot::channel();
@@ -69,8 +71,9 @@ impl Service {
         opened.await.map_err(|_| gone())??;
         // The engine catches up with the tokens while the link is made.
         let outbound = Outgoing::new(self.totals.clone()).messages(outbound);
-        let joining = attach.joining;
-        Link::join(channel, joining, &self.model, engine, outbound, failure).await
+        let (to, joining) = (route.link.clone(), attach.joining);
+        let joined = Link::join(to, joining, &self.model, engine, outbound, failure);
+        tokio::try_join!(joined, async { Ok(route.round_trip().await) })
     }
 }
 
@@ -89,10 +92,11 @@ impl DraftService for Service {
         Parent::of(request.metadata().as_ref()).adopt(&span);
         let attach = wire::attach(request.into_inner(), &self.model.config, self.drafting)?;
         span.record("session_id", display(attach.joining.session));
-        let link = self.take_up(attach).instrument(span.clone()).await?;
+        let taken_up = self.take_up(attach).instrument(span.clone());
+        let (link, round_trip) = taken_up.await?;
         let (events, stream) = mpsc::channel(ATTACH_EVENTS);
         events
-            .try_send(Ok(wire::attached(link.round_trip())))
+            .try_send(Ok(wire::attached(round_trip)))
             .map_err(|_| Fault::Internal("a fresh channel has no room".to_owned()))?;
         tokio::spawn(link.run(events).instrument(span));
         Ok(Response::new(ReceiverStream::new(stream)))

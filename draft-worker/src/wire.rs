@@ -214,10 +214,11 @@ pub(crate) fn answer(response: v1::SpeculateResponse) -> Result<Answer, Fault> {
     }
 }
 
-/// An event of the `Attach` stream: the verify worker has welcomed the draft after this time.
-pub(crate) fn attached(round_trip: Duration) -> v1::AttachResponse {
+/// An event of the `Attach` stream: the verify worker, which is so far, has welcomed the draft.
+pub(crate) fn attached(round_trip: Option<Duration>) -> v1::AttachResponse {
+    let measured = round_trip.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     let attached = v1::Attached {
-        round_trip_us: u64::try_from(round_trip.as_micros()).unwrap_or(u64::MAX),
+        round_trip_us: measured.unwrap_or(0),
     };
     v1::AttachResponse {
         event: Some(v1::attach_response::Event::Attached(attached)),

@@ -177,7 +177,13 @@ impl Stepwise {
     }
 
     /// A draft is attached, having measured this round trip to its verify worker.
-    pub fn attached(&mut self, id: SessionId, draft: WorkerId, trip: Duration, now: Instant) {
+    pub fn attached(
+        &mut self,
+        id: SessionId,
+        draft: WorkerId,
+        trip: Option<Duration>,
+        now: Instant,
+    ) {
         self.office.now = now.into();
         self.tell(id, |session, office| session.attached(office, draft, trip));
     }

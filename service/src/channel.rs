@@ -3,7 +3,7 @@
 //! Nagle is off, since rounds are small messages that wait for each other. HTTP/2 pings notice a peer whose host froze
 //! or whose network went away; a peer that merely died is noticed by its closed socket.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use specattn_proto::Fault;
@@ -13,6 +13,8 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::secret::Secrets;
 use crate::tls::Tls;
@@ -26,11 +28,29 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// Wait for the ping's answer. With the interval before it, a dead peer is noticed within 2.8 seconds.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_millis(1_800);
 
+/// Longest wait for what [`ping`] asks.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// The metadata key of credentials.
 pub(crate) const AUTHORIZATION: &str = "authorization";
 
 /// A channel that shows the caller's credentials with every request.
 pub type Link = InterceptedService<Channel, Credentials>;
+
+/// Times a health check over `link`: the round trip to a service, with as little of its work in it as can be.
+///
+/// # Errors
+/// [`Fault::Unavailable`] when nobody answers in a second.
+pub async fn ping(link: Link) -> Result<Duration, Fault> {
+    let began = Instant::now();
+    let mut client = HealthClient::new(link);
+    let checked = client.check(HealthCheckRequest::default());
+    match tokio::time::timeout(PING_TIMEOUT, checked).await {
+        Ok(Ok(_)) => Ok(began.elapsed()),
+        Ok(Err(status)) => Err(Fault::from_status(&status)),
+        Err(_) => Err(Fault::Unavailable("no answer to a health check".to_owned())),
+    }
+}
 
 /// What a caller shows of itself, besides its certificate.
 #[derive(Debug, Clone, Default)]

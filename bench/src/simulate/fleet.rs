@@ -248,6 +248,11 @@ impl Fleet<'_> {
             // What a worker would have sent after its death.
             Event::Deliver(Party::Worker(life), ..) if !self.lives_on(life) => {}
             Event::Deliver(from, Party::Gateway, message) => self.tell_gateway(from, message),
+            Event::Deliver(from, to @ Party::Worker(life), Message::Ping(since)) => {
+                if self.lives_on(life) {
+                    self.send(to, (self.now, from, Message::Pong(since)));
+                }
+            }
             Event::Deliver(from, Party::Worker(life), message) => {
                 // What is sent to a former life reaches nobody; its sender learns from the lost connection.
                 let lives = self.lives_on(life);
@@ -426,7 +431,12 @@ impl Fleet<'_> {
 
     fn send(&mut self, from: Party, (at, to, message): (Duration, Party, Message)) {
         let between = from != Party::Gateway && to != Party::Gateway;
-        let stream = self.streams.entry((from, to)).or_default();
+        // A step's messages are handed over when it begins; pings overtake them.
+        let mut alone = Stream::default();
+        let stream = match message {
+            Message::Ping(_) | Message::Pong(_) => &mut alone,
+            _ => self.streams.entry((from, to)).or_default(),
+        };
         let arrival = stream.arrival(&self.plan.network, between, at, &mut self.rng);
         self.agenda.note(arrival, Event::Deliver(from, to, message));
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use specattn_draft::stepwise as draft;
+use specattn_draft::{RoundTrips, stepwise as draft};
 use specattn_gateway::stepwise::WorkerId;
 use specattn_proto::v1::{
     AttachRequest, ModelInfo, OpenRequest, OpenResponse, SpeculateRequest, SpeculateResponse,
@@ -44,6 +44,10 @@ pub enum Message {
     Speculate(u64, Box<SpeculateRequest>),
     /// Draft to verify worker: that stream is closed.
     Leave(u64),
+    /// Draft to verify worker at this time: answer at once, whatever the engine does.
+    Ping(Duration),
+    /// Verify worker to draft: the answer to what was sent then.
+    Pong(Duration),
     /// Verify worker to draft, on the same stream.
     Answer(u64, Box<SpeculateResponse>),
     /// Verify worker to draft: that stream is closed.
@@ -54,8 +58,8 @@ pub enum Message {
     Refused(SessionId, Fault),
     /// Verify worker to gateway: an event of a session.
     Event(SessionId, Box<OpenResponse>),
-    /// Draft worker to gateway: attached, so long after its Join.
-    Attached(SessionId, Duration),
+    /// Draft worker to gateway: attached, to a verify worker that is so far.
+    Attached(SessionId, Option<Duration>),
     /// Draft worker to gateway: not attached any more, or never was.
     Detached(SessionId),
 }
@@ -85,14 +89,14 @@ pub struct VerifyWorker {
 pub struct DraftWorker {
     worker: draft::Stepwise,
     attachments: BTreeMap<u64, Attachment>,
+    trips: BTreeMap<Life, RoundTrips>,
 }
 
 #[derive(Debug)]
 struct Attachment {
     session: SessionId,
     verify: Life,
-    /// When Join was sent, until it is answered.
-    joining_since: Option<Duration>,
+    is_welcome: bool,
 }
 
 impl VerifyWorker {
@@ -170,11 +174,13 @@ impl DraftWorker {
                     let attachment = Attachment {
                         session,
                         verify,
-                        joining_since: Some(now),
+                        is_welcome: false,
                     };
                     self.attachments.insert(key, attachment);
+                    let verify = Party::Worker(verify);
+                    sent.push((now, verify, Message::Ping(now)));
                     let join = Message::Speculate(key, Box::new(join));
-                    sent.push((now, Party::Worker(verify), join));
+                    sent.push((now, verify, join));
                 }
                 Err(_) => sent.push((now, Party::Gateway, Message::Detached(session))),
             },
@@ -182,9 +188,11 @@ impl DraftWorker {
             Message::Detach(session) => self.end(now, sent, false, |_, at| at.session == session),
             Message::Answer(key, answer) => {
                 if let Some(attachment) = self.attachments.get_mut(&key)
-                    && let Some(since) = attachment.joining_since.take()
+                    && !std::mem::replace(&mut attachment.is_welcome, true)
                 {
-                    let attached = Message::Attached(attachment.session, now - since);
+                    let trips = self.trips.get(&attachment.verify);
+                    let trip = trips.and_then(RoundTrips::shortest);
+                    let attached = Message::Attached(attachment.session, trip);
                     sent.push((now, Party::Gateway, attached));
                 }
                 if self.worker.answer(key, *answer).is_err() {
@@ -192,7 +200,10 @@ impl DraftWorker {
                 }
             }
             Message::Unlinked(key) => self.end(now, sent, true, |at, _| at == key),
-            Message::Lost(life) => self.end(now, sent, false, |_, at| at.verify == life),
+            Message::Lost(life) => {
+                self.trips.remove(&life);
+                self.end(now, sent, false, |_, at| at.verify == life);
+            }
             _ => {}
         }
     }
@@ -254,6 +265,7 @@ impl Worker {
         Self::Draft(Box::new(DraftWorker {
             worker,
             attachments: BTreeMap::new(),
+            trips: BTreeMap::new(),
         }))
     }
 
@@ -371,8 +383,16 @@ impl Node {
 
     /// Takes a message; whether the worker can look at it now.
     pub fn take(&mut self, from: Party, message: Message, now: Duration) -> bool {
-        self.inbox.push_back((from, message));
-        self.busy_until <= now
+        match (message, from, &mut self.worker) {
+            (Message::Pong(since), Party::Worker(life), Some(Worker::Draft(draft))) => {
+                draft.trips.entry(life).or_default().note(now - since);
+                false
+            }
+            (message, ..) => {
+                self.inbox.push_back((from, message));
+                self.busy_until <= now
+            }
+        }
     }
 
     /// Lets the worker take its messages and one step; what it sends. `origin` is where virtual time begins.

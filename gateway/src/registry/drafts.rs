@@ -10,17 +10,12 @@ use super::{Assignment, Record, Records, Registry, Worker, WorkerId, misfit};
 /// A draft's way to the verify worker that weighs as much as a full worker.
 const FAR: Duration = Duration::from_millis(200);
 
-/// Ways up to this are all the same. Within a region they are shorter, and what is measured beyond that is how busy the hosts
-/// are.
+/// Ways up to this are all the same: within a region they are shorter.
 const NEAR: Duration = Duration::from_millis(10);
 
 /// The gain for which an attached draft is left for another, in what one session adds to that: moving must even the load out,
 /// not turn it over.
 const WORTH_MOVING: f64 = 0.5;
-
-/// How much of the way up to a longer round trip is believed at a time. A verify worker that is busy makes a short way look
-/// long, and nothing makes a long one look short: the shortest counts, and is forgotten slowly.
-const LONGER: f64 = 0.05;
 
 /// How much of a way is still believed for each session that went elsewhere since it was measured. One that was measured in a bad
 /// moment would else never be measured again; one that is truly long is tried by a session in some dozens.
@@ -29,7 +24,7 @@ const DOUBT: f64 = 0.95;
 /// A draft's way to a verify worker.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Way {
-    /// The round trip, as LONGER has it.
+    /// The round trip, as the draft worker told it last.
     round_trip: Duration,
     /// Sessions of the verify worker that were given to other drafts since.
     passed_over: u32,
@@ -116,15 +111,11 @@ impl Registry {
         if let Some(record) = records.by_id.get_mut(&draft) {
             // Endpoints that are gone must not gather.
             record.ways.retain(|endpoint, _| known.contains(endpoint));
-            let way = record.ways.entry(verify.endpoint.clone()).or_insert(Way {
+            let way = Way {
                 round_trip: time,
                 passed_over: 0,
-            });
-            let longer = time.saturating_sub(way.round_trip).mul_f64(LONGER);
-            *way = Way {
-                round_trip: time.min(way.round_trip + longer),
-                passed_over: 0,
             };
+            record.ways.insert(verify.endpoint.clone(), way);
         }
     }
 }

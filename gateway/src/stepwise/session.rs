@@ -393,11 +393,18 @@ impl Session {
     }
 
     /// A draft is attached, having measured this round trip to its verify worker.
-    pub(super) fn attached(&mut self, office: &mut Office, draft: WorkerId, trip: Duration) {
+    pub(super) fn attached(
+        &mut self,
+        office: &mut Office,
+        draft: WorkerId,
+        trip: Option<Duration>,
+    ) {
         if let Stage::Open(stay) = &self.stage
             && stay.is_drafted_by(draft)
         {
-            office.registry.heard_round_trip(draft, &stay.worker, trip);
+            if let Some(trip) = trip {
+                office.registry.heard_round_trip(draft, &stay.worker, trip);
+            }
             self.set(office, Timer::Listen, office.now + HELD);
         }
     }

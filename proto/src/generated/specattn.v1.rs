@@ -401,7 +401,8 @@ pub mod attach_response {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Attached {
-    /// Microseconds from Join to Welcome: the round trip to the verify worker, and its engine's wait. 0: not measured.
+    /// The shortest round trip to the verify worker that was measured lately, without the work there, in microseconds.
+    /// 0: not measured.
     #[prost(uint64, tag = "1")]
     pub round_trip_us: u64,
 }
