@@ -1,10 +1,11 @@
 //! The state machine alone: forwards are scripted, proposals are read at the channel's other end.
 
 use specattn_engine::AttentionRows;
-use specattn_engine::sampling::check_draft;
+use specattn_engine::sampling::{SamplingParams, check_draft};
+use specattn_mask::{MaskPolicy, Source};
 
 use super::*;
-use crate::args::LookaheadMode;
+use crate::args::{Drafting, LookaheadMode};
 use crate::own_reads::OwnPolicy;
 
 mod ahead;

@@ -3,6 +3,7 @@
 use specattn_mask::Term;
 
 use super::*;
+use crate::outgoing::OutgoingMask;
 
 #[test]
 fn masks_cover_the_targets_cache_and_can_start_over() {
