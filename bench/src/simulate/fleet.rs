@@ -247,16 +247,14 @@ impl Fleet<'_> {
             }
             // What a worker would have sent after its death.
             Event::Deliver(Party::Worker(life), ..) if !self.lives_on(life) => {}
+            // What is sent to a former life reaches nobody; its sender learns from the lost connection.
+            Event::Deliver(_, Party::Worker(life), _) if !self.lives_on(life) => {}
             Event::Deliver(from, Party::Gateway, message) => self.tell_gateway(from, message),
-            Event::Deliver(from, to @ Party::Worker(life), Message::Ping(since)) => {
-                if self.lives_on(life) {
-                    self.send(to, (self.now, from, Message::Pong(since)));
-                }
+            Event::Deliver(from, to, Message::Ping(since)) => {
+                self.send(to, (self.now, from, Message::Pong(since)));
             }
             Event::Deliver(from, Party::Worker(life), message) => {
-                // What is sent to a former life reaches nobody; its sender learns from the lost connection.
-                let lives = self.lives_on(life);
-                if lives && self.nodes[life.node].take(from, message, self.now) {
+                if self.nodes[life.node].take(from, message, self.now) {
                     self.turn(life.node);
                 }
             }
