@@ -381,13 +381,20 @@ impl Backend for CpuBackend {
         for bias in biases {
             x[bias.row as usize * width + bias.column as usize] += bias.value;
         }
-        let peak = |row: &[f32]| {
-            let column = most_probable(row)?;
-            let value = row[column as usize];
-            Some(Peak { column, value })
-        };
+        let rows: Vec<&[f32]> = x.chunks_exact(width).collect();
         out.clear();
-        out.extend(x.chunks_exact(width).map(peak));
+        out.resize(rows.len(), None);
+        let peaks = SharedSlice::new(out);
+        self.pool.run(rows.len(), &|index| {
+            let row = rows[index];
+            let peak = most_probable(row).map(|column| Peak {
+                column,
+                value: row[column as usize],
+            });
+            // SAFETY: every row has its own peak.
+            let own = unsafe { peaks.range(index, 1) };
+            own[0] = peak;
+        });
         Ok(())
     }
 
