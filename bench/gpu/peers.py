@@ -9,6 +9,7 @@ Same shapes, bf16, medians of 30 runs after 5, inputs rotated past the L2 cache.
 a captured graph, which spares the launches. Run it beside `gpu time` and compare within that run. Prints Markdown.
 """
 
+import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +25,7 @@ RUNS, WARM_UP, PER_GRAPH = 30, 5, 10
 ROTATED_BYTES = 200 << 20
 KEPT = 0.216
 PAGE = 64
+KINDS = ["fa2", "fa3", "decode"]
 SHAPES = [(32, 32, 1, 4096), (32, 32, 1, 16384), (32, 32, 1, 32768), (32, 32, 8, 4096), (32, 8, 1, 4096), (32, 8, 1, 32768),
           (32, 8, 8, 4096), (32, 8, 8, 16384), (32, 8, 8, 32768)]
 
@@ -123,8 +125,8 @@ def planned(kind, workspace, tokens, heads, kv_heads, lists, page, rows):
     return wrapper
 
 
-def compiled():
-    """Has FlashInfer compile all that the tables need, side by side; names the kinds of paged attention that work."""
+def compiled(kinds):
+    """Has FlashInfer compile all that the tables need, side by side; names those of the kinds of paged attention that work."""
     begun = time.perf_counter()
 
     def paged(kind):
@@ -136,7 +138,7 @@ def compiled():
     def single(dim):
         flashinfer.single_prefill_with_kv_cache(new(PAGE, 8, dim), new(PAGE, 8, dim), new(PAGE, 8, dim), causal=True)
 
-    kinds = ["fa2"] + ["fa3"] * (torch.cuda.get_device_capability()[0] == 9) + ["decode"]
+    kinds = [kind for kind in kinds if kind != "fa3" or torch.cuda.get_device_capability()[0] == 9]
     with ThreadPoolExecutor() as pool:
         attempts = {kind: pool.submit(paged, kind) for kind in kinds}
         attempts |= {f"prefill of head_dim {dim}": pool.submit(single, dim) for dim in (64, 128, 256)}
@@ -210,10 +212,13 @@ def top_p():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="FlashInfer's kinds of paged attention")
+    args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     with torch.inference_mode():
         if flashinfer:
-            kinds = compiled()
+            kinds = compiled(args.kinds)
         else:
             print(f"\nWithout FlashInfer: {why_not}.")
         for tokens in (5, 1):
