@@ -13,8 +13,7 @@ use crate::cpu::simd::{Element, Kernel, Simd};
 
 /// Keys that rows are scored against, and values that they sum, at a time.
 const BLOCK: usize = 32;
-/// How many blocks ahead entries are asked for: a block is worked on for as long as memory takes; those asked for earlier than needed
-/// cost their room in the cache.
+/// How many blocks ahead entries are asked for; two and four were slower (bench/serve/service.md).
 const DISTANCE: usize = 1;
 /// Most rows worked on together: they share every key and value they load.
 const ROW_GROUP: usize = 4;
