@@ -381,12 +381,13 @@ impl Backend for CpuBackend {
         for bias in biases {
             x[bias.row as usize * width + bias.column as usize] += bias.value;
         }
-        let rows: Vec<&[f32]> = x.chunks_exact(width).collect();
+        let logits = &**x;
+        let rows = logits.len() / width;
         out.clear();
-        out.resize(rows.len(), None);
+        out.resize(rows, None);
         let peaks = SharedSlice::new(out);
-        self.pool.run(rows.len(), &|index| {
-            let row = rows[index];
+        self.pool.run(rows, &|index| {
+            let row = &logits[index * width..][..width];
             let peak = most_probable(row).map(|column| Peak {
                 column,
                 value: row[column as usize],

@@ -13,7 +13,7 @@ use crate::cpu::simd::{Element, Kernel, Simd};
 
 /// Keys that rows are scored against, and values that they sum, at a time.
 const BLOCK: usize = 32;
-/// How many blocks ahead entries are asked for; two and four were slower (bench/serve/service.md).
+/// How many blocks ahead entries are asked for; two were slower (bench/serve/service.md).
 const DISTANCE: usize = 1;
 /// Most rows worked on together: they share every key and value they load.
 const ROW_GROUP: usize = 4;
