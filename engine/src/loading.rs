@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::backend::{Backend, DType, KvShape};
 use crate::communicator::Communicator;
-use crate::cpu::{Buffer as CpuBuffer, CpuBackend, Isa as CpuIsa, ThreadGroup};
+use crate::cpu::{CpuBackend, Isa as CpuIsa, ThreadGroup};
 use crate::crew::Crew;
 use crate::device::{DeviceChoice, DeviceInfo, cpu_devices};
 use crate::error::EngineError;
@@ -110,19 +110,19 @@ pub(crate) fn load(
 fn cpu_ranks(
     ranks: usize,
     options: &LoadOptions,
-) -> Result<Vec<(CpuBackend, Group<CpuBuffer>)>, EngineError> {
+) -> Result<Vec<(CpuBackend, Group<CpuBackend>)>, EngineError> {
     let (threads, isa) = (options.threads, options.cpu_isa);
     if ranks == 1 {
         return Ok(vec![(CpuBackend::new(threads, isa)?, None)]);
     }
-    let boxed = |end| Some(Box::new(end) as Box<dyn Communicator<CpuBuffer>>);
+    let boxed = |end| Some(Box::new(end) as Box<dyn Communicator<CpuBackend>>);
     let group = ThreadGroup::new(ranks).into_iter().map(boxed);
     let backends = CpuBackend::ranks(ranks, threads, isa)?;
     Ok(backends.into_iter().zip(group).collect())
 }
 
 /// A rank's end of its group; `None` for a model that is not split.
-pub(crate) type Group<Buffer> = Option<Box<dyn Communicator<Buffer>>>;
+pub(crate) type Group<B> = Option<Box<dyn Communicator<B>>>;
 
 /// A rank's backend and its weights there.
 type Held<B> = (B, Weights<<B as Backend>::Weight>);
@@ -141,13 +141,12 @@ impl Loading<'_> {
     fn run<B>(
         self,
         shares: Vec<Share>,
-        ends: Vec<(B, Group<B::Buffer>)>,
+        ends: Vec<(B, Group<B>)>,
         devices: Vec<DeviceInfo>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Loaded, EngineError>
     where
         B: Backend,
-        B::Buffer: 'static,
         Transformer<B>: Send + 'static,
     {
         let (backends, groups): (Vec<B>, Vec<_>) = ends.into_iter().unzip();

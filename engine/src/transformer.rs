@@ -8,7 +8,7 @@ use specattn_positions::PositionSet;
 use crate::attention::{AttentionRows, EntryMasses, HeadLists, KvReads, SpanLists};
 use crate::backend::{AttentionArgs, AttentionShape, Backend, Epilogue, Linear, Pass, RotateArgs};
 use crate::chooser::{KeyChooser, LayerKeys};
-use crate::communicator::Communicator;
+use crate::communicator::{Addend, Communicator, Norm};
 use crate::config::ModelConfig;
 use crate::crew::Crew;
 use crate::error::EngineError;
@@ -36,11 +36,11 @@ struct Activations<T> {
 }
 
 /// Where a transformer stands among those that run one model together.
-pub(crate) struct Place<Buffer> {
+pub(crate) struct Place<B> {
     /// What it holds of the model.
     pub(crate) share: Share,
     /// How it meets the others; `None` where there are none.
-    pub(crate) group: Option<Box<dyn Communicator<Buffer>>>,
+    pub(crate) group: Option<Box<dyn Communicator<B>>>,
 }
 
 /// What [`Transformer::new`] puts together.
@@ -50,7 +50,7 @@ pub(crate) struct Parts<B: Backend> {
     pub(crate) kv: B::Kv,
     /// Of the whole model.
     pub(crate) config: ModelConfig,
-    pub(crate) place: Place<B::Buffer>,
+    pub(crate) place: Place<B>,
     pub(crate) crew: Crew,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Transformer<B: Backend> {
     activations: Activations<B::Buffer>,
     /// Of this rank's heads.
     shape: AttentionShape,
-    place: Place<B::Buffer>,
+    place: Place<B>,
     crews: Crews,
 }
 
@@ -136,7 +136,7 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Where it stands among the model's ranks.
-    pub(crate) fn place(&self) -> &Place<B::Buffer> {
+    pub(crate) fn place(&self) -> &Place<B> {
         &self.place
     }
 
@@ -259,8 +259,10 @@ impl<B: Backend> Transformer<B> {
         let _turn = backend.begin(&pass, &shape, &mut crews.listing);
         backend.embed(&weights.embedding.weight, &pass, &mut a.hidden);
         backend.angles(&pass, &self.inverse_frequencies, &mut a.angles);
+        if let Some(first) = weights.layers.first() {
+            backend.rms_norm(&a.hidden, &first.input_norm, eps, &mut a.normed);
+        }
         for (index, layer) in weights.layers.iter().enumerate() {
-            backend.rms_norm(&a.hidden, &layer.input_norm, eps, &mut a.normed);
             let [q, k, v] = &layer.qkv;
             backend.linear(&a.normed, &[q, k, v], Epilogue::Store, bulk, &mut a.qkv);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
@@ -291,8 +293,13 @@ impl<B: Backend> Transformer<B> {
             } else {
                 backend.attention(&a.q, &pass, &attend, &mut wanted, &mut a.attended);
             }
-            place.add(backend, (&a.attended, &layer.output), bulk, &mut a.hidden);
-            backend.rms_norm(&a.hidden, &layer.mlp_norm, eps, &mut a.normed);
+            let norm = Norm {
+                weight: &layer.mlp_norm,
+                eps,
+                out: &mut a.normed,
+            };
+            let attended = (&a.attended, &layer.output);
+            place.add(backend, attended, bulk, &mut a.hidden, Some(norm));
             backend.linear(
                 &a.normed,
                 &[&layer.gate, &layer.up],
@@ -300,7 +307,12 @@ impl<B: Backend> Transformer<B> {
                 bulk,
                 &mut a.mlp,
             );
-            place.add(backend, (&a.mlp, &layer.down), bulk, &mut a.hidden);
+            let norm = weights.layers.get(index + 1).map(|next| Norm {
+                weight: &next.input_norm,
+                eps,
+                out: &mut a.normed,
+            });
+            place.add(backend, (&a.mlp, &layer.down), bulk, &mut a.hidden, norm);
         }
         if !pass.logit_rows.is_empty() {
             let hidden = self.config.hidden_size;
@@ -344,24 +356,34 @@ impl<B: Backend> Transformer<B> {
     }
 }
 
-impl<Buffer> Place<Buffer> {
-    /// Adds a projection to the residual stream, which all ranks have. Of a sum over ranks the first brings the stream and its own
-    /// part, the others theirs alone: so the stream is never rounded apart from the sum.
-    fn add<B: Backend<Buffer = Buffer>>(
+impl<B: Backend> Place<B> {
+    /// Adds a projection to the residual stream, which all ranks have, and takes the norm that is next. Of a sum over ranks the first
+    /// brings the stream and its own part, the others theirs alone: so the stream is never rounded apart from the sum.
+    fn add(
         &self,
         backend: &B,
-        (x, projection): (&Buffer, &Linear<B::Weight>),
+        (x, projection): (&B::Buffer, &Linear<B::Weight>),
         bulk: bool,
-        stream: &mut Buffer,
+        stream: &mut B::Buffer,
+        norm: Option<Norm<'_, B>>,
     ) {
         let epilogue = if self.share.is_first() {
             Epilogue::Add
         } else {
             Epilogue::Store
         };
-        backend.linear(x, &[projection], epilogue, bulk, stream);
+        let addend = Addend {
+            x,
+            projection,
+            epilogue,
+            bulk,
+        };
         if let Some(group) = &self.group {
-            group.sum(stream, bulk);
+            return group.add(backend, &addend, stream, norm);
+        }
+        addend.give(backend, stream);
+        if let Some(norm) = norm {
+            norm.of(backend, stream);
         }
     }
 

@@ -15,6 +15,7 @@ pub mod listed_steps;
 pub mod load;
 pub mod numbers;
 pub mod pair;
+mod rank_sums;
 pub mod tensor_parallel;
 pub mod time_kernels;
 pub mod timer;

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use super::CpuBackend;
 use super::memory::Buffer;
 use crate::communicator::Communicator;
 
@@ -64,7 +65,7 @@ impl ThreadGroup {
     }
 }
 
-impl Communicator<Buffer> for ThreadGroup {
+impl Communicator<CpuBackend> for ThreadGroup {
     fn sum(&self, x: &mut Buffer, _bulk: bool) {
         // A rank may come back before the last one has read the sum before.
         let mut state = self.wait(self.state(), |state| state.parts[self.rank].is_none());

@@ -22,6 +22,7 @@ use super::linear::{self, Product, ProductKernel, out_width};
 use super::linear_wgmma;
 use super::linear_wide;
 use super::memory::{Buffer, DeviceMemory, Elements, Weight};
+use super::peer_norm::Sending;
 use super::pinned::PinnedMemory;
 use super::selection::{self, MAX_ROW};
 use super::staging::Staging;
@@ -132,12 +133,12 @@ impl CudaBackend {
         }
     }
 
-    /// The products of the rows of `x` with all of these projections, side by side in a row of `out`.
-    fn product(
+    /// The products of the rows of `x` with all of these projections, side by side in a row of `out`, or sent to where they are summed.
+    pub(super) fn product(
         &self,
         x: &Buffer,
         projections: &[&Linear<Weight>],
-        epilogue: Epilogue,
+        (epilogue, sending): (Epilogue, Sending),
         bulk: bool,
         out: &mut Buffer,
     ) -> Result<(), CudaError> {
@@ -156,6 +157,7 @@ impl CudaBackend {
             epilogue,
             out: out.address(),
             half_is_f16: self.half == DType::F16,
+            sending,
         };
         if !bulk {
             return product.stream(&self.device, self.product_kernel.get());
@@ -374,7 +376,8 @@ impl Backend for CudaBackend {
         bulk: bool,
         out: &mut Buffer,
     ) {
-        let result = self.product(x, projections, epilogue, bulk, out);
+        let whole = (epilogue, Sending::default());
+        let result = self.product(x, projections, whole, bulk, out);
         self.device.note(result);
     }
 

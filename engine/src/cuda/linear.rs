@@ -10,6 +10,7 @@ use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::linear_wide as wide;
 use super::memory::Weight;
+use super::peer_norm::Sending;
 use super::recording::LaunchShape;
 use crate::backend::{Epilogue, Linear};
 
@@ -113,6 +114,9 @@ pub(super) struct Product<'a> {
     pub(super) out: u64,
     /// Whether the 16-bit type is f16.
     pub(super) half_is_f16: bool,
+    /// Where results go instead of `out`, if the product is a part of a sum over ranks: of the streaming kernels, and not with
+    /// [`Epilogue::SwiGlu`].
+    pub(super) sending: Sending,
 }
 
 /// Mirrors `Projection` in prelude.cuh.
@@ -136,6 +140,7 @@ pub(super) struct LinearArgs {
     inputs: u32,
     out_stride: u32,
     unused: u32,
+    sending: Sending,
 }
 
 /// Elements per row that a product writes.
@@ -218,6 +223,7 @@ impl Product<'_> {
             inputs: self.inputs() as u32,
             out_stride: out_width(self.projections, self.epilogue) as u32,
             unused: 0,
+            sending: self.sending,
         };
         (args, tiles)
     }

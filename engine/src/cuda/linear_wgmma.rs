@@ -80,7 +80,7 @@ struct WgmmaArgs {
     weights: [TensorMap; 3],
     product: LinearArgs,
     /// To the 64 bytes that tensor maps begin on.
-    padding: [u64; 3],
+    padding: [u64; 7],
 }
 
 const _: () = assert!(size_of::<WgmmaArgs>().is_multiple_of(64));
@@ -223,7 +223,7 @@ impl Product<'_> {
             x: map(self.x, self.rows, tiling.block_rows())?,
             weights,
             product,
-            padding: [0; 3],
+            padding: [0; 7],
         };
         let options = tiling.options(self.half_is_f16, self.epilogue);
         let launch = LaunchShape {

@@ -27,6 +27,8 @@ mod linear_wgmma;
 mod linear_wide;
 mod memory;
 mod nccl;
+mod peer_memory;
+mod peer_norm;
 mod peer_sum;
 mod pinned;
 mod rank_group;

@@ -12,11 +12,13 @@ use std::sync::Arc;
 use super::backend::CudaBackend;
 use super::device::Device;
 use super::error::CudaError;
-use super::memory::Buffer;
+use super::memory::{Buffer, Elements, Weight};
 use super::nccl::NcclEnd;
+use super::peer_memory::{Abandoned, open_memory};
+use super::peer_norm::NormEnd;
 use super::peer_sum::PeerEnd;
-use crate::backend::DType;
-use crate::communicator::Communicator;
+use crate::backend::{DType, Epilogue, Linear};
+use crate::communicator::{Addend, Communicator, Norm, add_in_turn};
 use crate::error::EngineError;
 use crate::loading::{Group, LoadOptions};
 
@@ -45,12 +47,15 @@ pub(crate) fn open(
 pub(crate) fn ranks(
     devices: Vec<Arc<Device>>,
     half: DType,
-) -> Result<Vec<(CudaBackend, Group<Buffer>)>, EngineError> {
-    let groups: Vec<Group<Buffer>> = if devices.len() == 1 {
+) -> Result<Vec<(CudaBackend, Group<CudaBackend>)>, EngineError> {
+    let groups: Vec<Group<CudaBackend>> = if devices.len() == 1 {
         vec![None]
     } else {
-        let boxed = |end| Some(Box::new(end) as Box<dyn Communicator<Buffer>>);
-        RankGroup::join(&devices)?.into_iter().map(boxed).collect()
+        let boxed = |end| Some(Box::new(end) as Box<dyn Communicator<CudaBackend>>);
+        RankGroup::join(&devices, half)?
+            .into_iter()
+            .map(boxed)
+            .collect()
     };
     let backends = devices.into_iter().map(|d| CudaBackend::new(d, half));
     backends.zip(groups).map(|(b, g)| Ok((b?, g))).collect()
@@ -74,26 +79,37 @@ pub struct RankGroup {
     nccl: NcclEnd,
     /// `None` where the GPUs do not reach each other's memory.
     peers: Option<PeerEnd>,
+    /// The same, and where there are more than two.
+    norms: Option<NormEnd>,
+    abandoned: Arc<Abandoned>,
 }
 
 impl RankGroup {
-    /// Joins devices.
+    /// Joins devices on which products take rows of the 16-bit type `half`.
     ///
     /// # Errors
     /// [`CudaError::LibraryMissing`], [`CudaError::MulticastUndecided`], [`CudaError::Nccl`] or those of memory.
-    pub fn join(devices: &[Arc<Device>]) -> Result<Vec<Self>, CudaError> {
-        let peers: Vec<Option<PeerEnd>> = match PeerEnd::join(devices)? {
-            Some(ends) => ends.into_iter().map(Some).collect(),
-            None => devices.iter().map(|_| None).collect(),
-        };
-        let ends = NcclEnd::join(devices)?.into_iter().zip(peers);
-        let end = |(device, (nccl, peers)): (&Arc<Device>, _)| Self {
+    pub fn join(devices: &[Arc<Device>], half: DType) -> Result<Vec<Self>, CudaError> {
+        let abandoned = Arc::new(Abandoned::new(devices[0].pinned())?);
+        let (mut peers, mut norms) = (None, None);
+        if open_memory(devices)? {
+            peers = PeerEnd::join(devices, &abandoned)?;
+            if let [first, second] = devices {
+                let is_f16 = half == DType::F16;
+                norms = Some(NormEnd::join([first, second], is_f16, &abandoned)?);
+            }
+        }
+        let (mut peers, mut norms) = (peers.into_iter().flatten(), norms.into_iter().flatten());
+        let ends = devices.iter().zip(NcclEnd::join(devices)?);
+        let end = |(device, nccl): (&Arc<Device>, _)| Self {
             device: Arc::clone(device),
             ranks: devices.len(),
             nccl,
-            peers,
+            peers: peers.next(),
+            norms: norms.next(),
+            abandoned: Arc::clone(&abandoned),
         };
-        Ok(devices.iter().zip(ends).map(end).collect())
+        Ok(ends.map(end).collect())
     }
 
     /// Whether so many elements can be added up that way.
@@ -128,7 +144,41 @@ impl RankGroup {
     }
 }
 
-impl Communicator<Buffer> for RankGroup {
+impl RankGroup {
+    /// Whether a product of so many elements can be sent as it is computed: over two GPUs that reach each other's memory.
+    pub fn can_send(&self, elements: usize) -> bool {
+        let norms = self.norms.as_ref();
+        norms.is_some_and(|norms| norms.takes(elements))
+    }
+
+    /// Product, sum by [`SumWay::Peers`] and norm, in two kernels and with the same bits, of what [can be sent](Self::can_send): the
+    /// product of `x`, added to the stream by the rank whose epilogue says so; the norm's weight and ε. A failure is the device's.
+    pub fn send_and_norm(
+        &self,
+        backend: &CudaBackend,
+        (x, projection, epilogue): (&Buffer, &Linear<Weight>, Epilogue),
+        stream: &mut Buffer,
+        (weight, eps): (&Weight, f32),
+        out: &mut Buffer,
+    ) {
+        let mut send_and_norm = || {
+            let norms = self.norms.as_ref().expect("what was asked before");
+            let sent = (epilogue, norms.sending());
+            backend.product(x, &[projection], sent, false, stream)?;
+            out.resize(Elements::Half, stream.len())?;
+            let (elements, width) = (stream.len(), weight.shape().1);
+            norms.norm(
+                (stream.address(), elements / width),
+                (weight.address(), width),
+                eps,
+                out.address(),
+            )
+        };
+        self.device.note(send_and_norm());
+    }
+}
+
+impl Communicator<CudaBackend> for RankGroup {
     fn sum(&self, x: &mut Buffer, bulk: bool) {
         // After a failure here the buffer may not be what the others add to.
         if self.device.has_failed() {
@@ -137,10 +187,30 @@ impl Communicator<Buffer> for RankGroup {
         self.sum_by(self.way(x.len(), bulk), x);
     }
 
-    fn leave(&self) {
-        if let Some(peers) = &self.peers {
-            peers.leave();
+    fn add(
+        &self,
+        backend: &CudaBackend,
+        addend: &Addend<'_, CudaBackend>,
+        stream: &mut Buffer,
+        norm: Option<Norm<'_, CudaBackend>>,
+    ) {
+        if self.device.has_failed() {
+            return self.leave();
         }
+        let elements = addend.x.len() / addend.projection.weight.shape().1
+            * addend.projection.weight.shape().0;
+        match norm {
+            Some(norm) if !addend.bulk && self.can_send(elements) => {
+                let product = (addend.x, addend.projection, addend.epilogue);
+                let weight = (norm.weight, norm.eps);
+                self.send_and_norm(backend, product, stream, weight, norm.out);
+            }
+            norm => add_in_turn(self, backend, addend, stream, norm),
+        }
+    }
+
+    fn leave(&self) {
+        self.abandoned.set();
         self.nccl.leave();
     }
 }

@@ -8,43 +8,14 @@ extern "C" __global__ void embed(const half_bits* table, const u32* tokens, floa
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = to_float(from[i]);
 }
 
-// Fours of a row that a thread keeps in registers; what a wider row has beyond them is read twice.
-#define KEPT 4
-
-// Root-mean-square norm (Zhang and Sennrich 2019); one block per row, 256 threads. width: a multiple of 4.
-extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
+// Norm of f32 rows to 16-bit ones; one block per row. width: a multiple of 4.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
     let_next_start();
-    __shared__ float sums[8];
-    const u32 fours = width / 4, beyond = threadIdx.x + KEPT * 256;
-    const float4* const from = (const float4*)(x + u64(blockIdx.x) * width);
-    const float4* const weights = (const float4*)weight;
-    uint2* const to = (uint2*)(out + u64(blockIdx.x) * width);
-    float4 kept[KEPT], kept_weights[KEPT];
-    // Weights stand still; x is what the kernel before writes.
-#pragma unroll
-    for (int k = 0; k < KEPT; ++k)
-        if (threadIdx.x + k * 256 < fours) kept_weights[k] = weights[threadIdx.x + k * 256];
+    const float4* const row = (const float4*)(x + u64(blockIdx.x) * width);
+    RowNorm norm(weight, width);
     wait_for_previous();
-    float squares = 0.0f;
-    auto add = [&](float4 v) { squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); };
-#pragma unroll
-    for (int k = 0; k < KEPT; ++k)
-        if (threadIdx.x + k * 256 < fours) add(kept[k] = from[threadIdx.x + k * 256]);
-    for (u32 i = beyond; i < fours; i += 256) add(from[i]);
-    squares = warp_sum(squares);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
-    __syncthreads();
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < 8; ++w) total += sums[w];
-    const float scale = rsqrtf(total / float(width) + eps);
-    auto store = [&](u32 i, float4 v, float4 w) {
-        to[i] = make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
-    };
-#pragma unroll
-    for (int k = 0; k < KEPT; ++k)
-        if (threadIdx.x + k * 256 < fours) store(threadIdx.x + k * 256, kept[k], kept_weights[k]);
-    for (u32 i = beyond; i < fours; i += 256) store(i, from[i], weights[i]);
+    norm.load(row);
+    norm.store(row, (uint2*)(out + u64(blockIdx.x) * width), eps);
 }
 
 // out[i] = x[rows[i]]; one block per row.

@@ -33,7 +33,9 @@
 extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 1 ? 2 : 1) linear(const LinearArgs a) {
     extern __shared__ __align__(16) u8 shared[];
     // With many rows x lives on L1, which the next kernel's shared memory would shrink: it comes after the loop then.
-    if (COLUMN_TILES < 3) let_next_start();
+    // A sum's `peer_norm` starts when what comes before this kernel has ended.
+    const bool early = COLUMN_TILES < 3, sends = EPILOGUE != 2 && a.sending.own != nullptr;
+    if (early && !sends) let_next_start();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 split = warp % SPLITS, matrix = warp / SPLITS;
     const u32 first_row = blockIdx.y * COLUMNS;
@@ -67,6 +69,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
     }
     // Weights stand still; x is what the kernel before writes.
     wait_for_previous();
+    if (early && sends) let_next_start();
+    const u32 half = EPILOGUE == 2 ? NONE : half_of(a.sending);
 
     float sums[TILES][COLUMN_TILES][4];
 #pragma unroll
@@ -119,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         __syncwarp();
     }
     copy_wait<0>();
-    if (COLUMN_TILES >= 3) let_next_start();
+    if (!early) let_next_start();
     __syncthreads();
 
     // partial: [matrix][tile][split][column][16 outputs], padded against bank conflicts.
@@ -144,6 +148,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
         if (column >= rows || out >= p.outputs) continue;
         const u64 at = product_at(a, EPILOGUE == 0 ? number : 0, first_row + column, out);
         const float other = EPILOGUE == 2 ? total(TILES + t, column, o % 16) : EPILOGUE == 1 ? ((const float*)a.out)[at] : 0.0f;
-        store_product<EPILOGUE>(a, EPILOGUE == 2 ? a.projections[0] : p, at, out, total(t, column, o % 16), other);
+        store_product<EPILOGUE>(a, EPILOGUE == 2 ? a.projections[0] : p, at, out, total(t, column, o % 16), other, half);
     }
 }

@@ -124,8 +124,10 @@ struct WgmmaArgs {
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_wgmma(const __grid_constant__ WgmmaArgs args) {
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ u64 filled_barriers[STAGES], free_barriers[STAGES];
-    let_next_start();
     const LinearArgs& a = args.product;
+    // A sum's `peer_norm` starts when what comes before this kernel has ended.
+    const bool sends = EPILOGUE != 2 && a.sending.own != nullptr;
+    if (!sends) let_next_start();
     const u32 group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     // Row groups first, so that those of the same outputs run side by side.
     const u32 first_row = blockIdx.x * ROWS, tile = blockIdx.y / CLUSTER, rank = blockIdx.y % CLUSTER;
@@ -173,6 +175,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     if (threadIdx.x == 0)
         for (; ahead.number < min(STAGES, own_tiles); ahead.advance(input_tiles)) fetch_weights(ahead);
     wait_for_previous();
+    if (sends) let_next_start();
     if (threadIdx.x == 0)
         for (ahead = first; ahead.number < min(STAGES, own_tiles); ahead.advance(input_tiles)) fetch_x(ahead);
 
@@ -299,6 +302,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
             parts[row * PITCH + group * 64 + warp * 16 + lane / 4 + i % 4 / 2 * 8] = total[c][i];
         }
     const Biases biases = biases_of<EPILOGUE>(a, p, min(out, p.outputs - 1));
+    const u32 half = EPILOGUE == 2 ? NONE : half_of(a.sending);
     __syncthreads();
     if (EPILOGUE == 1 && !OTHERS_EARLY) load_others();
     // Where results go is worked out again: to keep it would take more registers than there are.
@@ -307,7 +311,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     for (int i = 0; i < RESULTS; ++i) {
         if (!is_result(i)) continue;
         const float* const sum = parts + (own_row + i * ROW_STEP) * PITCH + own_out;
-        store_biased<EPILOGUE>(a, biases, result(i), sum[0], EPILOGUE == 2 ? sum[OWN_OUTPUTS] : EPILOGUE == 1 ? other[i] : 0.0f);
+        store_biased<EPILOGUE>(a, biases, result(i), sum[0], EPILOGUE == 2 ? sum[OWN_OUTPUTS] : EPILOGUE == 1 ? other[i] : 0.0f, half);
     }
 #if CLUSTER > 1
     // The others have arrived long since.

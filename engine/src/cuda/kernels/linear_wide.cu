@@ -175,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
     }
     copy_wait<0>();
     let_next_start();
+    const u32 half = EPILOGUE == 2 ? NONE : half_of(a.sending);
     __syncthreads();
 
     // [splits that are apart][rows][outputs], padded against bank conflicts; gate and up outputs meet here too.
@@ -205,6 +206,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) linea
         if (column >= rows || out >= p.outputs) continue;
         const u64 at = product_at(a, number, first_row + column, out);
         const float other = EPILOGUE == 2 ? total(column, OWN_OUTPUTS + o) : EPILOGUE == 1 ? ((const float*)a.out)[at] : 0.0f;
-        store_product<EPILOGUE>(a, p, at, out, total(column, o), other);
+        store_product<EPILOGUE>(a, p, at, out, total(column, o), other, half);
     }
 }

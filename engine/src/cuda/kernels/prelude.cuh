@@ -167,6 +167,33 @@ struct Span {
 #define BLOCK_TOKENS 64
 #define NONE 0xffffffffu
 
+// Where a product that is one of two ranks' parts of a sum goes instead of `out`: see peer_norm.cu. Mirrors `Sending` in peer_norm.rs.
+struct Sending {
+    u32* own;        // this rank's parts, for itself; null: the product is no such part
+    u32* other;      // and for the other rank, in its memory
+    const u32* turn; // which half of them is this sum's: even or odd
+    u32 half;        // elements of half
+};
+
+// What no element of a sum is sent as: arithmetic makes no NaN with these bits, and `send` none of any.
+#define NOT_SENT 0xffffffffu
+
+// The first element of the sum's half; NONE where the product is no part of one.
+__device__ __forceinline__ u32 half_of(const Sending& s) {
+    if (s.own == nullptr) return NONE;
+    u32 turn;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(turn) : "l"(s.turn) : "memory");
+    return turn % 2 * s.half;
+}
+
+// Element `at` of this rank's part goes to both ranks.
+__device__ __forceinline__ void send(const Sending& s, u64 at, float part) {
+    u32 bits = __float_as_uint(part);
+    if (bits == NOT_SENT) bits = 0x7fffffffu;
+    asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(s.other + at), "r"(bits) : "memory");
+    asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(s.own + at), "r"(bits) : "memory");
+}
+
 // Products: a row's inputs are split in so many ways, tile by tile in turn, in all kernels: their sums have one order.
 #define SPLITS 8
 #define TILE_INPUTS 64
@@ -186,6 +213,7 @@ struct LinearArgs {
     Projection projections[3]; // unused ones begin at tile ~0
     u32 rows, inputs;        // inputs: a multiple of 8
     u32 out_stride;
+    Sending sending;         // not with EPILOGUE 2
 };
 
 // Which projection holds an output tile; unused projections begin past the last tile.
@@ -219,22 +247,27 @@ template <int EPILOGUE_> __device__ __forceinline__ Biases biases_of(const Linea
     return {p.bias != nullptr, up != nullptr, p.bias ? p.bias[out] : 0.0f, up ? up[out] : 0.0f};
 }
 
-// What becomes of a sum. EPILOGUE 0: store f32; 1: add to `other`, which was there; 2: silu(sum) * other, of gate and up, 16-bit.
+// What becomes of a sum. EPILOGUE 0: store f32; 1: add to `other`, which was there; 2: silu(sum) * other, of gate and up, 16-bit. `half`:
+// as `half_of` says.
 template <int EPILOGUE_>
-__device__ __forceinline__ void store_biased(const LinearArgs& a, const Biases& biases, u64 at, float sum, float other) {
+__device__ __forceinline__ void store_biased(const LinearArgs& a, const Biases& biases, u64 at, float sum, float other, u32 half) {
     if (biases.is) sum += biases.own;
     if (EPILOGUE_ == 2) {
         if (biases.is_up) other += biases.up;
         ((half_bits*)a.out)[at] = to_half(sum / (1.0f + __expf(-sum)) * other);
-    } else {
-        ((float*)a.out)[at] = EPILOGUE_ == 1 ? other + sum : sum;
+        return;
     }
+    if (EPILOGUE_ == 1) sum = other + sum;
+    if (half == NONE)
+        ((float*)a.out)[at] = sum;
+    else
+        send(a.sending, half + at, sum);
 }
 
 // The same for one sum of an output.
 template <int EPILOGUE_>
-__device__ __forceinline__ void store_product(const LinearArgs& a, const Projection& p, u64 at, u32 out, float sum, float other) {
-    store_biased<EPILOGUE_>(a, biases_of<EPILOGUE_>(a, p, out), at, sum, other);
+__device__ __forceinline__ void store_product(const LinearArgs& a, const Projection& p, u64 at, u32 out, float sum, float other, u32 half) {
+    store_biased<EPILOGUE_>(a, biases_of<EPILOGUE_>(a, p, out), at, sum, other, half);
 }
 
 // Decode attention: both of its kernels are compiled with ROW_TILES (16 query rows each), SMALLEST (how many chunks of keys have the
