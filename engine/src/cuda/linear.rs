@@ -23,7 +23,10 @@ pub(super) const SPLITS: u32 = 8;
 const MAX_COLUMN_TILES: u32 = 8;
 
 /// How the streaming kernel is cut for a number of rows.
+#[derive(Debug, Clone, Copy)]
 struct Tiling {
+    /// Eights of rows of a block.
+    column_tiles: u32,
     /// Matrices that a block multiplies with: gate and up together.
     matrices: u32,
     /// Tiles of outputs per warp.
@@ -33,7 +36,8 @@ struct Tiling {
 }
 
 impl Tiling {
-    fn of(epilogue: Epilogue, column_tiles: u32) -> Self {
+    /// `crowded`: there are more blocks than two for every multiprocessor.
+    fn of(epilogue: Epilogue, column_tiles: u32, crowded: bool) -> Self {
         let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
         // With many rows, a warp takes two tiles of outputs for one load of x.
         // For gate and up, more than 40 rows would not fit the registers that way.
@@ -44,27 +48,31 @@ impl Tiling {
             1
         };
         let stages = match (warp_tiles, matrices) {
+            // Three blocks share a multiprocessor, with registers and rings for that: what would be one and a half turns is one.
+            (1, 1) if column_tiles == 1 && crowded => 4,
+            // As many stages as leave the next kernel's first blocks room.
+            (1, 1) if column_tiles == 1 => 5,
             (1, 1) => 6,
             (2, 2) => 3,
             _ => 5,
         };
         Self {
+            column_tiles,
             matrices,
             warp_tiles,
             stages,
         }
     }
-}
 
-fn options(half_is_f16: bool, epilogue: Epilogue, column_tiles: u32) -> [(&'static str, u32); 5] {
-    let tiling = Tiling::of(epilogue, column_tiles);
-    [
-        ("HALF_IS_F16", u32::from(half_is_f16)),
-        ("COLUMN_TILES", column_tiles),
-        ("TILES", tiling.warp_tiles),
-        ("STAGES", tiling.stages),
-        ("EPILOGUE", epilogue_number(epilogue)),
-    ]
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 5] {
+        [
+            ("HALF_IS_F16", u32::from(half_is_f16)),
+            ("COLUMN_TILES", self.column_tiles),
+            ("TILES", self.warp_tiles),
+            ("STAGES", self.stages),
+            ("EPILOGUE", epilogue_number(epilogue)),
+        ]
+    }
 }
 
 /// The kernels that stream weights.
@@ -95,11 +103,18 @@ pub(super) fn epilogue_number(epilogue: Epilogue) -> u32 {
 
 /// Everything that the kernel for few rows is launched as.
 pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
-    EPILOGUES.into_iter().flat_map(move |epilogue| {
-        (1..=MAX_COLUMN_TILES).map(move |column_tiles| Variant {
-            kernel: Kernel::LINEAR,
-            options: options(half_is_f16, epilogue, column_tiles).to_vec(),
-        })
+    let tilings = EPILOGUES.into_iter().flat_map(|epilogue| {
+        let crowded = (epilogue != Epilogue::SwiGlu).then_some((1, true));
+        let sizes = (1..=MAX_COLUMN_TILES).map(|column_tiles| (column_tiles, false));
+        let tiling = move |(column_tiles, crowded)| {
+            let tiling = Tiling::of(epilogue, column_tiles, crowded);
+            (tiling, epilogue)
+        };
+        sizes.chain(crowded).map(tiling)
+    });
+    tilings.map(move |(tiling, epilogue)| Variant {
+        kernel: Kernel::LINEAR,
+        options: tiling.options(half_is_f16, epilogue).to_vec(),
     })
 }
 
@@ -231,13 +246,17 @@ impl Product<'_> {
     /// Weights are streamed once per 64 rows, x once per tile or two of outputs.
     fn narrow(&self, device: &Device) -> Result<(), CudaError> {
         let column_tiles = self.rows.div_ceil(8).min(MAX_COLUMN_TILES as usize) as u32;
+        let blocks = self.outputs().div_ceil(TILE_OUTPUTS) as u32;
+        let crowded = blocks > 2 * device.multiprocessors();
+        let tiling = Tiling::of(self.epilogue, column_tiles, crowded);
         let Tiling {
             matrices,
             warp_tiles,
             stages,
-        } = Tiling::of(self.epilogue, column_tiles);
+            ..
+        } = tiling;
         let warps = SPLITS * matrices;
-        let options = options(self.half_is_f16, self.epilogue, column_tiles);
+        let options = tiling.options(self.half_is_f16, self.epilogue);
         let (args, tiles) = self.arguments(TILE_OUTPUTS, warp_tiles as usize);
         let launch = LaunchShape {
             grid: (
