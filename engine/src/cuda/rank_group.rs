@@ -79,7 +79,7 @@ pub struct RankGroup {
     nccl: NcclEnd,
     /// `None` where the GPUs do not reach each other's memory.
     peers: Option<PeerEnd>,
-    /// The same, and where there are more than two.
+    /// The same, and where there are more than two GPUs.
     norms: Option<NormEnd>,
     abandoned: Arc<Abandoned>,
 }
@@ -142,9 +142,7 @@ impl RankGroup {
         };
         self.device.note(result);
     }
-}
 
-impl RankGroup {
     /// Whether a product of so many elements can be sent as it is computed: over two GPUs that reach each other's memory.
     pub fn can_send(&self, elements: usize) -> bool {
         let norms = self.norms.as_ref();
@@ -197,8 +195,8 @@ impl Communicator<CudaBackend> for RankGroup {
         if self.device.has_failed() {
             return self.leave();
         }
-        let elements = addend.x.len() / addend.projection.weight.shape().1
-            * addend.projection.weight.shape().0;
+        let (outputs, inputs) = addend.projection.weight.shape();
+        let elements = addend.x.len() / inputs * outputs;
         match norm {
             Some(norm) if !addend.bulk && self.can_send(elements) => {
                 let product = (addend.x, addend.projection, addend.epilogue);
