@@ -64,6 +64,16 @@ impl Tiling {
         }
     }
 
+    /// Of a block.
+    fn warps(self) -> u32 {
+        SPLITS * self.matrices
+    }
+
+    /// Shared memory of a block.
+    fn shared_bytes(self) -> u32 {
+        self.warps() * self.stages * self.warp_tiles * 2048
+    }
+
     fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 5] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
@@ -249,23 +259,16 @@ impl Product<'_> {
         let blocks = self.outputs().div_ceil(TILE_OUTPUTS) as u32;
         let crowded = blocks > 2 * device.multiprocessors();
         let tiling = Tiling::of(self.epilogue, column_tiles, crowded);
-        let Tiling {
-            matrices,
-            warp_tiles,
-            stages,
-            ..
-        } = tiling;
-        let warps = SPLITS * matrices;
         let options = tiling.options(self.half_is_f16, self.epilogue);
-        let (args, tiles) = self.arguments(TILE_OUTPUTS, warp_tiles as usize);
+        let (args, tiles) = self.arguments(TILE_OUTPUTS, tiling.warp_tiles as usize);
         let launch = LaunchShape {
             grid: (
-                tiles / warp_tiles,
+                tiles / tiling.warp_tiles,
                 (self.rows as u32).div_ceil(8 * column_tiles),
                 1,
             ),
-            threads: warps * 32,
-            shared_bytes: warps * stages * warp_tiles * 2048,
+            threads: tiling.warps() * 32,
+            shared_bytes: tiling.shared_bytes(),
         };
         self.launch(device, (Kernel::LINEAR, &options), launch, &args)
     }
@@ -376,5 +379,24 @@ fn add_bias(
         device.launch(&kernel, launch, |l| {
             l.arg(&x).arg(&bias).arg(&width).arg(&stride).arg(&elements);
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory of a multiprocessor that blocks may take, each with a kibibyte of the system's.
+    const SHARED_BYTES: u32 = 228 << 10;
+
+    #[test]
+    fn a_third_block_fits_where_it_spares_a_turn() {
+        for epilogue in [Epilogue::Store, Epilogue::Add] {
+            let together = |crowded| {
+                let tiling = Tiling::of(epilogue, 1, crowded);
+                SHARED_BYTES / (tiling.shared_bytes() + 1024)
+            };
+            assert_eq!([together(false), together(true)], [2, 3]);
+        }
     }
 }
