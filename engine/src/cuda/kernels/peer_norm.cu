@@ -21,13 +21,7 @@ struct PeerNormArgs {
     float eps;
 };
 
-__device__ __forceinline__ u32 look_at(const u32* p) {
-    u32 y;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(y) : "l"(p) : "memory");
-    return y;
-}
-
-__device__ __forceinline__ uint4 look_at(const uint4* p) {
+__device__ __forceinline__ uint4 load_volatile(const uint4* p) {
     uint4 y;
     asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w) : "l"(p) : "memory");
     return y;
@@ -44,14 +38,14 @@ __device__ __forceinline__ float4 floats_of(uint4 v) {
 // One block per row. It starts when what comes before the product has ended.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS) peer_norm(const PeerNormArgs a) {
     RowNorm norm(a.weight, a.width);
-    const u64 row = u64(blockIdx.x) * norm.fours, first = u64(look_at(a.state) % 2 * a.half) / 4 + row;
+    const u64 row = u64(blockIdx.x) * norm.fours, first = u64(load_volatile(a.state) % 2 * a.half) / 4 + row;
     uint4* const parts[2] = {(uint4*)a.parts[0] + first, (uint4*)a.parts[1] + first};
     float4* const x = (float4*)a.x + row;
     // One thread looks out for this rank's own part, so that the product is not disturbed.
     if (threadIdx.x == 0) {
         const u32* const own = (const u32*)(a.rank == 0 ? parts[0] : parts[1]);
-        for (u32 looks = 1; look_at(own) == NOT_SENT; ++looks)
-            if (looks % PATIENCE == 0 && look_at(a.abandoned)) break;
+        for (u32 looks = 1; load_volatile(own) == NOT_SENT; ++looks)
+            if (looks % PATIENCE == 0 && load_volatile(a.abandoned)) break;
     }
     __syncthreads();
     let_next_start();
@@ -65,14 +59,14 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) peer_norm(const PeerN
             for (u32 r = 0; r < 2; ++r)
 #pragma unroll
                 for (u32 k = 0; k < count; ++k)
-                    if (first_four + k * NORM_THREADS < norm.fours) of_rank[r][k] = look_at(parts[r] + first_four + k * NORM_THREADS);
+                    if (first_four + k * NORM_THREADS < norm.fours) of_rank[r][k] = load_volatile(parts[r] + first_four + k * NORM_THREADS);
             missing = false;
 #pragma unroll
             for (u32 r = 0; r < 2; ++r)
 #pragma unroll
                 for (u32 k = 0; k < count; ++k)
                     if (first_four + k * NORM_THREADS < norm.fours) missing |= !has_come(of_rank[r][k]);
-            if (looks % PATIENCE == 0 && look_at(a.abandoned)) break;
+            if (looks % PATIENCE == 0 && load_volatile(a.abandoned)) break;
         }
 #pragma unroll
         for (u32 k = 0; k < count; ++k) {

@@ -23,12 +23,6 @@ struct PeerSumArgs {
     u32 slice;                  // pairs that a rank adds up for all; 0: every rank adds up all pairs
 };
 
-__device__ __forceinline__ u32 load_volatile(const u32* p) {
-    u32 y;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(y) : "l"(p) : "memory");
-    return y;
-}
-
 __device__ __forceinline__ void send(uint4* to, float2 part, u32 number) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %3, %2, %3};" ::"l"(to), "r"(__float_as_uint(part.x)),
                  "r"(__float_as_uint(part.y)), "r"(number) : "memory");

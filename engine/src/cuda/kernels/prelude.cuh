@@ -167,6 +167,13 @@ struct Span {
 #define BLOCK_TOKENS 64
 #define NONE 0xffffffffu
 
+// Reads what another kernel, or another GPU, may be writing.
+__device__ __forceinline__ u32 load_volatile(const u32* p) {
+    u32 y;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(y) : "l"(p) : "memory");
+    return y;
+}
+
 // Where a product that is one of two ranks' parts of a sum goes instead of `out`: see peer_norm.cu. Mirrors `Sending` in peer_norm.rs.
 struct Sending {
     u32* own;        // this rank's parts, for itself; null: the product is no such part
@@ -180,10 +187,7 @@ struct Sending {
 
 // The first element of the sum's half; NONE where the product is no part of one.
 __device__ __forceinline__ u32 half_of(const Sending& s) {
-    if (s.own == nullptr) return NONE;
-    u32 turn;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(turn) : "l"(s.turn) : "memory");
-    return turn % 2 * s.half;
+    return s.own == nullptr ? NONE : load_volatile(s.turn) % 2 * s.half;
 }
 
 // Element `at` of this rank's part goes to both ranks.
