@@ -120,9 +120,11 @@ pub async fn serve(
     let opened = match config.log.clone() {
         Some(log) => {
             specattn_service::shutdown::survive_file_size_limit()?;
-            let opening = tokio::task::spawn_blocking(move || SessionLog::open(log));
-            let opened = opening.await;
-            Some(opened.map_err(|error| GatewayError::Task(error.to_string()))??)
+            let opened = SessionLog::open_when_there_is_room(log, &shutdown).await?;
+            if opened.is_none() {
+                return Ok(());
+            }
+            opened
         }
         None => None,
     };

@@ -48,13 +48,28 @@ pub(super) fn frame(payload: &[u8], buffer: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether a write failed because there is no room, which may come back.
+pub(super) fn is_for_want_of_room(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}
+
 impl Journal {
-    /// A new file in `dir` under a name of its own.
+    /// A new file in `dir` under a name of its own; none is left behind where that fails.
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
         let name = format!("gateway-{:016x}", rand::random::<u64>());
-        let journal = Self::unfinished(dir.join(name).with_extension(LOG))?;
-        journal.publish()?;
-        Ok(journal)
+        let path = dir.join(name).with_extension(LOG);
+        let made = Self::unfinished(path.clone()).and_then(|journal| {
+            journal.publish()?;
+            Ok(journal)
+        });
+        if made.is_err() {
+            // What cannot be removed either is found by whoever next takes over abandoned files.
+            let _ = std::fs::remove_file(path.with_extension(UNFINISHED));
+        }
+        made
     }
 
     /// A new, locked file that has yet to take the name `path`.

@@ -229,11 +229,10 @@ impl Keeper {
         appended.map_err(|error| {
             tracing::error!(%error, "the session log cannot be written");
             let text = format!("the session log cannot be written: {error}");
-            match error.kind() {
-                io::ErrorKind::StorageFull
-                | io::ErrorKind::QuotaExceeded
-                | io::ErrorKind::FileTooLarge => full(text),
-                _ => Fault::Unavailable(text),
+            if journal::is_for_want_of_room(&error) {
+                full(text)
+            } else {
+                Fault::Unavailable(text)
             }
         })
     }

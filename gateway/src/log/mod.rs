@@ -15,6 +15,7 @@ mod keeper;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use specattn_proto::v1::{
@@ -22,6 +23,7 @@ use specattn_proto::v1::{
 };
 use specattn_proto::{Fault, SessionId};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 pub use config::{Fsync, LogArgs, LogConfig};
 
@@ -30,6 +32,9 @@ use keeper::{Command, Keeper};
 
 /// Commands that may wait for the keeper.
 const QUEUE: usize = 1_024;
+
+/// Time between looks whether there is room for a log by now.
+const ROOM_CHECK: Duration = Duration::from_millis(500);
 
 /// The log, as sessions use it.
 #[derive(Clone)]
@@ -103,6 +108,37 @@ impl SessionLog {
             .spawn(move || keeper.run(inbox))
             .map_err(|error| failed(&dir, error))?;
         Ok((Self { commands, gauge }, thread))
+    }
+
+    /// The same, once there is room for a file: a full disk must not keep a gateway from coming back when it has been cleared.
+    /// `None` after a shutdown.
+    ///
+    /// # Errors
+    /// As [`SessionLog::open`], and [`GatewayError::Task`].
+    pub(crate) async fn open_when_there_is_room(
+        config: LogConfig,
+        shutdown: &CancellationToken,
+    ) -> Result<Option<(Self, JoinHandle<()>)>, GatewayError> {
+        let mut told = false;
+        loop {
+            let config = config.clone();
+            let opening = tokio::task::spawn_blocking(move || Self::open(config));
+            let opened = opening.await;
+            match opened.map_err(|error| GatewayError::Task(error.to_string()))? {
+                Err(GatewayError::Log { path, source })
+                    if journal::is_for_want_of_room(&source) =>
+                {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(path = %path.display(), error = %source, "no room for a session log: waiting for some");
+                    }
+                }
+                opened => return opened.map(Some),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(ROOM_CHECK) => {}
+                () = shutdown.cancelled() => return Ok(None),
+            }
+        }
     }
 
     /// Lets the keeper flush and end.
