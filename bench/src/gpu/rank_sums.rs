@@ -14,7 +14,7 @@ use super::timer::launched_us;
 /// Sums between two looks at the clock.
 const SUMS: usize = 64;
 
-/// Prints everything; true when all sums are those of the host.
+/// Prints everything; true when no comparison finds a difference.
 ///
 /// # Errors
 /// When a device fails.
@@ -27,7 +27,7 @@ pub(super) fn report(split: &DeviceChoice) -> Result<bool> {
     let mut fine = true;
     for way in [SumWay::Peers, SumWay::Gathered] {
         let equal = sums_as_on_host(&devices, way)?;
-        println!("sums, {way:?}: {}\n", said(equal));
+        println!("sums, {way:?}, and the host's: {}\n", said(equal));
         fine &= equal != Some(false);
     }
     println!("One sum over the ranks, f32, {SUMS} in a row.\n");
@@ -46,7 +46,7 @@ pub(super) fn report(split: &DeviceChoice) -> Result<bool> {
     println!();
     let equal = sent_as_in_turn(&devices)?;
     println!(
-        "products that send themselves, their sums and norms: {}\n",
+        "products that send themselves, their sums and norms, and one after another: {}\n",
         said(equal)
     );
     fine &= equal != Some(false);
@@ -75,8 +75,8 @@ pub(super) fn report(split: &DeviceChoice) -> Result<bool> {
 /// What a comparison says.
 fn said(equal: Option<bool>) -> &'static str {
     match equal {
-        Some(true) => "those of the host",
-        Some(false) => "OTHER SUMS",
+        Some(true) => "the same",
+        Some(false) => "DIFFERENT",
         None => "no such way between these GPUs",
     }
 }
@@ -98,6 +98,40 @@ fn on_ranks<T: Send>(
     })
 }
 
+/// Whether every rank finds what it compares equal; `None` where one has nothing to compare.
+fn equal_on_all(
+    devices: &[Arc<Device>],
+    compare: impl Fn(usize, &RankGroup, &Arc<Device>) -> Result<Option<bool>> + Sync,
+) -> Result<Option<bool>> {
+    let all = |all: bool, equal: Option<bool>| Some(all & equal?);
+    Ok(on_ranks(devices, compare)?.into_iter().try_fold(true, all))
+}
+
+/// The first rank's time for one of [`SUMS`] in a row of what `prepare` makes and `once` does; `None` where it makes nothing.
+fn in_a_row_us<W>(
+    devices: &[Arc<Device>],
+    prepare: impl Fn(usize, &RankGroup, &CudaBackend) -> Result<Option<W>> + Sync,
+    once: impl Fn(&mut W, &RankGroup, &CudaBackend) + Sync,
+) -> Result<Option<f64>> {
+    let start = Barrier::new(devices.len());
+    let times = on_ranks(devices, |rank, end, device| {
+        let backend = CudaBackend::new(device.clone(), DType::Bf16)?;
+        let Some(mut work) = prepare(rank, end, &backend)? else {
+            return Ok(None);
+        };
+        let us = launched_us(device, |_| {
+            start.wait();
+            for _ in 0..SUMS {
+                once(&mut work, end, &backend);
+            }
+            Ok(())
+        })?;
+        backend.finish()?;
+        Ok(Some(us / SUMS as f64))
+    })?;
+    times.first().copied().context("a rank")
+}
+
 /// Whether sums have the bits of parts added rank by rank, in sums of changing sizes that follow each other; `None` where nothing is
 /// summed that way.
 fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<Option<bool>> {
@@ -112,7 +146,7 @@ fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<Option<bool>>
         1000,
     ];
     let part = |rank: usize, size: usize| Numbers(97 + rank as u64).rounded(size, 1.0, DType::F32);
-    let equal = on_ranks(devices, |rank, end, device| {
+    equal_on_all(devices, |rank, end, device| {
         if sizes.iter().any(|&size| !end.can(way, size)) {
             return Ok(None);
         }
@@ -138,31 +172,16 @@ fn sums_as_on_host(devices: &[Arc<Device>], way: SumWay) -> Result<Option<bool>>
             }
         }
         Ok(Some(equal))
-    })?;
-    let all = |all: bool, equal: Option<bool>| Some(all & equal?);
-    Ok(equal.into_iter().try_fold(true, all))
+    })
 }
 
 /// The first rank's time for one sum of `elements`; `None` where they are not summed that way.
 fn sum_us(devices: &[Arc<Device>], elements: usize, way: SumWay) -> Result<Option<f64>> {
-    let start = Barrier::new(devices.len());
-    let times = on_ranks(devices, |_, end, device| {
-        if !end.can(way, elements) {
-            return Ok(None);
-        }
-        let backend = CudaBackend::new(device.clone(), DType::Bf16)?;
-        let mut x = backend.buffer_of(&vec![0.0; elements])?;
-        let us = launched_us(device, |_| {
-            start.wait();
-            for _ in 0..SUMS {
-                end.sum_by(way, &mut x);
-            }
-            Ok(())
-        })?;
-        backend.finish()?;
-        Ok(Some(us / SUMS as f64))
-    })?;
-    times.first().copied().context("a rank")
+    let prepare = |_, end: &RankGroup, backend: &CudaBackend| {
+        let buffer = || backend.buffer_of(&vec![0.0; elements]);
+        Ok(end.can(way, elements).then(buffer).transpose()?)
+    };
+    in_a_row_us(devices, prepare, |x, end, _| end.sum_by(way, x))
 }
 
 /// One rank's part of a product that is summed over the ranks, and the norm of the sum.
@@ -235,7 +254,7 @@ fn sent_as_in_turn(devices: &[Arc<Device>]) -> Result<Option<bool>> {
         (20, (72, 1000)),
         (120, (384, 4096)),
     ];
-    let equal = on_ranks(devices, |rank, end, device| {
+    equal_on_all(devices, |rank, end, device| {
         let backend = CudaBackend::new(device.clone(), DType::Bf16)?;
         let mut results = [Vec::new(), Vec::new()];
         for (sent, results) in [false, true].into_iter().zip(&mut results) {
@@ -254,9 +273,7 @@ fn sent_as_in_turn(devices: &[Arc<Device>]) -> Result<Option<bool>> {
         }
         let [in_turn, sent] = results;
         Ok((!sent.is_empty()).then(|| in_turn == sent))
-    })?;
-    let all = |all: bool, equal: Option<bool>| Some(all & equal?);
-    Ok(equal.into_iter().try_fold(true, all))
+    })
 }
 
 /// The first rank's time for one product, sum and norm; `None` where it cannot be sent.
@@ -266,22 +283,11 @@ fn product_us(
     shape: (usize, usize),
     sent: bool,
 ) -> Result<Option<f64>> {
-    let start = Barrier::new(devices.len());
-    let times = on_ranks(devices, |rank, end, device| {
-        if !end.can_send(rows * shape.1) {
-            return Ok(None);
-        }
-        let backend = CudaBackend::new(device.clone(), DType::Bf16)?;
-        let mut product = SplitProduct::new(&backend, rank, rows, shape)?;
-        let us = launched_us(device, |_| {
-            start.wait();
-            for _ in 0..SUMS {
-                product.run(&backend, end, sent);
-            }
-            Ok(())
-        })?;
-        backend.finish()?;
-        Ok(Some(us / SUMS as f64))
-    })?;
-    times.first().copied().context("a rank")
+    let prepare = |rank, end: &RankGroup, backend: &CudaBackend| {
+        let product = || SplitProduct::new(backend, rank, rows, shape);
+        end.can_send(rows * shape.1).then(product).transpose()
+    };
+    in_a_row_us(devices, prepare, |product, end, backend| {
+        product.run(backend, end, sent);
+    })
 }

@@ -10,7 +10,7 @@ use super::recording::LaunchShape;
 use crate::backend::AttentionShape;
 
 /// Blocks of 256 threads, one per row or as many as cover the elements.
-fn blocks(grid: (u32, u32, u32)) -> LaunchShape {
+pub(super) fn blocks(grid: (u32, u32, u32)) -> LaunchShape {
     LaunchShape {
         grid,
         threads: 256,

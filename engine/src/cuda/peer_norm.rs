@@ -9,16 +9,14 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::device::Device;
+use super::elementwise::blocks;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::memory::DeviceMemory;
 use super::peer_memory::{Abandoned, PeerMemory};
-use super::recording::LaunchShape;
 
 /// Numbers that a sum takes at most: 256 rows of 4,096.
 const CAPACITY: usize = 1 << 20;
-/// Threads of a block: `NORM_THREADS` in row_norm.cuh.
-const THREADS: u32 = 256;
 /// A byte of `NOT_SENT` in prelude.cuh.
 const NOT_SENT: u8 = 0xff;
 
@@ -143,11 +141,7 @@ impl NormEnd {
             rank: self.rank as u32,
             eps,
         };
-        let launch = LaunchShape {
-            grid: (rows as u32, 1, 1),
-            threads: THREADS,
-            shared_bytes: 0,
-        };
+        let launch = blocks((rows as u32, 1, 1));
         let kernel = self.device.kernel(Kernel::PEER_NORM, &self.options)?;
         // SAFETY: x and out hold the rows, weight one; parts, state and the word on the host live as long as this end, and every pass is
         // waited for before its end can be dropped.
