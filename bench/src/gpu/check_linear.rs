@@ -72,8 +72,59 @@ pub fn check(backend: &CudaBackend, dtype: DType) -> Result<bool> {
             fine &= check_shape(backend, dtype, inputs, outputs)?;
         }
     }
+    fine &= check_crowd(backend, dtype)?;
     println!();
     Ok(fine)
+}
+
+/// [`check`]'s row of products with more blocks than there are multiprocessors, and more tiles than rings have stages: that all warpgroup
+/// kernels give the bits of the kernel for few rows.
+fn check_crowd(backend: &CudaBackend, dtype: DType) -> Result<bool> {
+    let mut numbers = Numbers(13);
+    let (inputs, outputs) = (2312, [17_000usize, 40]);
+    let mut linear = |outputs: usize| -> Result<Linear<Weight>> {
+        let values = numbers.rounded(outputs * inputs, 0.5, dtype);
+        let bias = numbers.rounded(outputs, 1.0, DType::F32);
+        Ok(Linear {
+            weight: backend.weight_of(&values, outputs)?,
+            bias: Some(backend.weight_of(&bias, 1)?),
+        })
+    };
+    let [many, twin, few] = [
+        linear(outputs[0])?,
+        linear(outputs[0])?,
+        linear(outputs[1])?,
+    ];
+    let mut same = true;
+    for rows in [9usize, 20, 40, 45, 64, 70, 90, 120, 160] {
+        let x = numbers.rounded(rows * inputs, 2.0, DType::F32);
+        let (x, _, _) = normed(backend, &x, &vec![1.0; inputs], dtype)?;
+        let before = numbers.rounded(rows * outputs[0], 3.0, DType::F32);
+        let bits = |kernel, epilogue| -> Result<Vec<u32>> {
+            let (projections, mut out) = match epilogue {
+                Epilogue::Store => (vec![&many, &few], backend.buffer()),
+                Epilogue::Add => (vec![&many], backend.buffer_of(&before)?),
+                Epilogue::SwiGlu => (vec![&many, &twin], backend.buffer()),
+            };
+            backend.force_product_kernel(Some(kernel));
+            backend.linear(&x, &projections, epilogue, false, &mut out);
+            let mut got = Vec::new();
+            backend.read(&out, &mut got)?;
+            Ok(got.iter().map(|v| v.to_bits()).collect())
+        };
+        for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::SwiGlu] {
+            let expected = bits(ProductKernel::FewRows, epilogue)?;
+            for cut in 0..WARPGROUP_CUTS {
+                same &= bits(ProductKernel::Warpgroups(Some(cut)), epilogue)? == expected;
+            }
+        }
+    }
+    backend.force_product_kernel(None);
+    println!(
+        "| | {inputs} | {outputs:?} | | | | | | {} |",
+        if same { "same bits" } else { "DIFFER" }
+    );
+    Ok(same)
 }
 
 /// [`check`]'s row of one shape.

@@ -198,7 +198,7 @@ impl Product<'_> {
         }
         let wide = |sharing| self.wide(device, wide::Tiling::of(self.rows, sharing));
         match kernel {
-            None if device.has_warpgroups() => match self.warpgroup_tiling() {
+            None if device.has_warpgroups() => match self.warpgroup_tiling(device) {
                 Some(tiling) => self.by_warpgroups(device, tiling),
                 None => self.narrow(device),
             },
@@ -208,7 +208,7 @@ impl Product<'_> {
             },
             Some(ProductKernel::FewRows) => self.narrow(device),
             Some(ProductKernel::Warpgroups(cut)) if device.has_warpgroups() => {
-                self.by_warpgroups(device, self.forced_tiling(cut))
+                self.by_warpgroups(device, self.forced_tiling(device, cut))
             }
             Some(ProductKernel::ManyRows | ProductKernel::Warpgroups(_)) => {
                 wide(wide::Sharing::Whole)

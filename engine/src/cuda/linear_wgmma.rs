@@ -31,7 +31,7 @@ const ROWS: [(u32, u32); 9] = [
 ];
 /// Shared memory of a multiprocessor for rings.
 const RING_BYTES: u32 = 224 << 10;
-/// Most stages of a ring: with more, a block would only start later.
+/// Most stages of a ring: with more, a block would only start later, and the next kernel's, too.
 const STAGES_MOST: u32 = 8;
 
 /// How outputs and inputs are cut.
@@ -43,9 +43,12 @@ struct Cut {
     cluster: u32,
     /// Most rows of which the registers hold a block's sums.
     rows_most: u32,
-    /// Most rows for which two blocks share a multiprocessor: registers and ring of one are half of what there is.
+    /// Most rows for which two blocks may share a multiprocessor: registers and ring of one are half of what there is.
     rows_shared: u32,
 }
+
+/// Most rows for which registers allow a warp for copies alone: of blocks that have a multiprocessor for themselves, and of those that share it.
+const COPIER_ROWS: [u32; 2] = [96, 48];
 
 /// How many ways there are to cut outputs and inputs, coarsest first.
 pub const WARPGROUP_CUTS: usize = 3;
@@ -91,24 +94,33 @@ pub(super) struct Tiling {
     /// Rows of an instruction, and instructions for a block's rows.
     rows: (u32, u32),
     cut: Cut,
+    /// Blocks that share a multiprocessor.
+    resident: u32,
 }
 
 impl Tiling {
     /// For so many rows and outputs: row groups of about the same size, blocks as coarse as keeps the GPU busy; `None` where there
     /// are too few blocks.
-    fn of(rows: usize, outputs: usize) -> Option<Self> {
-        let tilings = CUTS.map(|cut| Self::with(cut, rows));
+    fn of(rows: usize, outputs: usize, multiprocessors: u32) -> Option<Self> {
+        let tilings = CUTS.map(|cut| Self::with(cut, (rows, outputs), multiprocessors));
         let enough = |tiling: &Self| tiling.blocks(rows, outputs) >= BLOCKS_LEAST;
         tilings.into_iter().find(enough)
     }
 
-    fn with(cut: Cut, rows: usize) -> Self {
-        let rows = rows as u32;
-        let of_group = rows.div_ceil(rows.div_ceil(cut.rows_most));
+    fn with(cut: Cut, (rows, outputs): (usize, usize), multiprocessors: u32) -> Self {
+        let of_group = (rows as u32).div_ceil((rows as u32).div_ceil(cut.rows_most));
         let fitting = ROWS.into_iter().find(|r| of_group <= r.0 * r.1);
-        Self {
+        let alone = Self {
             rows: fitting.expect("the last one has as many rows as any cut"),
             cut,
+            resident: 1,
+        };
+        // Blocks that are no more than multiprocessors would share none.
+        let shared =
+            alone.block_rows() <= cut.rows_shared && alone.blocks(rows, outputs) > multiprocessors;
+        Self {
+            resident: if shared { 2 } else { 1 },
+            ..alone
         }
     }
 
@@ -129,13 +141,13 @@ impl Tiling {
             * (rows as u32).div_ceil(self.block_rows())
     }
 
-    /// Blocks that share a multiprocessor.
-    fn resident(self) -> u32 {
-        if self.block_rows() <= self.cut.rows_shared {
-            2
-        } else {
-            1
-        }
+    /// Whether a warp is there for copies alone.
+    fn has_copier(self) -> bool {
+        self.block_rows() <= COPIER_ROWS[self.resident as usize - 1]
+    }
+
+    fn threads(self) -> u32 {
+        128 * self.cut.groups + if self.has_copier() { 32 } else { 0 }
     }
 
     /// Splits that a block walks through together: in a cluster all of a block's, else two if the registers hold their sums and
@@ -152,38 +164,58 @@ impl Tiling {
         (self.outputs() + self.block_rows()) * 128
     }
 
+    /// What the block before hands on.
+    fn handed_bytes(self) -> u32 {
+        match self.cut.cluster {
+            1 => 0,
+            _ => self.block_rows() * self.outputs() * 4,
+        }
+    }
+
     fn stages(self) -> u32 {
-        (RING_BYTES / self.resident() / self.stage_bytes()).min(STAGES_MOST)
+        let room = RING_BYTES / self.resident - self.handed_bytes();
+        (room / self.stage_bytes()).min(STAGES_MOST)
     }
 
     /// Shared memory of a block.
     fn shared_bytes(self) -> u32 {
-        self.stages() * self.stage_bytes()
+        self.stages() * self.stage_bytes() + self.handed_bytes()
     }
 
-    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 9] {
+    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 10] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
             ("COLUMNS", self.rows.0),
             ("COLUMN_BLOCKS", self.rows.1),
             ("GROUPS", self.cut.groups),
+            ("COPIER", u32::from(self.has_copier())),
             ("CLUSTER", self.cut.cluster),
             ("TOGETHER", self.together()),
             ("STAGES", self.stages()),
-            ("BLOCKS", self.resident()),
+            ("BLOCKS", self.resident),
             ("EPILOGUE", epilogue_number(epilogue)),
         ]
     }
 }
 
+/// All tilings there are.
+fn tilings() -> impl Iterator<Item = Tiling> {
+    CUTS.into_iter().flat_map(|cut| {
+        let fits = move |rows: &(u32, u32)| rows.0 * rows.1 <= cut.rows_most;
+        ROWS.into_iter().filter(fits).flat_map(move |rows| {
+            let shared = rows.0 * rows.1 <= cut.rows_shared;
+            (1..=if shared { 2 } else { 1 }).map(move |resident| Tiling {
+                rows,
+                cut,
+                resident,
+            })
+        })
+    })
+}
+
 /// Everything that [`Product::by_warpgroups`] may launch on this device.
 pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item = Variant> {
-    let cuts = CUTS.into_iter().filter(|_| device.has_warpgroups());
-    let tilings = cuts.flat_map(|cut| {
-        let fits = move |rows: &(u32, u32)| rows.0 * rows.1 <= cut.rows_most;
-        let sizes = ROWS.into_iter().filter(fits);
-        sizes.map(move |rows| Tiling { rows, cut })
-    });
+    let tilings = tilings().filter(|_| device.has_warpgroups());
     tilings.flat_map(move |tiling| {
         EPILOGUES.map(|epilogue| Variant {
             kernel: Kernel::LINEAR_WGMMA,
@@ -194,17 +226,18 @@ pub(super) fn variants(half_is_f16: bool, device: &Device) -> impl Iterator<Item
 
 impl Product<'_> {
     /// How this kernel is to cut the product; `None` where the one for few rows is faster.
-    pub(super) fn warpgroup_tiling(&self) -> Option<Tiling> {
+    pub(super) fn warpgroup_tiling(&self, device: &Device) -> Option<Tiling> {
         if self.rows < FROM_ROWS {
             return None;
         }
-        Tiling::of(self.rows, self.outputs())
+        Tiling::of(self.rows, self.outputs(), device.multiprocessors())
     }
 
     /// The same where it is not to be the faster one: as asked for, or as finely as there are too few blocks for.
-    pub(super) fn forced_tiling(&self, cut: Option<usize>) -> Tiling {
-        let with = |number: usize| Tiling::with(CUTS[number], self.rows);
-        let wanted = || Tiling::of(self.rows, self.outputs());
+    pub(super) fn forced_tiling(&self, device: &Device, cut: Option<usize>) -> Tiling {
+        let (shape, multiprocessors) = ((self.rows, self.outputs()), device.multiprocessors());
+        let with = |number: usize| Tiling::with(CUTS[number], shape, multiprocessors);
+        let wanted = || Tiling::of(shape.0, shape.1, multiprocessors);
         cut.map_or_else(|| wanted().unwrap_or_else(|| with(CUTS.len() - 1)), with)
     }
 
@@ -232,7 +265,7 @@ impl Product<'_> {
                 tiles * tiling.cut.cluster,
                 1,
             ),
-            threads: 128 * tiling.cut.groups,
+            threads: tiling.threads(),
             shared_bytes: tiling.shared_bytes(),
         };
         self.launch(device, (Kernel::LINEAR_WGMMA, &options), launch, &args)
@@ -245,31 +278,32 @@ mod tests {
 
     #[test]
     fn a_block_has_room_for_its_ring_and_its_results() {
-        for cut in CUTS {
-            for rows in ROWS {
-                let tiling = Tiling { rows, cut };
-                if tiling.block_rows() > cut.rows_most {
-                    continue;
-                }
-                assert!(tiling.stages() >= 4, "{tiling:?}");
-                let results = tiling.block_rows() * (tiling.outputs() + 4) * 4;
-                assert!(results <= tiling.shared_bytes(), "{tiling:?}");
-            }
+        for tiling in tilings() {
+            assert!(tiling.stages() >= 4, "{tiling:?}");
+            let bytes = tiling.shared_bytes();
+            assert!(bytes * tiling.resident <= RING_BYTES, "{tiling:?}");
+            // Gate and up outputs meet where the ring was.
+            let results = tiling.block_rows() * (tiling.outputs() + 4) * 4;
+            assert!(results <= bytes, "{tiling:?}");
         }
     }
 
     #[test]
     fn row_groups_are_alike_and_blocks_as_coarse_as_keeps_the_gpu_busy() {
         let of = |rows, outputs| {
-            let tiling = Tiling::of(rows, outputs)?;
-            Some((tiling.block_rows(), tiling.cut.groups, tiling.cut.cluster))
+            let tiling = Tiling::of(rows, outputs, 132)?;
+            let Cut {
+                groups, cluster, ..
+            } = tiling.cut;
+            Some((tiling.block_rows(), groups, cluster, tiling.resident))
         };
-        assert_eq!(of(40, 28_672), Some((40, 2, 1)));
-        assert_eq!(of(160, 6144), Some((80, 1, 2)));
-        assert_eq!(of(24, 4096), Some((32, 1, 2)));
-        assert_eq!(of(24, 2048), Some((32, 1, 4)));
+        assert_eq!(of(40, 28_672), Some((40, 2, 1, 2)));
+        assert_eq!(of(40, 6144), Some((40, 1, 2, 2)));
+        assert_eq!(of(160, 6144), Some((80, 1, 2, 2)));
+        assert_eq!(of(24, 4096), Some((32, 1, 2, 1)));
+        assert_eq!(of(24, 2048), Some((32, 1, 4, 1)));
         assert_eq!(of(24, 512), None);
         // Three groups of 134.
-        assert_eq!(of(400, 28_672), Some((160, 2, 1)));
+        assert_eq!(of(400, 28_672), Some((160, 2, 1, 1)));
     }
 }

@@ -138,14 +138,25 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
         copy_commit();
     }
     if (early == STAGES - 1) wait_for_previous();
-    // Queries to shared memory; rows past the end are zeros.
-    for (u32 i = threadIdx.x; i < BLOCK_ROWS * (HEAD_DIM / 8); i += WARPS * 32) {
-        const u32 r = i / (HEAD_DIM / 8), at = i % (HEAD_DIM / 8), row = first_row + r;
+    // Queries to shared memory, rows past the end as zeros. They are asked for ahead of one more tile, which would hold them up, and stored
+    // behind it.
+    constexpr int QUERY_PIECES = (BLOCK_ROWS * (HEAD_DIM / 8) + WARPS * 32 - 1) / (WARPS * 32);
+    uint4 queries[QUERY_PIECES];
+    auto place_of = [&](int n) { return threadIdx.x + n * WARPS * 32; };
+#pragma unroll
+    for (int n = 0; n < QUERY_PIECES; ++n) {
+        const u32 r = place_of(n) / (HEAD_DIM / 8), at = place_of(n) % (HEAD_DIM / 8), row = first_row + r;
         const u32 token = row / group, head = kv_head * group + row % group;
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (row < num_rows)
-            value = *(const uint4*)(a.q + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + at * 8);
-        *(uint4*)(query + r * QUERY_STRIDE + at * 16) = value;
+        queries[n] = make_uint4(0, 0, 0, 0);
+        if (r < BLOCK_ROWS && row < num_rows)
+            queries[n] = __ldcg((const uint4*)(a.q + (u64(unit.first_row + token) * a.num_heads + head) * HEAD_DIM + at * 8));
+    }
+    if (STAGES - 1 < tiles) fetch(STAGES - 1);
+    copy_commit();
+#pragma unroll
+    for (int n = 0; n < QUERY_PIECES; ++n) {
+        const u32 r = place_of(n) / (HEAD_DIM / 8), at = place_of(n) % (HEAD_DIM / 8);
+        if (r < BLOCK_ROWS) *(uint4*)(query + r * QUERY_STRIDE + at * 16) = queries[n];
     }
     __syncthreads();
 
@@ -166,11 +177,14 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
 
     const u32 query_address = shared_address(query) + (own_tile * 16 + lane % 16) * QUERY_STRIDE + (lane / 16) * 16;
     for (u32 tile = 0; tile < tiles; ++tile) {
-        copy_wait<STAGES - 2>();
+        // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead. At first all are under way.
+        if (tile == 0) copy_wait<STAGES - 1>();
+        else copy_wait<STAGES - 2>();
         meet();
-        // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead.
-        if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
-        copy_commit();
+        if (tile > 0) {
+            if (tile + STAGES - 1 < tiles) fetch(tile + STAGES - 1);
+            copy_commit();
+        }
 
         const u32 base = ring_base + tile % STAGES * STAGE_BYTES;
         const u32 tile_key = first_key + (tile * PARTS + part) * TILE_KEYS;

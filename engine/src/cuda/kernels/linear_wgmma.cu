@@ -2,7 +2,8 @@
 // linear.cu gives.
 //
 // Tensor cores read both operands from shared memory, 64 outputs and all rows of a block at once, and one thread keeps a ring of tiles
-// filled by tensor copies (TMA), so that no operand passes through registers. A block walks through as many splits of the inputs together
+// filled by tensor copies (TMA), so that no operand passes through registers. To ask for a tile takes as long as to multiply it: where
+// registers allow, a warp does nothing else. A block walks through as many splits of the inputs together
 // as the registers hold sums of: tiles of different splits are neighbours, and memory gives long runs faster. Sums are added in the splits'
 // order. Products of few outputs would leave multiprocessors idle that way: the blocks of a cluster have a part of the splits each, and
 // each goes on from what the one before came to; the last one stores.
@@ -11,8 +12,8 @@
 // Blocks of the same outputs are neighbours: their weights come from memory once.
 //
 // Options: COLUMNS (rows of x per instruction) and COLUMN_BLOCKS, the instructions that cover a block's rows; GROUPS of warps, with 64
-// outputs each; CLUSTER, the blocks that share splits; TOGETHER, the splits that are walked through at a time, in a cluster all of a
-// block's; STAGES of the ring; BLOCKS that share a multiprocessor; EPILOGUE.
+// outputs each; COPIER, whether a warp is there for copies alone; CLUSTER, the blocks that share splits; TOGETHER, the splits that are walked
+// through at a time, in a cluster all of a block's; STAGES of the ring; BLOCKS that share a multiprocessor; EPILOGUE.
 
 #ifndef COLUMNS
 #define COLUMNS 32
@@ -22,6 +23,9 @@
 #endif
 #ifndef GROUPS
 #define GROUPS 2
+#endif
+#ifndef COPIER
+#define COPIER 0
 #endif
 #ifndef CLUSTER
 #define CLUSTER 1
@@ -41,23 +45,23 @@
 
 #define ROWS (COLUMNS * COLUMN_BLOCKS)
 #define OWN_SPLITS (SPLITS / CLUSTER)
-#define THREADS (GROUPS * 128)
+// Threads that multiply, and all.
+#define MULTIPLIERS (GROUPS * 128)
+#define THREADS (MULTIPLIERS + COPIER * 32)
 #define BLOCK_OUTPUTS (GROUPS * 64)
 // 128 bytes of inputs of each output and row.
 #define STAGE_BYTES ((BLOCK_OUTPUTS + ROWS) * 128)
 // Outputs of a block per matrix.
 #define OWN_OUTPUTS (BLOCK_OUTPUTS / (EPILOGUE == 2 ? 2 : 1))
-#define PITCH (BLOCK_OUTPUTS + 4)
+// A thread's sums.
+#define SUMS (COLUMNS / 2)
 // Most results of a product of which the L2 cache keeps enough for the next kernel.
 #define RESULTS_KEPT (1 << 21)
-// Rows from one of a thread's results to the next, and how many there are.
-#define ROW_STEP (THREADS / OWN_OUTPUTS)
-#define RESULTS (ROWS / ROW_STEP)
 // Whether registers hold all sums of a cluster's block and what they are added to.
 #define OTHERS_EARLY (CLUSTER > 1 && (TOGETHER + 1) * (ROWS / 2) <= 200)
 
 // d[64 outputs][COLUMNS] += 16 inputs.
-__device__ __forceinline__ void wgmma(float (&d)[COLUMNS / 2], u64 weights, u64 x) {
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], u64 weights, u64 x) {
 #if COLUMNS == 16
     WGMMA("16", NAMES_8, VALUES_8(0), "%8, %9", "1", weights, x);
 #elif COLUMNS == 32
@@ -89,9 +93,9 @@ struct Step {
     }
 };
 
-// Clusters: blocks that run at the same time and read each other's shared memory. `cluster_arrive` tells the others that what this
-// thread wrote is there, and what it reads of theirs is read; `cluster_wait` waits until all that have not ended have arrived.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Clusters: blocks that run at the same time and write to each other's shared memory. `cluster_arrive` tells the others that this block's
+// barriers are there; `cluster_wait` waits until all have arrived.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -102,10 +106,11 @@ __device__ __forceinline__ u32 address_in(u32 rank, const void* place) {
     return there;
 }
 
-__device__ __forceinline__ float4 load_from(u32 rank, const float4* place) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in(rank, place)) : "memory");
-    return v;
+// Stores in another block's memory, whose barrier counts the bytes.
+__device__ __forceinline__ void hand_on(u32 to, float4 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w), "r"(barrier)
+                 : "memory");
 }
 
 #if CLUSTER > 1
@@ -124,6 +129,7 @@ struct WgmmaArgs {
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_wgmma(const __grid_constant__ WgmmaArgs args) {
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ u64 filled_barriers[STAGES], free_barriers[STAGES];
+    [[maybe_unused]] __shared__ u64 handed_barrier;
     const LinearArgs& a = args.product;
     // A sum's `peer_norm` starts when what comes before this kernel has ended.
     const bool sends = EPILOGUE != 2 && a.sending.own != nullptr;
@@ -143,13 +149,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < STAGES; ++s) {
             barrier_init(filled + s * 8, 1);
-            barrier_init(vacant + s * 8, THREADS / 32);
+            barrier_init(vacant + s * 8, MULTIPLIERS / 32);
         }
+#if CLUSTER > 1
+        barrier_init(shared_address(&handed_barrier), 1);
+        barrier_expect(shared_address(&handed_barrier), ROWS * BLOCK_OUTPUTS * 4);
+#endif
         barriers_ready();
     }
     __syncthreads();
+    if (CLUSTER > 1) cluster_arrive();
 
-    // The first thread copies. Weights stand still; x is what the kernel before writes.
     const u32 own_tiles = tiles_of(first_split, OWN_SPLITS, input_tiles);
     // Weights leave the L2 cache first, so that what kernels hand each other stays, unless the results are too many for it anyway.
     const bool once = u64(a.rows) * a.out_stride < RESULTS_KEPT;
@@ -172,38 +182,47 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     };
     const Step first = {0, first_split, 0, first_split};
     Step ahead = first;
-    if (threadIdx.x == 0)
+    // Fills a stage again, when the products of its tile are done in all warps.
+    auto refill = [&] {
+        barrier_wait(vacant + ahead.number % STAGES * 8, (ahead.number / STAGES - 1) % 2);
+        fetch_weights(ahead);
+        fetch_x(ahead);
+        ahead.advance(input_tiles);
+    };
+    // Weights stand still; x is what the kernel before writes.
+    const bool copies = threadIdx.x == (COPIER ? MULTIPLIERS : 0);
+    if (copies)
         for (; ahead.number < min(STAGES, own_tiles); ahead.advance(input_tiles)) fetch_weights(ahead);
     wait_for_previous();
     if (sends) let_next_start();
-    if (threadIdx.x == 0)
+    if (copies)
         for (ahead = first; ahead.number < min(STAGES, own_tiles); ahead.advance(input_tiles)) fetch_x(ahead);
+    if (COPIER && threadIdx.x >= MULTIPLIERS) {
+        while (copies && ahead.number < own_tiles) refill();
+        return;
+    }
 
-    float sums[TOGETHER][COLUMN_BLOCKS][COLUMNS / 2], total[COLUMN_BLOCKS][COLUMNS / 2];
+    float sums[TOGETHER][COLUMN_BLOCKS][SUMS], total[COLUMN_BLOCKS][SUMS];
 #pragma unroll
     for (int c = 0; c < COLUMN_BLOCKS; ++c)
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 2; ++i) {
+        for (int i = 0; i < SUMS; ++i) {
             total[c][i] = 0.0f;
 #pragma unroll
             for (int k = 0; k < TOGETHER; ++k) sums[k][c][i] = 0.0f;
         }
     u32 done = 0;
-    // The products of one more tile are done in this warp; when they are in all, its stage is filled again.
+    // The products of one more tile are done in this warp.
     auto release = [&] {
-        const u32 stage = done % STAGES, barrier = vacant + stage * 8;
-        if (lane == 0) barrier_arrive(barrier);
-        if (threadIdx.x == 0 && ahead.number < own_tiles) {
-            barrier_wait(barrier, done / STAGES % 2);
-            fetch_weights(ahead);
-            fetch_x(ahead);
-            ahead.advance(input_tiles);
+        if (lane == 0) barrier_arrive(vacant + done % STAGES * 8);
+        if (!COPIER) {
+            if (copies && ahead.number < own_tiles) refill();
+            __syncwarp();
         }
-        __syncwarp();
         ++done;
     };
     u32 begun = 0;
-    auto add_tile = [&](float (&sum)[COLUMN_BLOCKS][COLUMNS / 2]) {
+    auto add_tile = [&](float (&sum)[COLUMN_BLOCKS][SUMS]) {
         const u32 s = begun % STAGES, stage = ring + s * STAGE_BYTES;
         barrier_wait(filled + s * 8, begun / STAGES % 2);
         const u32 weights = stage + group * (64 * 128), columns = stage + BLOCK_OUTPUTS * 128;
@@ -234,88 +253,91 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
 #pragma unroll
                 for (int c = 0; c < COLUMN_BLOCKS; ++c)
 #pragma unroll
-                    for (int i = 0; i < COLUMNS / 2; ++i) {
+                    for (int i = 0; i < SUMS; ++i) {
                         total[c][i] += sums[k][c][i];
                         sums[k][c][i] = 0.0f;
                     }
         }
     }
-    // A thread's results: of one output, in every ROW_STEP-th row.
-    const u32 own_out = threadIdx.x % OWN_OUTPUTS, own_row = threadIdx.x / OWN_OUTPUTS, out = first_out + own_out;
-    u64 first_result = product_at(a, number, first_row + own_row, out);
-    auto is_result = [&](int i) { return own_row + i * ROW_STEP < rows && out < p.outputs; };
-    auto result = [&](int i) { return first_result + u64(i * ROW_STEP) * a.out_stride; };
-    static_assert(ROWS % ROW_STEP == 0, "threads have as many results each");
-    float other[RESULTS];
+    // A thread's sums are of two outputs, eight apart, and of two neighbours of every eight rows.
+    const u32 own_out = group * 64 + warp * 16 + lane / 4, own_row = lane % 4 * 2;
+    auto row_of = [&](int c, int i) { return own_row + c * COLUMNS + i / 4 * 8 + i % 2; };
+#if EPILOGUE != 2
+    const u64 first_result = product_at(a, number, first_row + own_row, first_out + own_out);
+    auto is_result = [&](int c, int i) { return row_of(c, i) < rows && first_out + own_out + i % 4 / 2 * 8 < p.outputs; };
+    auto result = [&](int c, int i) { return first_result + (c * COLUMNS + i / 4 * 8 + i % 2) * a.out_stride + i % 4 / 2 * 8; };
+    float other[COLUMN_BLOCKS][SUMS];
     auto load_others = [&] {
 #pragma unroll
-        for (int i = 0; i < RESULTS; ++i) other[i] = is_result(i) ? ((const float*)a.out)[result(i)] : 0.0f;
+        for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+            for (int i = 0; i < SUMS; ++i) other[c][i] = EPILOGUE == 1 && is_result(c, i) ? ((const float*)a.out)[result(c, i)] : 0.0f;
     };
     // What they are added to is far away: it is on its way while sums come together.
-    if (EPILOGUE == 1 && OTHERS_EARLY && rank == CLUSTER - 1) load_others();
-    // Nobody reads the ring any more: sums take its place.
-    __syncthreads();
-#if CLUSTER > 1
-    // Splits are in the blocks' order, and a thread of the next block has sums of the same rows and outputs.
-    float4* const handed_on = (float4*)shared + threadIdx.x;
-    auto add_own = [&](int c) {
-#pragma unroll
-        for (int k = 0; k < TOGETHER; ++k)
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 2; ++i) total[c][i] += sums[k][c][i];
-    };
-    if (rank == 0)
-#pragma unroll
-        for (int c = 0; c < COLUMN_BLOCKS; ++c) add_own(c);
-#pragma unroll
-    for (int r = 0; r < CLUSTER - 1; ++r) {
-        if (rank == r)
-#pragma unroll
-            for (int c = 0; c < COLUMN_BLOCKS; ++c)
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 2; i += 4)
-                    handed_on[(c * COLUMNS / 8 + i / 4) * THREADS] = make_float4(total[c][i], total[c][i + 1], total[c][i + 2], total[c][i + 3]);
-        cluster_arrive();
-        cluster_wait();
-        if (rank == r + 1)
-#pragma unroll
-            for (int c = 0; c < COLUMN_BLOCKS; ++c) {
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 2; i += 4) {
-                    const float4 v = load_from(r, handed_on + (c * COLUMNS / 8 + i / 4) * THREADS);
-                    total[c][i] = v.x, total[c][i + 1] = v.y, total[c][i + 2] = v.z, total[c][i + 3] = v.w;
-                }
-                add_own(c);
-            }
-    }
-    // Nobody reads the memory of a block that has ended.
-    cluster_arrive();
-    if (rank < CLUSTER - 1) return cluster_wait();
+    if (OTHERS_EARLY && rank == CLUSTER - 1) load_others();
 #endif
-    // [rows][outputs], padded against bank conflicts: whole lines leave from there, and gate and up outputs meet.
-    float* const parts = (float*)shared;
+#if CLUSTER > 1
+    // Splits are in the blocks' order, and a thread of the next block has sums of the same rows and outputs: they go to where it finds them, behind
+    // its ring.
+    float4* const handed = (float4*)(shared + STAGES * STAGE_BYTES) + threadIdx.x;
+    auto place = [&](int c, int i) { return handed + (c * SUMS + i) / 4 * MULTIPLIERS; };
+    if (rank > 0) barrier_wait(shared_address(&handed_barrier), 0);
 #pragma unroll
     for (int c = 0; c < COLUMN_BLOCKS; ++c)
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 2; ++i) {
-            const u32 row = c * COLUMNS + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            parts[row * PITCH + group * 64 + warp * 16 + lane / 4 + i % 4 / 2 * 8] = total[c][i];
-        }
-    const Biases biases = biases_of<EPILOGUE>(a, p, min(out, p.outputs - 1));
-    const u32 half = EPILOGUE == 2 ? NONE : half_of(a.sending);
-    __syncthreads();
-    if (EPILOGUE == 1 && !OTHERS_EARLY) load_others();
-    // Where results go is worked out again: to keep it would take more registers than there are.
-    asm volatile("" : "+l"(first_result));
+        for (int i = 0; i < SUMS; i += 4) {
+            if (rank > 0) {
+                const float4 v = *place(c, i);
+                total[c][i] = v.x, total[c][i + 1] = v.y, total[c][i + 2] = v.z, total[c][i + 3] = v.w;
+            }
 #pragma unroll
-    for (int i = 0; i < RESULTS; ++i) {
-        if (!is_result(i)) continue;
-        const float* const sum = parts + (own_row + i * ROW_STEP) * PITCH + own_out;
-        store_biased<EPILOGUE>(a, biases, result(i), sum[0], EPILOGUE == 2 ? sum[OWN_OUTPUTS] : EPILOGUE == 1 ? other[i] : 0.0f, half);
+            for (int j = i; j < i + 4; ++j)
+#pragma unroll
+                for (int k = 0; k < TOGETHER; ++k) total[c][j] += sums[k][c][j];
+        }
+    if (rank < CLUSTER - 1) {
+        // Its barrier is there since long.
+        cluster_wait();
+        const u32 barrier = address_in(rank + 1, &handed_barrier);
+#pragma unroll
+        for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+            for (int i = 0; i < SUMS; i += 4)
+                hand_on(address_in(rank + 1, place(c, i)), make_float4(total[c][i], total[c][i + 1], total[c][i + 2], total[c][i + 3]), barrier);
+        return;
     }
-#if CLUSTER > 1
-    // The others have arrived long since.
-    __syncwarp();
-    cluster_wait();
+#endif
+#if EPILOGUE == 2
+    // Gate and up outputs meet in shared memory, [rows][outputs], padded against bank conflicts: nobody reads the ring any more.
+    constexpr u32 pitch = BLOCK_OUTPUTS + 4, row_step = MULTIPLIERS / OWN_OUTPUTS;
+    static_assert(ROWS % row_step == 0, "threads have as many results each");
+    auto meet = [&] { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); };
+    float* const parts = (float*)shared;
+    meet();
+#pragma unroll
+    for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) parts[row_of(c, i) * pitch + own_out + i % 4 / 2 * 8] = total[c][i];
+    const u32 column = threadIdx.x % OWN_OUTPUTS, out = first_out + column;
+    const Biases biases = biases_of<EPILOGUE>(a, p, min(out, p.outputs - 1));
+    meet();
+#pragma unroll
+    for (u32 i = 0; i < ROWS / row_step; ++i) {
+        const u32 row = threadIdx.x / OWN_OUTPUTS + i * row_step;
+        if (row >= rows || out >= p.outputs) continue;
+        const float* const sum = parts + row * pitch + column;
+        store_biased<EPILOGUE>(a, biases, product_at(a, number, first_row + row, out), sum[0], sum[OWN_OUTPUTS], NONE);
+    }
+#else
+    Biases biases[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) biases[i] = biases_of<EPILOGUE>(a, p, min(first_out + own_out + i * 8, p.outputs - 1));
+    const u32 half = half_of(a.sending);
+    if (!OTHERS_EARLY) load_others();
+#pragma unroll
+    for (int c = 0; c < COLUMN_BLOCKS; ++c)
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i)
+            if (is_result(c, i)) store_biased<EPILOGUE>(a, biases[i % 4 / 2], result(c, i), total[c][i], other[c][i], half);
 #endif
 }
