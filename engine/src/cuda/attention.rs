@@ -120,18 +120,26 @@ fn decode_stages(shape: &AttentionShape) -> u32 {
     if shape.head_dim <= 64 { 4 } else { 3 }
 }
 
-/// `scores`: 0 none, 1 those of all tokens, 2 those of last tokens.
+/// Sixteens of numbers of a query that stay in registers, in place of being read for every tile of keys. These are the registers that merging
+/// would have while the last blocks run: not worth it where all blocks run at once.
+fn kept_queries(shape: &AttentionShape, row_tiles: usize, scores: u32, crowded: bool) -> u32 {
+    let fits = shape.head_dim == 128 && row_tiles == 2 && scores == 0;
+    if fits && crowded { 6 } else { 0 }
+}
+
+/// `scores`: 0 none, 1 those of all tokens, 2 those of last tokens. `crowded`: there are more blocks than two for every multiprocessor.
 fn decode_options(
     (shape, half_is_f16): (&AttentionShape, u32),
     chunks: Chunks,
-    row_tiles: usize,
+    (row_tiles, crowded): (usize, bool),
     scores: u32,
-) -> [(&'static str, u32); 7] {
+) -> [(&'static str, u32); 8] {
     [
         ("HALF_IS_F16", half_is_f16),
         ("HEAD_DIM", shape.head_dim as u32),
         ("ROW_TILES", row_tiles as u32),
         ("STAGES", decode_stages(shape)),
+        ("KEPT", kept_queries(shape, row_tiles, scores, crowded)),
         ("SMALLEST", chunks.smallest() as u32),
         ("CHUNK", chunks.largest() as u32),
         ("CAPTURE", scores),
@@ -141,7 +149,16 @@ fn decode_options(
 /// Those of [`decode_options`] that merging depends on, and how many chunks it reads at once: all that a row is likely to have where
 /// few blocks merge, so that their registers are not missed.
 fn merge_options(
-    [half, head_dim, row_tiles, _stages, smallest, chunk, capture]: [(&'static str, u32); 7],
+    [
+        half,
+        head_dim,
+        row_tiles,
+        _stages,
+        _kept,
+        smallest,
+        chunk,
+        capture,
+    ]: [(&'static str, u32); 8],
     few_blocks: bool,
 ) -> [(&'static str, u32); 7] {
     let at_a_time = ("AT_A_TIME", if few_blocks { 32 } else { 16 });
@@ -155,15 +172,19 @@ pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks)
     let mut variants = Vec::new();
     for row_tiles in 1..=MAX_ROW_TILES {
         for scores in 0..=2 {
-            let options = decode_options((shape, half_is_f16), chunks, row_tiles, scores);
-            variants.push(Variant {
+            let [alone, crowded] = [false, true].map(|crowded| {
+                decode_options((shape, half_is_f16), chunks, (row_tiles, crowded), scores)
+            });
+            let decode = |options: [_; 8]| Variant {
                 kernel: Kernel::ATTENTION_DECODE,
                 options: options.to_vec(),
-            });
+            };
+            variants.push(decode(alone));
+            variants.extend((crowded != alone).then(|| decode(crowded)));
             for few_blocks in [false, true] {
                 variants.push(Variant {
                     kernel: Kernel::ATTENTION_MERGE,
-                    options: merge_options(options, few_blocks).to_vec(),
+                    options: merge_options(alone, few_blocks).to_vec(),
                 });
             }
         }
@@ -191,10 +212,11 @@ pub(super) fn decode(
     let places = units * shape.num_kv_heads * grid_rows;
     scratch.reserve(places * 16 * row_tiles, shape.head_dim)?;
     let scores = capture.map_or(0, |target| if target.last_only { 2 } else { 1 });
+    let crowded = units * shape.num_kv_heads * grid_rows > 2 * device.multiprocessors() as usize;
     let options = decode_options(
         (&shape, call.kv.half_is_f16()),
         batch.chunks(),
-        row_tiles,
+        (row_tiles, crowded),
         scores,
     );
     let kernel = device.kernel(Kernel::ATTENTION_DECODE, &options)?;

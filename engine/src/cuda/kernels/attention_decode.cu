@@ -9,13 +9,17 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; STAGES; ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
+// Options: HEAD_DIM; STAGES; KEPT (sixteens of numbers of a query that stay in registers); ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
 #endif
 #ifndef STAGES
 #define STAGES 3
+#endif
+
+#ifndef KEPT
+#define KEPT 0
 #endif
 
 #define PARTS 4
@@ -50,9 +54,9 @@ struct DecodeArgs {
     float scale_log2;          // log2(e) / sqrt(HEAD_DIM)
 };
 
-// Threads that registers are dealt out for. Two blocks of 256 could take all of them: a sixth is left to the kernel that merges, so that it
-// is there, and the one after it on its way, while the last blocks run.
-#define REGISTER_THREADS (WARPS * 32 + (ROW_TILES == 2 && HEAD_DIM == 128 && !CAPTURE ? 64 : 0))
+// Threads that registers are dealt out for. Two blocks of 256 could take all of them: but for queries that stay in some, a sixth is left to the
+// kernel that merges, so that it is there, and the one after it on its way, while the last blocks run.
+#define REGISTER_THREADS (WARPS * 32 + (ROW_TILES == 2 && HEAD_DIM == 128 && !CAPTURE && KEPT == 0 ? 64 : 0))
 
 extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
@@ -176,6 +180,10 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
     }
 
     const u32 query_address = shared_address(query) + (own_tile * 16 + lane % 16) * QUERY_STRIDE + (lane / 16) * 16;
+    // Queries of the first steps, and those of another one at a time.
+    u32 kept[KEPT + 1][4];
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k) load_matrices(kept[k], query_address + k * 32);
     for (u32 tile = 0; tile < tiles; ++tile) {
         // Keep the copies running: the stage freed by the last tile takes the tile STAGES - 1 ahead. At first all are under way.
         if (tile == 0) copy_wait<STAGES - 1>();
@@ -196,9 +204,10 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
         const u32 key_address = base + ((lane / 16) * 8 + lane % 8) * ENTRY_STRIDE + (lane / 8 % 2) * 16;
 #pragma unroll
         for (int k = 0; k < DIM_STEPS; ++k) {
-            u32 keys[4], rows[4];
+            u32 keys[4];
             load_matrices(keys, key_address + k * 32);
-            load_matrices(rows, query_address + k * 32);
+            u32 (&rows)[4] = kept[min(k, KEPT)];
+            if (k >= KEPT) load_matrices(rows, query_address + k * 32);
             mma(score[0], rows, keys[0], keys[1]);
             mma(score[1], rows, keys[2], keys[3]);
         }
