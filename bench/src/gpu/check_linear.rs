@@ -81,7 +81,9 @@ pub fn check(backend: &CudaBackend, dtype: DType) -> Result<bool> {
 /// kernels give the bits of the kernel for few rows.
 fn check_crowd(backend: &CudaBackend, dtype: DType) -> Result<bool> {
     let mut numbers = Numbers(13);
-    let (inputs, outputs) = (2312, [17_000usize, 40]);
+    // The coarsest blocks have 128 outputs.
+    let many = 128 * backend.device().multiprocessors() as usize + 104;
+    let (inputs, outputs) = (2312, [many, 40]);
     let mut linear = |outputs: usize| -> Result<Linear<Weight>> {
         let values = numbers.rounded(outputs * inputs, 0.5, dtype);
         let bias = numbers.rounded(outputs, 1.0, DType::F32);

@@ -138,27 +138,18 @@ fn decode_options(
         ("HALF_IS_F16", half_is_f16),
         ("HEAD_DIM", shape.head_dim as u32),
         ("ROW_TILES", row_tiles as u32),
-        ("STAGES", decode_stages(shape)),
-        ("KEPT", kept_queries(shape, row_tiles, scores, crowded)),
         ("SMALLEST", chunks.smallest() as u32),
         ("CHUNK", chunks.largest() as u32),
         ("CAPTURE", scores),
+        ("STAGES", decode_stages(shape)),
+        ("KEPT", kept_queries(shape, row_tiles, scores, crowded)),
     ]
 }
 
 /// Those of [`decode_options`] that merging depends on, and how many chunks it reads at once: all that a row is likely to have where
 /// few blocks merge, so that their registers are not missed.
 fn merge_options(
-    [
-        half,
-        head_dim,
-        row_tiles,
-        _stages,
-        _kept,
-        smallest,
-        chunk,
-        capture,
-    ]: [(&'static str, u32); 8],
+    [half, head_dim, row_tiles, smallest, chunk, capture, ..]: [(&'static str, u32); 8],
     few_blocks: bool,
 ) -> [(&'static str, u32); 7] {
     let at_a_time = ("AT_A_TIME", if few_blocks { 32 } else { 16 });
@@ -212,7 +203,7 @@ pub(super) fn decode(
     let places = units * shape.num_kv_heads * grid_rows;
     scratch.reserve(places * 16 * row_tiles, shape.head_dim)?;
     let scores = capture.map_or(0, |target| if target.last_only { 2 } else { 1 });
-    let crowded = units * shape.num_kv_heads * grid_rows > 2 * device.multiprocessors() as usize;
+    let crowded = places > 2 * device.multiprocessors() as usize;
     let options = decode_options(
         (&shape, call.kv.half_is_f16()),
         batch.chunks(),

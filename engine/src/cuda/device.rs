@@ -223,7 +223,7 @@ impl Device {
     }
 
     /// Streaming multiprocessors.
-    pub(super) fn multiprocessors(&self) -> u32 {
+    pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
     }
 

@@ -115,13 +115,25 @@ impl Tiling {
             cut,
             resident: 1,
         };
-        // Blocks that are no more than multiprocessors would share none.
-        let shared =
-            alone.block_rows() <= cut.rows_shared && alone.blocks(rows, outputs) > multiprocessors;
-        Self {
-            resident: if shared { 2 } else { 1 },
+        let shared = Self {
+            resident: 2,
             ..alone
+        };
+        // Blocks that are no more than multiprocessors would share none.
+        if shared.fits() && shared.blocks(rows, outputs) > multiprocessors {
+            shared
+        } else {
+            alone
         }
+    }
+
+    /// Whether its rows are not too many for so many blocks on a multiprocessor.
+    fn fits(&self) -> bool {
+        let most = match self.resident {
+            1 => self.cut.rows_most,
+            _ => self.cut.rows_shared,
+        };
+        self.block_rows() <= most
     }
 
     /// Rows of a block.
@@ -200,17 +212,16 @@ impl Tiling {
 
 /// All tilings there are.
 fn tilings() -> impl Iterator<Item = Tiling> {
-    CUTS.into_iter().flat_map(|cut| {
-        let fits = move |rows: &(u32, u32)| rows.0 * rows.1 <= cut.rows_most;
-        ROWS.into_iter().filter(fits).flat_map(move |rows| {
-            let shared = rows.0 * rows.1 <= cut.rows_shared;
-            (1..=if shared { 2 } else { 1 }).map(move |resident| Tiling {
+    let all = CUTS.into_iter().flat_map(|cut| {
+        ROWS.into_iter().flat_map(move |rows| {
+            [1, 2].map(|resident| Tiling {
                 rows,
                 cut,
                 resident,
             })
         })
-    })
+    });
+    all.filter(Tiling::fits)
 }
 
 /// Everything that [`Product::by_warpgroups`] may launch on this device.

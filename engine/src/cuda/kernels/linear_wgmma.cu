@@ -3,10 +3,10 @@
 //
 // Tensor cores read both operands from shared memory, 64 outputs and all rows of a block at once, and one thread keeps a ring of tiles
 // filled by tensor copies (TMA), so that no operand passes through registers. To ask for a tile takes as long as to multiply it: where
-// registers allow, a warp does nothing else. A block walks through as many splits of the inputs together
-// as the registers hold sums of: tiles of different splits are neighbours, and memory gives long runs faster. Sums are added in the splits'
-// order. Products of few outputs would leave multiprocessors idle that way: the blocks of a cluster have a part of the splits each, and
-// each goes on from what the one before came to; the last one stores.
+// registers allow, a warp does nothing else. A block walks through as many splits of the inputs together as the registers hold sums of:
+// tiles of different splits are neighbours, and memory gives long runs faster. Sums are added in the splits' order. Products of few outputs
+// would leave multiprocessors idle that way: the blocks of a cluster have a part of the splits each, and each goes on from what the one
+// before came to; the last one stores.
 //
 // An instruction adds 16 inputs at a time to its sum, as mma.sync does, with the same bits: `gpu check` compares them.
 // Blocks of the same outputs are neighbours: their weights come from memory once.
@@ -261,11 +261,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
     }
     // A thread's sums are of two outputs, eight apart, and of two neighbours of every eight rows.
     const u32 own_out = group * 64 + warp * 16 + lane / 4, own_row = lane % 4 * 2;
-    auto row_of = [&](int c, int i) { return own_row + c * COLUMNS + i / 4 * 8 + i % 2; };
+    auto row_of = [&](int c, int i) { return c * COLUMNS + i / 4 * 8 + i % 2; };
+    auto out_of = [&](int i) { return i % 4 / 2 * 8; };
 #if EPILOGUE != 2
     const u64 first_result = product_at(a, number, first_row + own_row, first_out + own_out);
-    auto is_result = [&](int c, int i) { return row_of(c, i) < rows && first_out + own_out + i % 4 / 2 * 8 < p.outputs; };
-    auto result = [&](int c, int i) { return first_result + (c * COLUMNS + i / 4 * 8 + i % 2) * a.out_stride + i % 4 / 2 * 8; };
+    auto is_result = [&](int c, int i) { return own_row + row_of(c, i) < rows && first_out + own_out + out_of(i) < p.outputs; };
+    auto result = [&](int c, int i) { return first_result + row_of(c, i) * a.out_stride + out_of(i); };
     float other[COLUMN_BLOCKS][SUMS];
     auto load_others = [&] {
 #pragma unroll
@@ -317,7 +318,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS) linear_w
 #pragma unroll
     for (int c = 0; c < COLUMN_BLOCKS; ++c)
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) parts[row_of(c, i) * pitch + own_out + i % 4 / 2 * 8] = total[c][i];
+        for (int i = 0; i < SUMS; ++i) parts[(own_row + row_of(c, i)) * pitch + own_out + out_of(i)] = total[c][i];
     const u32 column = threadIdx.x % OWN_OUTPUTS, out = first_out + column;
     const Biases biases = biases_of<EPILOGUE>(a, p, min(out, p.outputs - 1));
     meet();
