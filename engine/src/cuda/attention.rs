@@ -127,13 +127,29 @@ fn kept_queries(shape: &AttentionShape, row_tiles: usize, scores: u32, crowded: 
     if fits && crowded { 6 } else { 0 }
 }
 
+/// Whether entries lie swizzled in shared memory, as lines of the memory they come from. Where all blocks run at once, and two tiles of rows share an
+/// entry, the instructions that find them take longer than the copies spare.
+fn swizzles(shape: &AttentionShape, row_tiles: usize, scores: u32, crowded: bool) -> bool {
+    shape.head_dim == 128 && scores == 0 && (row_tiles == 1 || crowded)
+}
+
+/// Bytes from one entry to the next in shared memory; as `ENTRY_STRIDE` in attention_decode.cu.
+fn entry_stride(head_dim: u32, swizzled: bool) -> u32 {
+    if swizzled {
+        (head_dim * 4).next_multiple_of(128)
+    } else {
+        head_dim * 4 + 16
+    }
+}
+
 /// `scores`: 0 none, 1 those of all tokens, 2 those of last tokens. `crowded`: there are more blocks than two for every multiprocessor.
 fn decode_options(
     (shape, half_is_f16): (&AttentionShape, u32),
     chunks: Chunks,
     (row_tiles, crowded): (usize, bool),
     scores: u32,
-) -> [(&'static str, u32); 8] {
+) -> [(&'static str, u32); 9] {
+    let swizzled = swizzles(shape, row_tiles, scores, crowded);
     [
         ("HALF_IS_F16", half_is_f16),
         ("HEAD_DIM", shape.head_dim as u32),
@@ -143,13 +159,14 @@ fn decode_options(
         ("CAPTURE", scores),
         ("STAGES", decode_stages(shape)),
         ("KEPT", kept_queries(shape, row_tiles, scores, crowded)),
+        ("SWIZZLED", u32::from(swizzled)),
     ]
 }
 
 /// Those of [`decode_options`] that merging depends on, and how many chunks it reads at once: all that a row is likely to have where
 /// few blocks merge, so that their registers are not missed.
 fn merge_options(
-    [half, head_dim, row_tiles, smallest, chunk, capture, ..]: [(&'static str, u32); 8],
+    [half, head_dim, row_tiles, smallest, chunk, capture, ..]: [(&'static str, u32); 9],
     few_blocks: bool,
 ) -> [(&'static str, u32); 7] {
     let at_a_time = ("AT_A_TIME", if few_blocks { 32 } else { 16 });
@@ -166,7 +183,7 @@ pub(super) fn variants(shape: &AttentionShape, half_is_f16: u32, chunks: Chunks)
             let [alone, crowded] = [false, true].map(|crowded| {
                 decode_options((shape, half_is_f16), chunks, (row_tiles, crowded), scores)
             });
-            let decode = |options: [_; 8]| Variant {
+            let decode = |options: [_; 9]| Variant {
                 kernel: Kernel::ATTENTION_DECODE,
                 options: options.to_vec(),
             };
@@ -238,7 +255,8 @@ pub(super) fn decode(
         scale_log2: call.scale_log2(),
     };
     let head_dim = shape.head_dim as u32;
-    let (entry, query) = (head_dim * 4 + 16, head_dim * 2 + 16);
+    let swizzled = swizzles(&shape, row_tiles, scores, crowded);
+    let (entry, query) = (entry_stride(head_dim, swizzled), head_dim * 2 + 16);
     let launch = LaunchShape {
         grid: ((units * shape.num_kv_heads) as u32, grid_rows as u32, 1),
         threads: PARTS * row_tiles as u32 * 32,

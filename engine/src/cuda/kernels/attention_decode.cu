@@ -9,7 +9,7 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; STAGES; KEPT (sixteens of numbers of a query that stay in registers); ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
+// Options: HEAD_DIM; STAGES; KEPT (sixteens of numbers of a query that stay in registers); SWIZZLED (how entries lie in shared memory); ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -22,14 +22,20 @@
 #define KEPT 0
 #endif
 
+#ifndef SWIZZLED
+#define SWIZZLED 0
+#endif
+
 #define PARTS 4
 #define WARPS (PARTS * ROW_TILES)
 #define TILE_KEYS 16
 #define DIM_STEPS (HEAD_DIM / 16)
 // 16-byte pieces of an entry (K and V).
 #define PIECES (HEAD_DIM / 4)
-// An odd number of 16-byte units, so that ldmatrix meets no bank twice.
-#define ENTRY_STRIDE (HEAD_DIM * 4 + 16)
+// So that ldmatrix meets no bank twice, entries are an odd number of 16-byte units apart; or they begin on 128 bytes each and their pieces trade
+// places by key: an instruction or two more for every ldmatrix, but lines of memory become lines of shared memory, which is faster where copies are
+// what is waited for.
+#define ENTRY_STRIDE (SWIZZLED ? (HEAD_DIM * 4 + 127) / 128 * 128 : HEAD_DIM * 4 + 16)
 #define STAGE_BYTES (TILE_KEYS * ENTRY_STRIDE)
 #define QUERY_STRIDE (HEAD_DIM * 2 + 16)
 // Numbers from row to row of a part's results, with the row's maximum and sum behind them: four rows, of eight numbers at a time, meet no
@@ -57,6 +63,15 @@ struct DecodeArgs {
 // Threads that registers are dealt out for. Two blocks of 256 could take all of them: but for queries that stay in some, a sixth is left to the
 // kernel that merges, so that it is there, and the one after it on its way, while the last blocks run.
 #define REGISTER_THREADS (WARPS * 32 + (ROW_TILES == 2 && HEAD_DIM == 128 && !CAPTURE && KEPT == 0 ? 64 : 0))
+
+// Where piece number `piece` of a key's entry is, in bytes from its beginning.
+__device__ __forceinline__ u32 piece_at(u32 piece, u32 key) { return (SWIZZLED ? piece ^ key % 8 : piece) * 16; }
+
+// The lane's row of ldmatrix: piece 2 * `pair` + `odd` of the entry at `entry`, of a key that is the lane's number modulo 8. But for the pair it is known
+// ahead of the loop where pieces lie in order.
+__device__ __forceinline__ u32 row_at(u32 entry, u32 odd, u32 pair) {
+    return SWIZZLED ? entry + piece_at(pair * 2 + odd, threadIdx.x) : entry + odd * 16 + pair * 32;
+}
 
 extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 1 : 2) attention_decode(const DecodeArgs a) {
     extern __shared__ __align__(16) u8 shared[];
@@ -123,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
             const u32 piece = (i * ROW_TILES + own_tile) * 32 + lane, key = piece / PIECES, at = piece % PIECES;
             const u32 entry = tile_entries[key];
             const bool valid = entry != NONE;
-            copy_async(base + key * ENTRY_STRIDE + at * 16, a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + at * 8, valid, policy);
+            copy_async(base + key * ENTRY_STRIDE + piece_at(at, key), a.kv + u64(valid ? entry : 0) * (2 * HEAD_DIM) + at * 8, valid, policy);
         }
     };
     // The warps of a part have copied what they waited for, and are done with the tile before.
@@ -201,11 +216,11 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) score[n][i] = 0.0f;
-        const u32 key_address = base + ((lane / 16) * 8 + lane % 8) * ENTRY_STRIDE + (lane / 8 % 2) * 16;
+        const u32 key_entry = base + ((lane / 16) * 8 + lane % 8) * ENTRY_STRIDE;
 #pragma unroll
         for (int k = 0; k < DIM_STEPS; ++k) {
             u32 keys[4];
-            load_matrices(keys, key_address + k * 32);
+            load_matrices(keys, row_at(key_entry, lane / 8 % 2, k));
             u32 (&rows)[4] = kept[min(k, KEPT)];
             if (k >= KEPT) load_matrices(rows, query_address + k * 32);
             mma(score[0], rows, keys[0], keys[1]);
@@ -263,11 +278,11 @@ extern "C" __global__ void __launch_bounds__(REGISTER_THREADS, HEAD_DIM > 128 ? 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) output[n][i] *= shrink[i / 2];
         }
-        const u32 value_address = base + HEAD_DIM * 2 + (lane / 8 % 2 * 8 + lane % 8) * ENTRY_STRIDE + (lane / 16) * 16;
+        const u32 value_entry = base + (lane / 8 % 2 * 8 + lane % 8) * ENTRY_STRIDE;
 #pragma unroll
         for (int n = 0; n < DIM_STEPS; ++n) {
             u32 values[4];
-            load_matrices_transposed(values, value_address + n * 32);
+            load_matrices_transposed(values, row_at(value_entry, lane / 16, DIM_STEPS + n));
             mma(output[2 * n], weights, values[0], values[1]);
             mma(output[2 * n + 1], weights, values[2], values[3]);
         }
