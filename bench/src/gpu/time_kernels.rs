@@ -4,7 +4,7 @@ use anyhow::Result;
 use specattn_engine::Crew;
 use specattn_engine::backend::{AttentionShape, Backend, DType, Epilogue, HandOut, Linear};
 use specattn_engine::cuda::selection::{RowSpec, Selector};
-use specattn_engine::cuda::{CudaBackend, PrefillKernel, ProductKernel};
+use specattn_engine::cuda::{Buffer, CudaBackend, PrefillKernel, ProductKernel};
 
 use super::attention_case::AttentionCase;
 use super::check_selection::attention_row;
@@ -274,18 +274,25 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
         let norm = backend.weight_of(&vec![1.0; inputs], 1)?;
         for rows in [1usize, 5, 8, 16, 24, 32, 40, 64, 96, 160] {
             let hidden = backend.buffer_of(&numbers.rounded(rows * inputs, 1.0, DType::F32))?;
-            let mut x = backend.buffer();
-            backend.rms_norm(&hidden, &norm, 1e-5, &mut x);
+            // As every kernel takes it, and as the fastest one does.
+            let normed = |kernel| {
+                let mut x = backend.buffer();
+                backend.force_product_kernel(kernel);
+                backend.rms_norm(&hidden, &norm, 1e-5, &mut x);
+                x
+            };
+            let x = normed(Some(ProductKernel::FewRows));
+            let own_x = normed(None);
             let width = if epilogue == Epilogue::Store {
                 outputs.iter().sum()
             } else {
                 outputs[0]
             };
             let mut out = backend.buffer_of(&vec![0.0; rows * width])?;
-            let mut us = |backend: &CudaBackend, bulk: bool| {
+            let mut us = |backend: &CudaBackend, x: &Buffer, bulk: bool| {
                 in_graph_us(backend.device(), |i| {
                     let refs: Vec<&Linear<_>> = weights[i % sets].iter().collect();
-                    backend.linear(&x, &refs, epilogue, bulk, &mut out);
+                    backend.linear(x, &refs, epilogue, bulk, &mut out);
                     Ok(())
                 })
             };
@@ -297,14 +304,14 @@ pub fn products(backend: &CudaBackend, bandwidth: f64) -> Result<()> {
             ];
             let of_kernel = |kernel| {
                 backend.force_product_kernel(Some(kernel));
-                us(backend, false)
+                us(backend, &x, false)
             };
             let own = kernels.map(of_kernel);
             backend.force_product_kernel(None);
             let own: Vec<f64> = own.into_iter().collect::<Result<_>>()?;
-            let chosen = us(backend, false)?;
+            let chosen = us(backend, &own_x, false)?;
             // cuBLAS may need work space that capture refuses: a figure or none.
-            let library = us(backend, true).map_or("-".to_owned(), |us| format!("{us:.1}"));
+            let library = us(backend, &x, true).map_or("-".to_owned(), |us| format!("{us:.1}"));
             backend.finish()?;
             let floor = bytes as f64 / bandwidth * 1e6;
             println!(

@@ -142,12 +142,12 @@ impl CudaBackend {
         bulk: bool,
         out: &mut Buffer,
     ) -> Result<(), CudaError> {
-        debug_assert_eq!(x.elements(), Elements::Half);
+        debug_assert_ne!(x.elements(), Elements::Single);
         let rows = x.len() / projections[0].weight.shape().1;
         let width = out_width(projections, epilogue);
         match epilogue {
             Epilogue::Store => out.resize(Elements::Single, rows * width)?,
-            Epilogue::SwiGlu => out.resize(Elements::Half, rows * width)?,
+            Epilogue::SwiGlu => out.resize(self.elements_for_product(rows, width), rows * width)?,
             Epilogue::Add => debug_assert_eq!(out.len(), rows * width),
         }
         let mut product = Product {
@@ -156,10 +156,13 @@ impl CudaBackend {
             projections,
             epilogue,
             out: out.address(),
+            by_lane: [x.elements(), out.elements()]
+                .map(|e| e.rows_by_lane() > 0)
+                .into(),
             half_is_f16: self.half == DType::F16,
             sending,
         };
-        if !bulk {
+        if !bulk || product.by_lane != (false, false) {
             return product.stream(&self.device, self.product_kernel.get());
         }
         if epilogue != Epilogue::SwiGlu {
@@ -171,6 +174,14 @@ impl CudaBackend {
         product.library(&self.device)?;
         self.rows()
             .gated_silu(product.out, (rows, width), out.address())
+    }
+
+    /// What rows of 16-bit numbers are that a product is to take.
+    pub(super) fn elements_for_product(&self, rows: usize, width: usize) -> Elements {
+        match self.product_kernel.get() {
+            None => linear::elements_for_product(rows, width),
+            Some(_) => Elements::Half,
+        }
     }
 
     fn attend(
@@ -345,12 +356,13 @@ impl Backend for CudaBackend {
 
     fn rms_norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &mut Buffer) {
         let width = weight.shape().1;
-        let result = out.resize(Elements::Half, x.len()).and_then(|()| {
+        let elements = self.elements_for_product(x.len() / width, width);
+        let result = out.resize(elements, x.len()).and_then(|()| {
             self.rows().rms_norm(
                 (x.address(), x.len() / width),
                 (weight.address(), width),
                 eps,
-                out.address(),
+                (out.address(), elements.rows_by_lane()),
             )
         });
         self.device.note(result);
@@ -493,9 +505,10 @@ impl Backend for CudaBackend {
                 out.resize(x.len(), 0.0);
                 self.device.note(x.memory().read(0, out));
             }
-            Elements::Half => {
+            Elements::Half | Elements::HalfByLane { .. } => {
                 let mut bits = vec![0u16; x.len()];
                 self.device.note(x.memory().read(0, &mut bits));
+                let bits = linear::side_by_side(bits, x.elements().rows_by_lane());
                 out.extend(bits.iter().map(|&b| match self.half {
                     DType::F16 => f16::from_bits(b).to_f32(),
                     _ => bf16::from_bits(b).to_f32(),

@@ -108,21 +108,22 @@ impl RowKernels<'_> {
         }
     }
 
-    /// Norm of f32 rows to 16-bit ones.
+    /// Norm of f32 rows to 16-bit ones, of which so many lie by lane, or none.
     pub(super) fn rms_norm(
         &self,
         (x, rows): (u64, usize),
         (weight, width): (u64, usize),
         eps: f32,
-        out: u64,
+        (out, rows_by_lane): (u64, usize),
     ) -> Result<(), CudaError> {
         let kernel = self.kernel(Kernel::RMS_NORM)?;
-        let width = width as u32;
+        let (width, rows_by_lane) = (width as u32, rows_by_lane as u32);
         // SAFETY: x and out hold `rows` rows of the weight's width.
         unsafe {
             self.device
                 .launch(&kernel, blocks((rows as u32, 1, 1)), |l| {
                     l.arg(&x).arg(&weight).arg(&out).arg(&width).arg(&eps);
+                    l.arg(&rows_by_lane);
                 })
         }
     }

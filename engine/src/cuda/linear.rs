@@ -9,13 +9,15 @@ use super::device::Device;
 use super::error::CudaError;
 use super::kernel_cache::{Kernel, Variant};
 use super::linear_wide as wide;
-use super::memory::Weight;
+use super::memory::{Elements, Weight};
 use super::peer_norm::Sending;
 use super::recording::LaunchShape;
 use crate::backend::{Epilogue, Linear};
 
 /// Outputs of a tile of the kernel for few rows.
 const TILE_OUTPUTS: usize = 16;
+/// Inputs of a tile.
+const TILE_INPUTS: usize = 64;
 /// Warps that share a tile's outputs.
 pub(super) const SPLITS: u32 = 8;
 
@@ -74,9 +76,15 @@ impl Tiling {
         self.warps() * self.stages * self.warp_tiles * 2048
     }
 
-    fn options(self, half_is_f16: bool, epilogue: Epilogue) -> [(&'static str, u32); 5] {
+    fn options(
+        self,
+        half_is_f16: bool,
+        epilogue: Epilogue,
+        x_by_lane: bool,
+    ) -> [(&'static str, u32); 6] {
         [
             ("HALF_IS_F16", u32::from(half_is_f16)),
+            ("X_BY_LANE", u32::from(x_by_lane)),
             ("COLUMN_TILES", self.column_tiles),
             ("TILES", self.warp_tiles),
             ("STAGES", self.stages),
@@ -116,16 +124,49 @@ pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
     let tilings = EPILOGUES.into_iter().flat_map(|epilogue| {
         let crowded = (epilogue != Epilogue::SwiGlu).then_some((1, true));
         let sizes = (1..=MAX_COLUMN_TILES).map(|column_tiles| (column_tiles, false));
-        let tiling = move |(column_tiles, crowded)| {
-            let tiling = Tiling::of(epilogue, column_tiles, crowded);
-            (tiling, epilogue)
-        };
-        sizes.chain(crowded).map(tiling)
+        sizes
+            .chain(crowded)
+            .flat_map(move |(column_tiles, crowded)| {
+                let tiling = Tiling::of(epilogue, column_tiles, crowded);
+                let by_lane = (column_tiles == 1).then_some(true);
+                [Some(false), by_lane]
+                    .into_iter()
+                    .flatten()
+                    .map(move |by_lane| (tiling, epilogue, by_lane))
+            })
     });
-    tilings.map(move |(tiling, epilogue)| Variant {
+    tilings.map(move |(tiling, epilogue, by_lane)| Variant {
         kernel: Kernel::LINEAR,
-        options: tiling.options(half_is_f16, epilogue).to_vec(),
+        options: tiling.options(half_is_f16, epilogue, by_lane).to_vec(),
     })
+}
+
+/// Most rows that lie by lane: those of one column of tiles.
+const ROWS_BY_LANE: usize = 8;
+
+/// What so many rows of 16-bit numbers are that a product is to take, unless it is made to take another kernel than the fastest.
+pub(super) fn elements_for_product(rows: usize, width: usize) -> Elements {
+    if rows <= ROWS_BY_LANE && width.is_multiple_of(TILE_INPUTS) {
+        Elements::HalfByLane { rows }
+    } else {
+        Elements::Half
+    }
+}
+
+/// Rows side by side of so many that lie by lane; of none, `bits` themselves.
+pub(super) fn side_by_side(bits: Vec<u16>, rows_by_lane: usize) -> Vec<u16> {
+    if rows_by_lane == 0 {
+        return bits;
+    }
+    let width = bits.len() / rows_by_lane;
+    // As `four_by_lane` in prelude.cuh says.
+    let place = |row: usize, column: usize| {
+        let (tile, four) = (column / TILE_INPUTS, column % TILE_INPUTS / 4);
+        let of_row = (tile * rows_by_lane + row) * TILE_INPUTS;
+        of_row + four % 4 * 16 + four / 4 * 4 + column % 4
+    };
+    let rows = (0..rows_by_lane).flat_map(|row| (0..width).map(move |column| (row, column)));
+    rows.map(|(row, column)| bits[place(row, column)]).collect()
 }
 
 /// A product of `rows` rows.
@@ -137,6 +178,8 @@ pub(super) struct Product<'a> {
     pub(super) epilogue: Epilogue,
     /// `[rows, out_width]`: f32, or 16-bit for [`Epilogue::SwiGlu`].
     pub(super) out: u64,
+    /// Whether x, and what [`Epilogue::SwiGlu`] leaves, lie by lane: [`Elements::HalfByLane`](super::memory::Elements).
+    pub(super) by_lane: (bool, bool),
     /// Whether the 16-bit type is f16.
     pub(super) half_is_f16: bool,
     /// Where results go instead of `out`, if the product is a part of a sum over ranks: of the streaming kernels, and not with
@@ -164,7 +207,7 @@ pub(super) struct LinearArgs {
     rows: u32,
     inputs: u32,
     out_stride: u32,
-    unused: u32,
+    out_by_lane: u32,
     sending: Sending,
 }
 
@@ -195,6 +238,9 @@ impl Product<'_> {
     ) -> Result<(), CudaError> {
         if self.rows == 0 {
             return Ok(());
+        }
+        if self.by_lane != (false, false) {
+            return self.narrow(device);
         }
         let wide = |sharing| self.wide(device, wide::Tiling::of(self.rows, sharing));
         match kernel {
@@ -247,7 +293,7 @@ impl Product<'_> {
             rows: self.rows as u32,
             inputs: self.inputs() as u32,
             out_stride: out_width(self.projections, self.epilogue) as u32,
-            unused: 0,
+            out_by_lane: u32::from(self.by_lane.1),
             sending: self.sending,
         };
         (args, tiles)
@@ -259,7 +305,7 @@ impl Product<'_> {
         let blocks = self.outputs().div_ceil(TILE_OUTPUTS) as u32;
         let crowded = blocks > 2 * device.multiprocessors();
         let tiling = Tiling::of(self.epilogue, column_tiles, crowded);
-        let options = tiling.options(self.half_is_f16, self.epilogue);
+        let options = tiling.options(self.half_is_f16, self.epilogue, self.by_lane.0);
         let (args, tiles) = self.arguments(TILE_OUTPUTS, tiling.warp_tiles as usize);
         let launch = LaunchShape {
             grid: (
@@ -385,6 +431,29 @@ fn add_bias(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_by_lane_are_read_side_by_side() {
+        let (rows, width) = (3, 128);
+        // A number says where it belongs: its row and column.
+        let number = |row: usize, column: usize| (row * width + column) as u16;
+        let mut by_lane = vec![0; rows * width];
+        for row in 0..rows {
+            for column in 0..width {
+                // [tile][row][lane][instruction][4]: of 16 inputs of an instruction, a lane has four.
+                let (tile, in_tile) = (column / 64, column % 64);
+                let (instruction, lane) = (in_tile / 16, in_tile % 16 / 4);
+                let at = (((tile * rows + row) * 4 + lane) * 4 + instruction) * 4 + column % 4;
+                by_lane[at] = number(row, column);
+            }
+        }
+        let in_order: Vec<u16> = (0..rows * width).map(|at| at as u16).collect();
+        assert_eq!(side_by_side(by_lane, rows), in_order);
+        assert_eq!(side_by_side(in_order.clone(), 0), in_order);
+        assert_eq!(elements_for_product(8, 128).rows_by_lane(), 8);
+        assert_eq!(elements_for_product(9, 128).rows_by_lane(), 0);
+        assert_eq!(elements_for_product(1, 72).rows_by_lane(), 0);
+    }
 
     /// Shared memory of a multiprocessor that blocks may take, each with a kibibyte of the system's.
     const SHARED_BYTES: u32 = 228 << 10;

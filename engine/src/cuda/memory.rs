@@ -238,6 +238,18 @@ pub(super) enum Elements {
     Single,
     /// The backend's 16-bit type.
     Half,
+    /// The same, so many rows as the products' kernel for few rows reads them: `four_by_lane` in prelude.cuh.
+    HalfByLane { rows: usize },
+}
+
+impl Elements {
+    /// How many rows lie by lane; 0 where they lie side by side.
+    pub(super) fn rows_by_lane(self) -> usize {
+        match self {
+            Self::HalfByLane { rows } => rows,
+            Self::Single | Self::Half => 0,
+        }
+    }
 }
 
 /// Activations: what the last operation wrote.

@@ -45,6 +45,8 @@ struct PeerNormArgs {
     width: u32,
     rank: u32,
     eps: f32,
+    rows_by_lane: u32,
+    padding: u32,
 }
 
 /// One rank's end.
@@ -113,7 +115,7 @@ impl NormEnd {
     }
 
     /// Puts the sum of what both ranks have sent at `x`, f32 rows, and its root-mean-square norm at `out`. `weight`: where the norm's is,
-    /// and a row's width.
+    /// and a row's width. So many rows of the norm lie by lane, or none.
     ///
     /// # Errors
     /// [`CudaError::RankLeft`] or [`CudaError::Driver`].
@@ -122,7 +124,7 @@ impl NormEnd {
         (x, rows): (u64, usize),
         (weight, width): (u64, usize),
         eps: f32,
-        out: u64,
+        (out, rows_by_lane): (u64, usize),
     ) -> Result<(), CudaError> {
         assert!(self.takes(rows * width), "a sum that fits");
         self.abandoned.check()?;
@@ -140,6 +142,8 @@ impl NormEnd {
             width: width as u32,
             rank: self.rank as u32,
             eps,
+            rows_by_lane: rows_by_lane as u32,
+            padding: 0,
         };
         let launch = blocks((rows as u32, 1, 1));
         let kernel = self.device.kernel(Kernel::PEER_NORM, &self.options)?;

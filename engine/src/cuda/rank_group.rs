@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::backend::CudaBackend;
 use super::device::Device;
 use super::error::CudaError;
-use super::memory::{Buffer, Elements, Weight};
+use super::memory::{Buffer, Weight};
 use super::nccl::NcclEnd;
 use super::peer_memory::{Abandoned, open_memory};
 use super::peer_norm::NormEnd;
@@ -163,13 +163,14 @@ impl RankGroup {
             let norms = self.norms.as_ref().expect("what was asked before");
             let sent = (epilogue, norms.sending());
             backend.product(x, &[projection], sent, false, stream)?;
-            out.resize(Elements::Half, stream.len())?;
-            let (elements, width) = (stream.len(), weight.shape().1);
+            let (rows, width) = (stream.len() / weight.shape().1, weight.shape().1);
+            let elements = backend.elements_for_product(rows, width);
+            out.resize(elements, stream.len())?;
             norms.norm(
-                (stream.address(), elements / width),
+                (stream.address(), rows),
                 (weight.address(), width),
                 eps,
-                out.address(),
+                (out.address(), elements.rows_by_lane()),
             )
         };
         self.device.note(send_and_norm());

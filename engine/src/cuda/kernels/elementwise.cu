@@ -9,13 +9,14 @@ extern "C" __global__ void embed(const half_bits* table, const u32* tokens, floa
 }
 
 // Norm of f32 rows to 16-bit ones; one block per row. width: a multiple of 4.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps) {
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(const float* x, const float* weight, half_bits* out, u32 width, float eps,
+                                                                    u32 rows_by_lane) {
     let_next_start();
     const float4* const row = (const float4*)(x + u64(blockIdx.x) * width);
     RowNorm norm(weight, width);
     wait_for_previous();
     norm.load(row);
-    norm.store(row, (uint2*)(out + u64(blockIdx.x) * width), eps);
+    norm.store(row, blockIdx.x, out, rows_by_lane, eps);
 }
 
 // out[i] = x[rows[i]]; one block per row.

@@ -6,7 +6,10 @@
 // lanes load 8 bytes of both operands. The eight sums of an output are added in a fixed order: a row's bits depend on neither
 // the other rows nor their number.
 //
-// Options: COLUMN_TILES (8 rows of x each); TILES (16 outputs each) per warp, which share a load of x; STAGES; EPILOGUE.
+// Lanes load x 8 bytes at a time from rows that lie side by side, which costs as much as a twentieth of the weights' way; up to eight rows that norms
+// and activations leave "by lane" (prelude.cuh) come 16 bytes at a time, from whole lines.
+//
+// Options: X_BY_LANE; COLUMN_TILES (8 rows of x each); TILES (16 outputs each) per warp, which share a load of x; STAGES; EPILOGUE.
 
 #ifndef COLUMN_TILES
 #define COLUMN_TILES 1
@@ -20,6 +23,10 @@
 // 0: store f32 side by side; 1: add to f32; 2: silu(first) * second, 16-bit.
 #ifndef EPILOGUE
 #define EPILOGUE 0
+#endif
+
+#ifndef X_BY_LANE
+#define X_BY_LANE 0
 #endif
 
 #define TILE_BYTES (16 * TILE_INPUTS * 2)
@@ -82,6 +89,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
     const u32 row = lane / 4;
     // The lane's 8 bytes of x for each of a few instructions, the first of them number `first` of the warp; zeros past the ends.
     auto load_x = [&](uint2 (&v)[COLUMN_TILES][AHEAD], u32 first) {
+#if X_BY_LANE
+        static_assert(COLUMN_TILES == 1 && AHEAD == 4, "a tile of x is loaded at once");
+        const u32 tile = first / 4 * SPLITS + split;
+        uint4 two[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (row < rows && tile * TILE_INPUTS < a.inputs) {
+            const uint4* const at = (const uint4*)((const uint2*)a.x + four_by_lane(a.rows, row, tile * (TILE_INPUTS / 4) + lane % 4));
+            two[0] = at[0], two[1] = at[1];
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+            v[0][k] = make_uint2(two[k / 2].x, two[k / 2].y);
+            v[0][k + 1] = make_uint2(two[k / 2].z, two[k / 2].w);
+        }
+        return;
+#endif
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             const u32 input = ((first + k) / 4 * SPLITS + split) * TILE_INPUTS + (first + k) % 4 * 16 + lane % 4 * 4;
@@ -146,7 +168,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS <= 8 && TILES == 
     for (u32 i = threadIdx.x; i < TILES * COLUMNS * 16; i += WARPS * 32) {
         const u32 o = i % (TILES * 16), column = i / (TILES * 16), t = o / 16, out = first_out + o;
         if (column >= rows || out >= p.outputs) continue;
-        const u64 at = product_at(a, EPILOGUE == 0 ? number : 0, first_row + column, out);
+        const u64 at = EPILOGUE == 2 && a.out_by_lane ? four_by_lane(a.rows, column, out / 4) * 4 + out % 4
+                                                      : product_at(a, EPILOGUE == 0 ? number : 0, first_row + column, out);
         const float other = EPILOGUE == 2 ? total(TILES + t, column, o % 16) : EPILOGUE == 1 ? ((const float*)a.out)[at] : 0.0f;
         store_product<EPILOGUE>(a, EPILOGUE == 2 ? a.projections[0] : p, at, out, total(t, column, o % 16), other, half);
     }

@@ -19,6 +19,7 @@ struct PeerNormArgs {
     const u32* abandoned; // on the host: not 0 once a rank has gone
     u32 half, width, rank; // width: a multiple of 4
     float eps;
+    u32 rows_by_lane;     // as `RowNorm::store` wants it
 };
 
 __device__ __forceinline__ uint4 load_volatile(const uint4* p) {
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) peer_norm(const PeerN
         float4 beyond[1];
         add_up(beyond, i);
     }
-    norm.store(x, (uint2*)a.out + row, a.eps);
+    norm.store(x, blockIdx.x, a.out, a.rows_by_lane, a.eps);
     // The end of this kernel is to tell of the product's.
     wait_for_previous();
     // Every block has read the turn when the last of them comes here: it has been through `store`.

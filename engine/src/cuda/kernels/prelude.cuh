@@ -202,6 +202,12 @@ __device__ __forceinline__ void send(const Sending& s, u64 at, float part) {
 #define SPLITS 8
 #define TILE_INPUTS 64
 
+// Rows of 16-bit numbers as lanes of linear.cu read them: [tile of TILE_INPUTS numbers][row][lane % 4][instruction][4]. A lane's numbers of a tile
+// lie side by side, and a row's fill a line. Where the four numbers of a row from number 4 * `four` on are, in fours.
+__device__ __forceinline__ u32 four_by_lane(u32 rows, u32 row, u32 four) {
+    return ((four / 16 * rows + row) * 4 + four % 4) * 4 + four % 16 / 4;
+}
+
 // Mirrors `ProjectionArgs` in linear.rs.
 struct Projection {
     const half_bits* weight; // [outputs, inputs]
@@ -217,6 +223,7 @@ struct LinearArgs {
     Projection projections[3]; // unused ones begin at tile ~0
     u32 rows, inputs;        // inputs: a multiple of 8
     u32 out_stride;
+    u32 out_by_lane;         // of EPILOGUE 2: whether results go where `four_by_lane` says
     Sending sending;         // not with EPILOGUE 2
 };
 

@@ -26,8 +26,9 @@ struct RowNorm {
             if (place(k) < fours) kept[k] = row[place(k)];
     }
 
-    // Once `kept` is there, and the rest of the row in memory.
-    __device__ __forceinline__ void store(const float4* row, uint2* to, float eps) const {
+    // Once `kept` is there, and the rest of the row in memory; it is row number `number` of `out`. `rows_by_lane`: of how many, where they are to be
+    // as `four_by_lane` says; else 0.
+    __device__ __forceinline__ void store(const float4* row, u32 number, half_bits* out, u32 rows_by_lane, float eps) const {
         __shared__ float sums[NORM_THREADS / 32];
         float squares = 0.0f;
         auto add = [&](float4 v) { squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); };
@@ -43,7 +44,8 @@ struct RowNorm {
         for (u32 w = 0; w < NORM_THREADS / 32; ++w) total += sums[w];
         const float scale = rsqrtf(total / float(4 * fours) + eps);
         auto put = [&](u32 i, float4 v, float4 w) {
-            to[i] = make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
+            const u64 at = rows_by_lane > 0 ? four_by_lane(rows_by_lane, number, i) : u64(number) * fours + i;
+            ((uint2*)out)[at] = make_uint2(pack(v.x * scale * w.x, v.y * scale * w.y), pack(v.z * scale * w.z, v.w * scale * w.w));
         };
 #pragma unroll
         for (u32 k = 0; k < KEPT; ++k)
