@@ -239,6 +239,7 @@ impl Product<'_> {
         if self.rows == 0 {
             return Ok(());
         }
+        // No other kernel knows rows by lane.
         if self.by_lane != (false, false) {
             return self.narrow(device);
         }

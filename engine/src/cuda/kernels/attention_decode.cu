@@ -9,7 +9,8 @@
 // Keys: listed (or all) cached positions, then the span's own tokens, which are already in the cache.
 // Rows of a block: row = token * group + head in group, where `group` query heads share the KV head.
 //
-// Options: HEAD_DIM; STAGES; KEPT (sixteens of numbers of a query that stay in registers); SWIZZLED (how entries lie in shared memory); ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
+// Options: HEAD_DIM; STAGES; KEPT (sixteens of numbers of a query that stay in registers); SWIZZLED (how entries lie in shared memory);
+// ROW_TILES, SMALLEST, CHUNK and CAPTURE (prelude.cuh).
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -67,8 +68,8 @@ struct DecodeArgs {
 // Where piece number `piece` of a key's entry is, in bytes from its beginning.
 __device__ __forceinline__ u32 piece_at(u32 piece, u32 key) { return (SWIZZLED ? piece ^ key % 8 : piece) * 16; }
 
-// The lane's row of ldmatrix: piece 2 * `pair` + `odd` of the entry at `entry`, of a key that is the lane's number modulo 8. But for the pair it is known
-// ahead of the loop where pieces lie in order.
+// The lane's row of ldmatrix: piece 2 * `pair` + `odd` of the entry at `entry`, of a key that is the lane's number modulo 8. Where pieces lie in order
+// all but the pair is known ahead of the loop.
 __device__ __forceinline__ u32 row_at(u32 entry, u32 odd, u32 pair) {
     return SWIZZLED ? entry + piece_at(pair * 2 + odd, threadIdx.x) : entry + odd * 16 + pair * 32;
 }
