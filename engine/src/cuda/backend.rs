@@ -145,8 +145,11 @@ impl CudaBackend {
         debug_assert_ne!(x.elements(), Elements::Single);
         let rows = x.len() / projections[0].weight.shape().1;
         let width = out_width(projections, epilogue);
+        // A library knows no rows by lane.
+        let bulk = bulk && x.elements() == Elements::Half;
         match epilogue {
             Epilogue::Store => out.resize(Elements::Single, rows * width)?,
+            Epilogue::SwiGlu if bulk => out.resize(Elements::Half, rows * width)?,
             Epilogue::SwiGlu => out.resize(self.elements_for_product(rows, width), rows * width)?,
             Epilogue::Add => debug_assert_eq!(out.len(), rows * width),
         }
@@ -162,7 +165,7 @@ impl CudaBackend {
             half_is_f16: self.half == DType::F16,
             sending,
         };
-        if !bulk || product.by_lane != (false, false) {
+        if !bulk {
             return product.stream(&self.device, self.product_kernel.get());
         }
         if epilogue != Epilogue::SwiGlu {

@@ -128,11 +128,12 @@ pub(super) fn variants(half_is_f16: bool) -> impl Iterator<Item = Variant> {
             .chain(crowded)
             .flat_map(move |(column_tiles, crowded)| {
                 let tiling = Tiling::of(epilogue, column_tiles, crowded);
-                let by_lane = (column_tiles == 1).then_some(true);
-                [Some(false), by_lane]
-                    .into_iter()
-                    .flatten()
-                    .map(move |by_lane| (tiling, epilogue, by_lane))
+                let ways: &[bool] = if column_tiles == 1 {
+                    &[false, true]
+                } else {
+                    &[false]
+                };
+                ways.iter().map(move |&by_lane| (tiling, epilogue, by_lane))
             })
     });
     tilings.map(move |(tiling, epilogue, by_lane)| Variant {
